@@ -1,0 +1,66 @@
+"""The algebra of checkpoints: one expression per leaf. Pure: no devices, no files.
+
+`trace` tells what a box of a leaf reads and how it is computed; `invert` gives the way back.
+"""
+
+from maxconv.algebra.boxes import Box, Interval, Shape, clip, dims, full, slices, volume, with_axis
+from maxconv.algebra.expr import (
+    Apply,
+    Concat,
+    Expr,
+    Fill,
+    Stacked,
+    Tensor,
+    apply,
+    bind,
+    free_indices,
+    hf,
+    stack,
+    tensors,
+)
+from maxconv.algebra.invert import invert, unused
+from maxconv.algebra.ops import Affine, Fit, Op, Slice, fit, scale, shift
+from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
+from maxconv.algebra.trace import Read, Trace, evaluate, read_box, trace
+
+__all__ = [
+    "Affine",
+    "AlgebraError",
+    "Apply",
+    "Box",
+    "Concat",
+    "Expr",
+    "Fill",
+    "Fit",
+    "Interval",
+    "Op",
+    "Pattern",
+    "Read",
+    "Rearrange",
+    "Shape",
+    "Slice",
+    "Stacked",
+    "Tensor",
+    "Trace",
+    "apply",
+    "bind",
+    "clip",
+    "dims",
+    "evaluate",
+    "fit",
+    "free_indices",
+    "full",
+    "hf",
+    "invert",
+    "read_box",
+    "rearrange",
+    "scale",
+    "shift",
+    "slices",
+    "stack",
+    "tensors",
+    "trace",
+    "unused",
+    "volume",
+    "with_axis",
+]

@@ -1,0 +1,200 @@
+"""Expressions over named tensors, and binding them to shapes and layer numbers.
+
+A family writes *templates*: `hf("layers.{l}.mlp.gate_proj.weight") >> rearrange("m e -> e m")`,
+where `{l}` is a free index. `bind` turns a template into a bound expression: names are concrete,
+every tensor has its shape, every op is canonical. A free index that is bound to a sequence of
+numbers becomes a stack along an axis; bound to one number it just fills in the name. That is all
+there is to scanned and unscanned layers.
+"""
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Union
+
+from maxconv.algebra.boxes import Shape
+from maxconv.algebra.ops import Affine, Op
+from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
+
+Expr = Union["Tensor", "Fill", "Apply", "Concat"]
+
+
+class _Node:
+    def __rshift__(self, op: Op | Pattern | Sequence[Op | Pattern]) -> Expr:
+        """`x >> op` applies an op, or several in a row."""
+        node: Expr = self  # type: ignore[assignment]
+        for one in [op] if not isinstance(op, Sequence) else op:
+            node = Apply(one, node)
+        return node
+
+
+@dataclass(frozen=True)
+class Tensor(_Node):
+    """A named tensor; its shape is known once bound."""
+
+    name: str
+    dims: Shape | None = None
+
+    @property
+    def shape(self) -> Shape:
+        if self.dims is None:
+            raise AlgebraError(f"{self.name} is not bound to a shape")
+        return self.dims
+
+
+@dataclass(frozen=True)
+class Fill(_Node):
+    """A constant, without a source."""
+
+    shape: Shape
+    value: float
+
+
+@dataclass(frozen=True)
+class Apply(_Node):
+    """An op applied to an expression."""
+
+    op: Op | Pattern
+    x: Expr
+
+    @cached_property
+    def shape(self) -> Shape:
+        return self.op.bind(self.x.shape).shape(self.x.shape)
+
+
+@dataclass(frozen=True)
+class Concat(_Node):
+    """Parts side by side on an axis. A stack is a concat of parts that have a unit axis there."""
+
+    axis: int
+    parts: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        first = self.parts[0].shape
+        for part in self.parts:
+            s = part.shape
+            if len(s) != len(first) or _without(s, self.axis) != _without(first, self.axis):
+                raise AlgebraError(
+                    f"{_a_name(part)} gives {s} where {_a_name(self.parts[0])} gives {first}"
+                )
+        n = sum(part.shape[self.axis] for part in self.parts)
+        return (*first[: self.axis], n, *first[self.axis + 1 :])
+
+    def placed(self) -> Iterator[tuple[Expr, int, int]]:
+        """Each part with the interval of the axis that it takes."""
+        at = 0
+        for part in self.parts:
+            yield part, at, at + part.shape[self.axis]
+            at += part.shape[self.axis]
+
+
+def hf(name: str) -> Tensor:
+    """A tensor of the Hugging Face checkpoint; `{l}`, `{e}` in its name are free indices."""
+    return Tensor(name)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A free index that runs over `numbers`, stacked along `axis` (clamped to the part's rank)."""
+
+    numbers: tuple[int, ...]
+    axis: int
+
+
+def bind(
+    template: Expr, shapes: Mapping[str, Shape], indices: Mapping[str, int | Stacked] | None = None
+) -> Expr:
+    """The bound form of a template.
+
+    Args:
+        template: an expression whose names may hold free indices.
+        shapes: shape of every tensor, by concrete name.
+        indices: a number, or `Stacked`, per free index. Stacks nest in the order given, the first
+            outermost.
+
+    Raises:
+        AlgebraError: naming the tensor that is missing or does not fit.
+    """
+    used = free_indices(template)
+    indices = {k: v for k, v in (indices or {}).items() if k in used}
+    for name, index in indices.items():
+        if isinstance(index, Stacked):
+            parts = [bind(template, shapes, {**indices, name: i}) for i in index.numbers]
+            return stack(parts, index.axis)
+    return _bind(template, shapes, indices)
+
+
+def _bind(node: Expr, shapes: Mapping[str, Shape], numbers: Mapping[str, int | Stacked]) -> Expr:
+    match node:
+        case Tensor(name):
+            concrete = name.format(**numbers)
+            if concrete not in shapes:
+                raise AlgebraError(f"tensor {concrete} is missing")
+            return Tensor(concrete, tuple(shapes[concrete]))
+        case Fill():
+            return node
+        case Concat(axis, parts):
+            bound = Concat(axis, tuple(_bind(part, shapes, numbers) for part in parts))
+            _ = bound.shape  # raises when the parts differ
+            return bound
+        case Apply(op, x):
+            inner = _bind(x, shapes, numbers)
+            try:
+                return apply(op, inner)
+            except AlgebraError as error:
+                raise AlgebraError(f"{_a_name(inner)}: {error}") from None
+
+
+def apply(op: Op | Pattern, x: Expr) -> Expr:
+    """`op` of a bound expression, in canonical form.
+
+    Identities vanish, neighbouring movements become one, and movement happens below arithmetic.
+    So expressions that say the same are equal, and a cell has as few steps as it can.
+    """
+    bound = op.bind(x.shape)
+    if bound.is_identity(x.shape):
+        return x
+    if isinstance(bound, Rearrange) and isinstance(x, Apply):
+        if isinstance(x.op, Affine):
+            return Apply(x.op, apply(bound, x.x))
+        if isinstance(x.op, Rearrange) and (fused := x.op.then(bound)):
+            return x.x if fused.is_identity(x.x.shape) else Apply(fused, x.x)
+    return Apply(bound, x)
+
+
+def stack(parts: Sequence[Expr], axis: int) -> Expr:
+    """Bound parts of one shape along a new axis; one part alone just gets a unit axis."""
+    axis = min(axis, len(parts[0].shape))
+    names = [f"x{i}" for i in range(len(parts[0].shape))]
+    unit = rearrange(f"{' '.join(names)} -> {' '.join([*names[:axis], '1', *names[axis:]])}")
+    stacked = Concat(axis, tuple(apply(unit, part) for part in parts))
+    _ = stacked.shape  # raises when the parts differ
+    return stacked if len(parts) > 1 else stacked.parts[0]
+
+
+def tensors(expr: Expr) -> Iterator[Tensor]:
+    """The tensors of an expression, left to right, with repeats."""
+    match expr:
+        case Tensor():
+            yield expr
+        case Apply(_, x):
+            yield from tensors(x)
+        case Concat(_, parts):
+            for part in parts:
+                yield from tensors(part)
+
+
+def free_indices(expr: Expr) -> set[str]:
+    """The free indices in the names of a template's tensors."""
+    names = (t.name for t in tensors(expr))
+    return {field for n in names for _, field, _, _ in string.Formatter().parse(n) if field}
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _a_name(expr: Expr) -> str:
+    return next((t.name for t in tensors(expr)), "a constant")

@@ -1,0 +1,52 @@
+"""Where checkpoints are read from."""
+
+import os
+import re
+
+from maxconv.errors import UserError
+from maxconv.sources.base import Box, Part, Source, Stats, aligned_empty, coalesce, runs
+from maxconv.sources.local import LocalSource
+from maxconv.sources.safetensors import TensorInfo
+
+__all__ = [
+    "Box",
+    "LocalSource",
+    "Part",
+    "Source",
+    "Stats",
+    "TensorInfo",
+    "aligned_empty",
+    "coalesce",
+    "open_source",
+    "runs",
+]
+
+
+def open_source(path: str, revision: str | None = None, token: str | None = None) -> Source:
+    """Opens a Hugging Face checkpoint.
+
+    Args:
+        path: a local directory.
+        revision: of a model on the Hugging Face Hub; a directory has none to choose from.
+        token: for the Hugging Face Hub; unused for a directory.
+
+    Raises:
+        UserError: with everything that is wrong with it.
+    """
+    if path.startswith("gs://"):
+        raise UserError(
+            f"{path} is not supported yet; copy it to a local directory first: "
+            f"`gcloud storage cp --recursive {path} DIR`."
+        )
+    name = path.removeprefix("hf://")
+    if name != path or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not os.path.exists(path)):
+        raise UserError(
+            f"{path} is not a local directory, and reading from the Hugging Face Hub is not "
+            f"supported yet; run `hf download {name} --local-dir DIR` first, then give DIR."
+        )
+    if revision is not None:
+        raise UserError(
+            f"{path} is a local directory, of which there is no revision {revision!r}; download "
+            "that revision, or leave the revision out."
+        )
+    return LocalSource(path)

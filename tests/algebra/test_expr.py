@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from maxconv.algebra import (
+    Affine,
+    AlgebraError,
+    Apply,
+    Concat,
+    Slice,
+    Stacked,
+    Tensor,
+    apply,
+    bind,
+    evaluate,
+    fit,
+    hf,
+    rearrange,
+    scale,
+    tensors,
+)
+
+GATE = hf("layers.{l}.gate") >> rearrange("m e -> e m")
+SHAPES = {f"layers.{i}.gate": (4, 3) for i in range(5)}
+
+
+def test_a_free_index_is_a_number_or_a_stack():
+    one = bind(GATE, SHAPES, {"l": 2})
+    assert one.shape == (3, 4)
+    assert [t.name for t in tensors(one)] == ["layers.2.gate"]
+    scanned = bind(GATE, SHAPES, {"l": Stacked(range(5), 1)})
+    assert scanned.shape == (3, 5, 4)
+    arrays = {n: np.random.default_rng(i).random((4, 3)) for i, n in enumerate(SHAPES)}
+    by_hand = np.stack([arrays[n].T for n in SHAPES], axis=1)
+    np.testing.assert_array_equal(evaluate(scanned, arrays), by_hand)
+
+
+def test_stacks_nest_in_the_order_given_and_clamp_to_the_rank():
+    shapes = {f"l{i}.e{j}": (2, 3) for i in range(4) for j in range(5)}
+    experts = bind(hf("l{l}.e{e}"), shapes, {"l": Stacked(range(4), 1), "e": Stacked(range(5), 0)})
+    assert experts.shape == (5, 4, 2, 3)
+    norm = bind(hf("n{l}"), {"n0": (7,), "n1": (7,)}, {"l": Stacked((0, 1), 3)})
+    assert norm.shape == (7, 2)
+
+
+def test_a_stack_of_one_is_a_unit_axis():
+    assert bind(GATE, SHAPES, {"l": Stacked((3,), 0)}).shape == (1, 3, 4)
+
+
+def test_cells_are_canonical():
+    shapes = {"q": (12, 5)}
+    template = (
+        hf("q") >> rearrange("(h d) e -> h d e", h=2) >> scale(2.0) >> rearrange("h d e -> e h d")
+    )
+    bound = bind(template, shapes)
+    assert isinstance(bound, Apply) and isinstance(bound.op, Affine)  # arithmetic on top
+    assert bound.x == bind(hf("q") >> rearrange("(h d) e -> e h d", h=2), shapes)  # one movement
+    assert bind(hf("q") >> rearrange("a b -> a b") >> fit(0, 12) >> scale(1), shapes) == Tensor(
+        "q", (12, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (hf("nope"), "tensor nope is missing"),
+        (hf("q") >> rearrange("(h d) e -> e h d", h=5), r"q: .*does not fit shape \(12, 5\)"),
+        (hf("q") >> Slice(0, 8, 8), r"q: Slice.* reaches past shape \(12, 5\)"),
+        (hf("q") >> fit(2, 3), "q: Fit.* does not fit shape"),
+        (Concat(0, (hf("q"), hf("k"))), r"k gives \(3, 4\) where q gives \(12, 5\)"),
+    ],
+)
+def test_what_does_not_fit_names_the_tensor(template, why):
+    with pytest.raises(AlgebraError, match=why):
+        bind(template, {"q": (12, 5), "k": (3, 4)})
+
+
+def test_layers_of_different_shapes_are_named():
+    shapes = {**SHAPES, "layers.3.gate": (4, 9)}
+    with pytest.raises(AlgebraError, match="layers.3.gate gives"):
+        bind(GATE, shapes, {"l": Stacked(range(5), 1)})
+
+
+def test_apply_refuses_what_is_already_bound_to_another_shape():
+    bound = rearrange("a b -> b a").bind((2, 3))
+    with pytest.raises(AlgebraError, match="does not fit shape"):
+        apply(bound, Tensor("x", (4, 5)))
