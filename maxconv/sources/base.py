@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import itemgetter
 from threading import Lock
 from typing import Any, Self
 
@@ -113,12 +114,12 @@ class Source(ABC):
             else:
                 together.append(part)
         for outer in coalesce([box for box, _ in together]):
-            yield outer, [part for part in together if intersect(outer, part[0])]
+            yield outer, [part for part in together if intersect(outer, part[0]) is not None]
 
     def _fill(self, info: TensorInfo, box: Box, array: np.ndarray) -> None:
         """Reads a box straight into a C-contiguous array."""
         offsets, nbytes = runs(info.shape, box, info.dtype.itemsize)
-        buffer = memoryview(array.reshape(-1).view(np.uint8))
+        buffer = array.reshape(-1).view(np.uint8).data
         self._fetch(info, (offsets + info.offset).tolist(), nbytes, buffer)
         self.stats.add(len(buffer), len(offsets))
 
@@ -150,9 +151,7 @@ def dims(box: Box) -> tuple[int, ...]:
 
 def intersect(a: Box, b: Box) -> Box | None:
     """What two boxes of the same rank have in common; None if nothing."""
-    common = tuple(
-        (max(i, k), min(j, m)) for (i, j), (k, m) in zip(a, b, strict=True)
-    )
+    common = tuple((max(i, k), min(j, m)) for (i, j), (k, m) in zip(a, b, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
@@ -183,7 +182,7 @@ def coalesce(boxes: Iterable[Box]) -> list[Box]:
     boxes = list(boxes)
     for axis in reversed(range(len(boxes[0]) if boxes else 0)):
         joined: dict[tuple[Box, int], Box] = {}  # by the other axes, and the end along this one
-        for box in sorted(boxes, key=lambda box: box[axis]):  # noqa: B023
+        for box in sorted(boxes, key=itemgetter(axis)):
             others = box[:axis] + box[axis + 1 :]
             start, stop = box[axis]
             before = joined.pop((others, start), None)
@@ -219,7 +218,7 @@ def aligned_empty(shape: Sequence[int], dtype: DTypeLike, zero: bool = False) ->
 def _scatter(box: Box, block: np.ndarray, parts: Iterable[Part]) -> None:
     """Copies the block, which is a box of a tensor, to the parts it meets."""
     for target, array in parts:
-        if common := intersect(box, target):
+        if (common := intersect(box, target)) is not None:
             array[_slices(common, target)] = block[_slices(common, box)]
 
 

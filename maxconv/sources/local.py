@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -124,7 +124,7 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{name} does not exist; download it.") from None
+        raise UserError(f"{name} does not exist; download it first.") from None
     except PermissionError:
         raise UserError(f"{name} may not be read by this user; change its permissions.") from None
     except OSError as error:
@@ -133,12 +133,11 @@ def _reading(name: str) -> Iterator[None]:
 
 def _list(directory: Path) -> set[str]:
     """The names in a directory."""
-    if not directory.exists():
-        raise UserError(f"{directory} does not exist; give the directory of a checkpoint.")
-    if not directory.is_dir():
-        raise UserError(f"{directory} is a file; give the directory that holds it.")
     with _reading(str(directory)):
-        return set(os.listdir(directory))
+        try:
+            return set(os.listdir(directory))
+        except NotADirectoryError:
+            raise UserError(f"{directory} is a file; give the directory that holds it.") from None
 
 
 def _check_downloads(directory: Path) -> list[str]:
@@ -170,14 +169,14 @@ def _read_index(directory: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{INDEX} has no weight_map; download it again.")
     # Where links lead is not asked: the Hugging Face cache links to blobs outside the directory.
-    bad = {
-        str(file)
-        for file in weight_map.values()
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in Path(file).parts
-    }
+    bad = {str(file) for file in weight_map.values() if not _is_beside(file)}
     if bad:
         raise UserError(f"{INDEX} names {some(sorted(bad))}; it may name files beside it only.")
     return weight_map
+
+
+def _is_beside(file: object) -> bool:
+    return isinstance(file, str) and not file.startswith("/") and ".." not in Path(file).parts
 
 
 def _choose_files(

@@ -1,0 +1,324 @@
+"""Saving leaves that do not exist yet: a streaming Orbax save in the layout of MaxText.
+
+A `LazyTensor` stands in the tree for an array. Orbax writes its metadata at once and asks for the
+array when there is room in the window, so a save never holds the model. What is written is what
+Orbax 0.12.8 writes for ordinary arrays, apart from how OCDBT spreads them over its data files;
+this uses private parts of that release, which is why it is pinned.
+"""
+
+import asyncio
+import contextvars
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures import future
+from orbax.checkpoint._src.multihost import multihost
+from orbax.checkpoint._src.serialization import jax_array_handlers, replica_slices
+from orbax.checkpoint._src.serialization import types as types_v0
+from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
+from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handler
+from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
+
+FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
+TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
+
+
+class LazyTensor:
+    """A leaf that is not there yet: what an array would be, and how to make it.
+
+    Attributes:
+        shape, dtype, name, sharding: of the array. Without a sharding it goes to one device.
+    """
+
+    def __init__(
+        self,
+        load_fn: Callable[[], Any],
+        shape: Sequence[int],
+        dtype: Any,
+        name: str = "unknown",
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        self._load_fn = load_fn
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.name = name
+        self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array, over all devices."""
+        return self.size * self.itemsize
+
+    @property
+    def local_nbytes(self) -> int:
+        """Bytes that this process holds once the array is there."""
+        shard = math.prod(self.sharding.shard_shape(self.shape)) * self.itemsize
+        return shard * len(self.sharding.addressable_devices)
+
+    def load(self) -> jax.Array:
+        """Makes the array; raises ValueError when it is not what was declared."""
+        array = self._load_fn()
+        if not isinstance(array, jax.Array):
+            array = jax.device_put(array, self.sharding)
+        if (array.shape, array.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"{self.name} is declared as {self.shape} {self.dtype}, "
+                f"but came as {array.shape} {array.dtype}"
+            )
+        if not array.sharding.is_equivalent_to(self.sharding, self.ndim):
+            raise ValueError(f"{self.name} came as {array.sharding}, not as {self.sharding}")
+        return array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.load(), dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, {self.shape}, {self.dtype})"
+
+
+@dataclass
+class Progress:
+    """How far a save is, in this process. `written` and `total` are bytes of finished leaves."""
+
+    total: int = 0
+    written: int = 0
+    leaves: int = 0
+    held: int = 0
+    peak_held: int = 0
+
+    def hold(self, nbytes: int) -> None:
+        self.held += nbytes
+        self.peak_held = max(self.peak_held, self.held)
+
+
+class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
+    """Orbax's handler of arrays, fed with lazy ones: makes each when the window has room."""
+
+    window: int
+    progress: Progress
+
+    async def serialize(
+        self,
+        values: Sequence[LazyTensor],
+        infos: Sequence[types_v0.ParamInfo],
+        args: Sequence[types_v0.SaveArgs] | None = None,
+    ) -> Sequence[future.Future]:
+        args = args or [types_v0.SaveArgs()] * len(values)
+        types_v0.check_input_arguments(values, infos, args)
+        jax_array_handlers.check_array_values(values, infos)  # type: ignore[arg-type]
+        work = {"lazy_array_handler": self._stream(list(values), infos, args)}
+        if self._enable_write_sharding_file:
+            work["serialize_shardings"] = jax_array_handlers._async_serialize_shardings(
+                [v.sharding for v in values], infos, primary_host=self._primary_host
+            )
+        return [
+            future.CommitFutureAwaitingContractedSignals(coroutine, name=name)
+            for name, coroutine in work.items()
+        ]
+
+    async def _stream(
+        self,
+        values: list[Any],
+        infos: Sequence[types_v0.ParamInfo],
+        args: Sequence[types_v0.SaveArgs],
+    ) -> None:
+        room = asyncio.Condition()
+        metadata: dict[int, Any] = {}
+
+        async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
+            try:
+                (metadata[i],) = await self._write(array, infos[i], args[i])
+            finally:
+                del array
+                self.progress.hold(-cost)
+                async with room:
+                    room.notify_all()
+            self.progress.written += cost
+            self.progress.leaves += 1
+
+        # One thread: leaves are made in one order on all processes, as collectives must be.
+        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
+            async with asyncio.TaskGroup() as writes:
+                for i, value in enumerate(values):
+                    cost = value.local_nbytes
+                    async with room:
+                        await room.wait_for(lambda cost=cost: self._has_room(cost))
+                    self.progress.hold(cost)
+                    make = contextvars.copy_context().run  # jax.config is thread-local
+                    loop = asyncio.get_running_loop()
+                    array = await loop.run_in_executor(maker, make, self._to_host, value)
+                    values[i] = None
+                    writes.create_task(write(i, array, cost))
+                    del array
+        if self._array_metadata_store is not None:
+            await self._array_metadata_store.write(
+                checkpoint_dir=infos[0].parent_dir,
+                array_metadatas=[metadata[i] for i in range(len(infos))],
+                process_index=multihost.process_index(),
+            )
+
+    def _has_room(self, cost: int) -> bool:
+        return not self.progress.held or self.progress.held + cost <= self.window
+
+    def _to_host(self, value: LazyTensor) -> replica_slices.ReplicaSlices:
+        (on_host,) = replica_slices.transfer_arrays_to_host(
+            [value.load()],
+            self._replica_id,
+            self._use_replica_parallel,
+            self._min_slice_bytes_for_replica_parallel,
+            self._max_replicas_for_replica_parallel,
+        )
+        return on_host
+
+    def _write(
+        self,
+        array: replica_slices.ReplicaSlices,
+        info: types_v0.ParamInfo,
+        args: types_v0.SaveArgs,
+    ) -> Awaitable[Sequence[Any]]:
+        return jax_array_handlers._async_serialize_replica_slices(
+            [array],
+            [info],
+            [args],
+            primary_host=self._primary_host,
+            metadata_key=self._metadata_key,
+            array_metadata_store=None,  # written once, for all leaves
+            enable_replica_parallel_separate_folder=self._enable_replica_parallel_separate_folder,
+            use_replica_parallel=self._use_replica_parallel,
+            ext_metadata={},
+        )
+
+
+class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
+    """Orbax's leaf handler for `LazyTensor`: saves it as the jax.Array that it becomes.
+
+    `window` bounds the bytes of finished leaves that wait to be written.
+    """
+
+    window = 512 << 20
+    progress = Progress()
+
+    def __init__(self, *, context: ocp.Context | None = None):
+        super().__init__(context=context)
+        saving = self._context.array_options.saving
+        primary = self._context.multiprocessing_options.primary_host
+        self._handler_impl = _LazyArrayHandler(
+            primary_host=primary,
+            replica_id=None if primary is None else 0,
+            use_replica_parallel=saving.use_replica_parallel,
+            min_slice_bytes_for_replica_parallel=saving.min_slice_bytes_for_replica_parallel,
+            max_replicas_for_replica_parallel=saving.max_replicas_for_replica_parallel,
+            enable_replica_parallel_separate_folder=saving.enable_replica_parallel_separate_folder,
+            enable_write_sharding_file=saving.enable_write_sharding_file,
+            array_metadata_store=saving.array_metadata_store,
+        )
+        self._handler_impl.window = self.window
+        self._handler_impl.progress = self.progress
+
+
+class _AbstractLazyTensor:
+    """What a LazyTensor would be loaded as; Orbax wants one, nothing is loaded so."""
+
+    _maxconv_lazy_tensor: bool
+
+
+def _tree_handler(window: int, progress: Progress) -> type:
+    """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
+    leaf_handler = type(
+        "LazyTensorHandler", (LazyTensorHandler,), {"window": window, "progress": progress}
+    )
+
+    class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
+        def __init__(self, **kwargs: Any):
+            leaves = leaf_registry.StandardLeafHandlerRegistry()
+            leaves.add(
+                LazyTensor, _AbstractLazyTensor, leaf_handler, secondary_typestrs=["jax.Array"]
+            )
+            super().__init__(leaf_handler_registry=leaves, **kwargs)
+
+    stock = pytree_handler.PyTreeHandler
+    TreeHandler.__module__, TreeHandler.__qualname__ = stock.__module__, stock.__qualname__
+    return TreeHandler
+
+
+def context(
+    use_ocdbt: bool = True, use_zarr3: bool = True, compression: bool = False
+) -> ocp.Context:
+    """The Orbax context of MaxText 0.2.5's checkpoint manager (common/checkpoint_context.py)."""
+    ctx = ocp.Context()
+    ctx.array.saving.use_ocdbt = use_ocdbt
+    ctx.array.saving.use_zarr3 = use_zarr3
+    ctx.array.saving.use_compression = compression
+    ctx.array.saving.ocdbt_target_data_file_size = FILE_BYTES
+    ctx.array.saving.storage_options.chunk_byte_size = FILE_BYTES
+    ctx.asynchronous.timeout_secs = TIMEOUT_SECONDS
+    ctx.pytree.loading.partial_load = True
+    return ctx
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """What MaxText saves, in its order: flax.training.train_state.TrainState without functions."""
+
+    step: int
+    params: dict[str, Any]
+    opt_state: dict[str, Any]
+
+
+def train_state(leaves: Iterable[tuple[Sequence[str], Any]]) -> TrainState:
+    """The state before the first step: parameters nested by their paths, no optimizer state."""
+    params: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return TrainState(0, params, {})
+
+
+def save(
+    directory: Path,
+    state: TrainState,
+    scan_layers: bool,
+    window: int,
+    progress: Progress,
+    ctx: ocp.Context | None = None,
+) -> None:
+    """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
+
+    `window` in bytes per process. Returns when everything is durable; until then nothing there
+    reads as a checkpoint.
+    """
+    ctx = ctx or context()
+    ctx.memory.write_concurrent_bytes = window
+    handlers = ocp.handlers.local_registry()
+    handlers.add(_tree_handler(window, progress), checkpointable_name="items")
+    ctx.checkpointables.registry = handlers
+    with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
+        saving = checkpointer.save_checkpointables_async(
+            0, {"items": state}, force=True, custom_metadata={"scan_layers": scan_layers}
+        )
+        assert saving is not None
+        saving.result()

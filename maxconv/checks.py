@@ -1,0 +1,112 @@
+"""What is wrong with the values of a config, each in a sentence."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.tables import MODEL_KEYS, defaults, model_facts
+
+# Keys whose default is the only value that a conversion can serve so far.
+_FIXED_KEYS = (
+    "use_multimodal",
+    "use_audio",
+    "fused_qkv",
+    "fused_mlp",
+    "share_kv_projections",
+    "prefuse_moe_weights",
+    "mtp_num_layers",
+    "global_parameter_scale",
+    "hf_lora_adapter_path",
+    "ici_pipeline_parallelism",
+    "dcn_pipeline_parallelism",
+)
+
+_CHOICES = {
+    "save_dtype": ("bfloat16", "float32"),
+    "verify": ("none", "sample", "full"),
+    "eager_load_method": ("safetensors",),
+    "hardware": ("tpu", "cpu"),
+}
+_NOT_YET = {
+    "save_dtype": ("float8_e4m3fn",),
+    "eager_load_method": ("transformers",),
+    "hardware": ("gpu", "gpu_multiprocess"),
+}
+_MINIMUM = {
+    "param_scan_axis": 0,
+    "simulated_cpu_devices_count": 1,
+    "num_processes": 1,
+    "process_id": 0,
+    "jax_distributed_initialization_timeout": 1,
+} | {key: 1 for key in MODEL_KEYS if key.startswith("base_") or key in ("head_dim", "vocab_size")}
+
+
+def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the final values of all keys and flags."""
+    for key, choices in _CHOICES.items():
+        if values[key] in _NOT_YET.get(key, ()):
+            yield f"{key}={values[key]} is not supported yet: use {' or '.join(choices)}"
+        elif values[key] not in choices:
+            yield f"{key}={values[key]} is not one of {', '.join(choices)}"
+    for key in _FIXED_KEYS:
+        if values[key] != defaults()[key]:
+            yield f"{key}={values[key]} is not supported yet: take it out"
+    for key, minimum in _MINIMUM.items():
+        if values[key] is not None and values[key] < minimum:
+            yield f"{key}={values[key]} is less than {minimum}"
+    for key, value in values.items():
+        if (key.endswith("_parallelism") or key == "num_slices") and value < 1 and value != -1:
+            yield f"{key}={value} is neither positive nor -1"
+    if (memory := values["max_host_memory_gb"]) is not None and not memory > 0:
+        yield f"max_host_memory_gb={memory} is not positive"
+    yield from _mesh_problems(values["mesh_axes"], values["logical_axis_rules"])
+    yield from _process_problems(values)
+
+
+def model_problems(
+    name: str | None, overrides: Mapping[str, Any], may_override: bool
+) -> Iterator[str]:
+    """An unknown model, or a size that is not the model's own without `override_model_config`."""
+    try:
+        facts = model_facts(name) or {}
+    except UserError as error:
+        yield from error.problems
+        return
+    for key, value in overrides.items():
+        if not may_override and key in facts and value != facts[key]:
+            yield (
+                f"{key}={value} differs from {name}'s {facts[key]}: take it out, or add "
+                "override_model_config=True"
+            )
+
+
+def is_rule(rule: Any) -> bool:
+    """Whether `rule` is `[name, axes]`, axes being one, several or none."""
+    if not (isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str)):
+        return False
+    axes = rule[1]
+    return axes is None or isinstance(axes, str) or _are_names(axes)
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def _mesh_problems(axes: Any, rules: Sequence[Any]) -> Iterator[str]:
+    if not _are_names(axes) or not axes or len(set(axes)) < len(axes):
+        yield f"mesh_axes={axes} is not a list of different names"
+    for rule in rules:
+        if not is_rule(rule):
+            yield f"logical_axis_rules: {rule} is not of the form [name, [mesh axes]]"
+
+
+def _process_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    names = ("coordinator_address", "num_processes", "process_id")
+    missing = [f"--{name}" for name in names if values[name] is None]
+    if missing and len(missing) < len(names):
+        yield f"{' and '.join(missing)} missing: give all of --{', --'.join(names)}, or none"
+    elif not missing and values["process_id"] >= values["num_processes"]:
+        yield (
+            f"--process_id={values['process_id']} is not below "
+            f"--num_processes={values['num_processes']}"
+        )

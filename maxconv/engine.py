@@ -1,0 +1,151 @@
+"""Makes leaves: read ahead, raw bytes to the devices, one compiled cell after another.
+
+One byte budget, the window, bounds what a process holds besides the leaf it is making: a quarter
+of it is for bytes read ahead, the rest for finished leaves that are being written (checkpoint.py).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from maxconv.algebra import clip, dims, slices
+from maxconv.plan import CellRead, LeafPlan, Plan, Recipe, Step, local_boxes
+from maxconv.program import bits, compile_blank, compile_cell
+from maxconv.sources import Source, aligned_empty
+
+READERS = 2  # threads that read cells: one copies while the other waits for its storage
+
+
+@dataclass
+class Stats:
+    """What an engine did in this process. What was read is counted by the source.
+
+    `ahead` and `peak_ahead` are the bytes of cells that are read, or being read, but not done.
+    """
+
+    compiled: int = 0
+    leaves: int = 0
+    cells: int = 0
+    ahead: int = 0
+    peak_ahead: int = 0
+
+
+class Engine:
+    """Makes the leaves of a plan, preferably in its order: that is how it reads ahead.
+
+    A context manager. Leaves are made by one thread at a time: a cell that has collectives must be
+    launched in the same order on all processes.
+    """
+
+    def __init__(self, plan: Plan, source: Source, window: int):
+        """`window`: the budget, in bytes per process."""
+        self.stats = Stats()
+        self._cells = cache(self._counted(compile_cell))
+        self._blanks = cache(self._counted(compile_blank))
+        self._ahead = _ReadAhead(plan, source, window // 4, self.stats)
+
+    def make(self, leaf: LeafPlan) -> jax.Array:
+        """The whole leaf, as a global array in its training sharding."""
+        array = None
+        for recipe, step in leaf.steps:
+            with self._ahead.take(leaf, recipe, step) as reads:
+                run = self._cells(recipe)
+                if recipe.is_whole:
+                    array = run(*reads)
+                else:
+                    if array is None:
+                        array = self._blanks(recipe.shape, recipe.dtype, recipe.sharding)()
+                    array = run(array, np.array(step.offset, np.int32), *reads)
+                array.block_until_ready()  # what it read may go
+            self.stats.cells += 1
+        assert array is not None
+        self.stats.leaves += 1
+        return array
+
+    def _counted(self, compile: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*key: Any) -> Any:
+            self.stats.compiled += 1
+            return compile(*key)
+
+        return counted
+
+    def close(self) -> None:
+        """Stops reading."""
+        self._ahead.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ReadAhead:
+    """Reads the cells of a plan in order, as far ahead as `limit` bytes allow."""
+
+    def __init__(self, plan: Plan, source: Source, limit: int, stats: Stats):
+        self._source, self._limit, self._stats = source, limit, stats
+        self._to_come = ((leaf.name, r, s) for leaf in plan.leaves for r, s in leaf.steps)
+        self._next = next(self._to_come, None)
+        self._queue: deque[tuple[str, Step, Future[list[jax.Array]]]] = deque()
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+
+    @contextmanager
+    def take(self, leaf: LeafPlan, recipe: Recipe, step: Step) -> Iterator[list[jax.Array]]:
+        """What a cell reads, on its devices; it counts as held until the block ends."""
+        self._top_up()
+        if self._queue and self._queue[0][:2] == (leaf.name, step):
+            reads = self._queue.popleft()[2].result()
+        else:  # out of order: nothing was read ahead
+            self._hold(recipe.buffer_nbytes)
+            reads = _fetch(self._source, recipe, step)
+        yield reads
+        self._hold(-recipe.buffer_nbytes)
+        del reads
+        self._top_up()
+
+    def _top_up(self) -> None:
+        while self._next is not None:
+            name, recipe, step = self._next
+            if self._stats.ahead and self._stats.ahead + recipe.buffer_nbytes > self._limit:
+                return
+            self._hold(recipe.buffer_nbytes)
+            self._queue.append((name, step, self._pool.submit(_fetch, self._source, recipe, step)))
+            self._next = next(self._to_come, None)
+
+    def _hold(self, nbytes: int) -> None:
+        self._stats.ahead += nbytes
+        self._stats.peak_ahead = max(self._stats.peak_ahead, self._stats.ahead)
+
+    def close(self) -> None:
+        self._next = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+
+
+def _fetch(source: Source, recipe: Recipe, step: Step) -> list[jax.Array]:
+    """What a cell reads, as global arrays of unsigned bits."""
+    return [
+        _fetch_one(source, read, step.names[i])
+        for read, i in zip(recipe.reads, recipe.inputs, strict=True)
+    ]
+
+
+def _fetch_one(source: Source, read: CellRead, name: str) -> jax.Array:
+    boxes = local_boxes(read.sharding, read.box)
+    host, parts = {}, []
+    for box in set(boxes.values()):  # devices that need the same box share its bytes
+        inside = clip(box, read.tensor)
+        # Aligned, so that a CPU device takes the memory as it is.
+        host[box] = aligned_empty(dims(box), bits(read.dtype), zero=inside != box)
+        parts.append((inside, host[box][slices(inside, box)]))
+    source.read(source.tensors[name], parts)
+    shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+    return jax.make_array_from_single_device_arrays(read.shape, read.sharding, shards)

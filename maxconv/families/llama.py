@@ -1,0 +1,28 @@
+"""Llama, of every size. transformers modeling_llama.py; MaxText models/llama2.py."""
+
+from maxconv.families.blocks import (
+    ROPE_PAIRS,
+    attention,
+    ends,
+    gated_mlp,
+    pre_norms,
+    query_scale,
+)
+from maxconv.families.table import Dims, Family
+
+
+def rows(d: Dims):
+    return (
+        *ends(d),
+        *pre_norms(),
+        *attention(d, query=(ROPE_PAIRS, query_scale(d.head_dim)), key=(ROPE_PAIRS,)),
+        *gated_mlp(),
+    )
+
+
+LLAMA = Family(
+    architectures=("LlamaForCausalLM",),
+    decoder_block="llama2",
+    rows=rows,
+    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+)

@@ -1,0 +1,129 @@
+"""Which model a checkpoint is: config.json, MaxText's table and the user's words, together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.families import BY_ARCHITECTURE, Dims, Family
+from maxconv.sources import Source
+
+# Field of Dims, MaxText's key, config.json's key.
+_FACTS = (
+    ("emb", "base_emb_dim", "hidden_size"),
+    ("mlp", "base_mlp_dim", "intermediate_size"),
+    ("heads", "base_num_query_heads", "num_attention_heads"),
+    ("kv_heads", "base_num_kv_heads", "num_key_value_heads"),
+    ("head_dim", "head_dim", "head_dim"),
+    ("layers", "base_num_decoder_layers", "num_hidden_layers"),
+    ("vocab", "vocab_size", "vocab_size"),
+    ("tied", "logits_via_embedding", "tie_word_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family at its sizes.
+
+    `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
+    vocabulary may be padded or cut, its layers may be fewer. `notices` says where they differ.
+    """
+
+    family: Family
+    dims: Dims
+    published: Dims
+    notices: tuple[str, ...]
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor is left out on purpose: ignored, tied, or of a layer past the last."""
+        if self.family.ignores(name) or (self.dims.tied and name == "lm_head.weight"):
+            return True
+        prefix, _, rest = name.partition(".layers.")
+        number = rest.partition(".")[0]
+        return bool(prefix) and number.isdigit() and int(number) >= self.dims.layers
+
+
+def resolve(
+    source: Source,
+    name: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    words: Mapping[str, Any] | None = None,
+) -> Model:
+    """The model of a checkpoint.
+
+    Args:
+        source: where config.json and the tensor names come from.
+        name: MaxText's model_name, or None to take everything from config.json.
+        facts: MaxText's own configuration of that model.
+        words: what the user typed, which overrides both.
+
+    Raises:
+        UserError: an architecture that is not known, or every difference between config.json and
+            what MaxText would build, at once.
+    """
+    family = _family(source)
+    try:
+        published = family.dims(source.config, source.tensors)
+    except KeyError as error:
+        raise UserError(
+            f"config.json in {source.root} has no entry {error}; take that of the original model."
+        ) from None
+    words, facts = words or {}, facts or {}
+    problems = _block_problems(family, name, facts)
+    chosen: dict[str, Any] = {}
+    for field, key, hf_key in _FACTS:
+        theirs, typed = getattr(published, field), key in words
+        ours = words[key] if typed else facts.get(key, theirs)
+        chosen[field] = ours
+        if ours != theirs and not _may_differ(field, ours, theirs, family, typed):
+            said = f"{key}={ours}" + ("" if typed else f" of {name}")
+            mend = f"{key}={theirs}" if typed else f"override_model_config=True {key}={theirs}"
+            problems.append(
+                f"{said} contradicts {hf_key}={theirs} in config.json; if the checkpoint is right, "
+                f"say {mend}."
+            )
+    if problems:
+        raise UserError(problems)
+    dims = replace(published, **chosen)
+    return Model(family, dims, published, tuple(_notices(dims, published)))
+
+
+def _family(source: Source) -> Family:
+    named = source.config.get("architectures") or []
+    for architecture in named:
+        if architecture in BY_ARCHITECTURE:
+            return BY_ARCHITECTURE[architecture]
+    raise UserError(
+        f"{source.root} is a {', '.join(named) or 'model without an architecture in config.json'}; "
+        f"maxconv knows {', '.join(BY_ARCHITECTURE)}."
+    )
+
+
+def _block_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
+    block = facts.get("decoder_block", family.decoder_block)
+    if block == family.decoder_block:
+        return []
+    return [
+        f"model_name={name} builds MaxText's {block} decoder, but config.json says "
+        f"{family.architectures[0]}, which is {family.decoder_block}; name the model it is."
+    ]
+
+
+def _may_differ(field: str, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:
+    match field:
+        case "vocab":  # MaxText's own tables pad some families; the user may pad any
+            return family.pads_vocab or (typed and ours > theirs)
+        case "layers":  # the first N, as people test
+            return typed and 0 < ours < theirs
+        case _:
+            return False
+
+
+def _notices(dims: Dims, published: Dims):
+    if dims.vocab > published.vocab:
+        yield f"vocabulary padded with zeros from {published.vocab} to {dims.vocab} rows"
+    if dims.vocab < published.vocab:
+        yield f"vocabulary cut from {published.vocab} to {dims.vocab} rows, as MaxText does"
+    if dims.layers < published.layers:
+        yield f"only the first {dims.layers} of {published.layers} layers"
+    assert {f.name for f in fields(dims)} == {field for field, _, _ in _FACTS}

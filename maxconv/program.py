@@ -1,0 +1,116 @@
+"""The jitted functions that make a leaf out of raw bytes.
+
+Every input crosses as unsigned bits in the sharding that the plan chose, and is given its type on
+the device; a recipe that only moves data stays in bits to the end, so that NaN payloads survive.
+Leaves of several cells are written cell by cell into one donated buffer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxconv.algebra import Affine, Apply, Concat, Expr, Fill, Shape, trace
+from maxconv.plan import Recipe
+
+
+def bits(dtype: np.dtype) -> np.dtype:
+    """The unsigned integer of the same width."""
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
+    """The pure function of a recipe, over its reads as unsigned bits.
+
+    `f(*reads)` when the cell is the leaf; else `f(leaf, offset, *reads)`, which writes the cell
+    into `leaf` at `offset` (int32, one number an axis).
+    """
+    run = trace(recipe.cell).run
+    moves = _only_moves(recipe.cell) and all(r.dtype == recipe.dtype for r in recipe.reads)
+
+    def cell(*reads: jax.Array) -> jax.Array:
+        if moves:
+            return _retype(run(reads), recipe.dtype)
+        typed = [
+            _rounded(_retype(x, r.dtype), recipe.dtype)
+            for x, r in zip(reads, recipe.reads, strict=True)
+        ]
+        return jnp.asarray(run(typed)).astype(recipe.dtype)
+
+    def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
+        at = tuple(offset[axis] for axis in range(leaf.ndim))
+        return _update(leaf, cell(*reads), at)
+
+    return cell if recipe.is_whole else write
+
+
+def compile_cell(recipe: Recipe) -> Any:
+    """The compiled function of a recipe, for the mesh of its shardings; the leaf is donated."""
+    reads = [
+        jax.ShapeDtypeStruct(r.shape, bits(r.dtype), sharding=r.sharding) for r in recipe.reads
+    ]
+    function = cell_function(recipe)
+    if recipe.is_whole:
+        return jax.jit(function, out_shardings=recipe.sharding).lower(*reads).compile()
+    leaf = jax.ShapeDtypeStruct(recipe.shape, recipe.dtype, sharding=recipe.sharding)
+    everywhere = NamedSharding(recipe.sharding.mesh, PartitionSpec())
+    offset = jax.ShapeDtypeStruct((len(recipe.shape),), np.int32, sharding=everywhere)
+    jitted = jax.jit(function, donate_argnums=0, out_shardings=recipe.sharding)
+    return jitted.lower(leaf, offset, *reads).compile()
+
+
+def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any:
+    """Compiles a leaf of zeros, for cells to be written into."""
+
+    def blank() -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    return jax.jit(blank, out_shardings=sharding).lower().compile()
+
+
+def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A source in the dtype that is stored: MaxText rounds before it computes, too.
+
+    XLA may drop a rounding that it sees undone by the next operation (excess precision), but not
+    one that is asked for by reduce_precision.
+    """
+    if x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    info = jnp.finfo(dtype)
+    wide = x.astype(jnp.float32)
+    return lax.reduce_precision(wide, info.nexp, info.nmant).astype(dtype)
+
+
+def _update(leaf: jax.Array, cell: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    """Writes a cell into its leaf, in place.
+
+    XLA:CPU widens small floats here, which is slow and quiets NaNs, so there the bits are written;
+    on a TPU a bitcast of the leaf would copy it, and nothing is widened.
+    """
+
+    def in_bits(leaf: jax.Array, cell: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        unsigned = bits(leaf.dtype)
+        written = lax.dynamic_update_slice(_retype(leaf, unsigned), _retype(cell, unsigned), at)
+        return _retype(written, leaf.dtype)
+
+    return lax.platform_dependent(leaf, cell, at, cpu=in_bits, default=lax.dynamic_update_slice)
+
+
+def _only_moves(expr: Expr) -> bool:
+    match expr:
+        case Fill() | Apply(Affine(), _):
+            return False
+        case Apply(_, x):
+            return _only_moves(x)
+        case Concat(_, parts):
+            return all(_only_moves(part) for part in parts)
+        case _:
+            return True

@@ -1,0 +1,64 @@
+"""The data in `configs/`: MaxText's keys and their defaults, and the models."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.words import did_you_mean, load_yaml
+
+MODEL_KEYS = (
+    "decoder_block",
+    "base_emb_dim",
+    "base_num_query_heads",
+    "base_num_kv_heads",
+    "base_mlp_dim",
+    "base_num_decoder_layers",
+    "head_dim",
+    "vocab_size",
+    "logits_via_embedding",
+    "attention_bias",
+    "use_qk_norm",
+)
+"""The keys that decide the shapes of a model's weights."""
+
+
+def config_path(name: str) -> Path:
+    """Where `configs/<name>` is: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs" / name
+    return installed if installed.exists() else package.parent / "configs" / name
+
+
+def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
+    """MaxText's facts of a model: its `hf_id` and a value for each of `MODEL_KEYS`."""
+    if model_name is None:
+        return None
+    models = known_models()
+    if model_name not in models:
+        near = did_you_mean(model_name, models) or "."
+        raise UserError(
+            f"model_name={model_name} is not supported yet{near} Supported are {', '.join(models)}."
+        )
+    return {key: defaults()[key] for key in MODEL_KEYS} | dict(models[model_name])
+
+
+@cache
+def defaults() -> Mapping[str, Any]:
+    """The keys of MaxText that we read, with their default values."""
+    return MappingProxyType(load_yaml(config_path("base.yml").read_text()))
+
+
+@cache
+def known_models() -> Mapping[str, Mapping[str, Any]]:
+    """The rows of `models.yml`."""
+    table = load_yaml(config_path("models.yml").read_text())
+    return {name: facts for name, facts in table.items() if not name.startswith(".")}
+
+
+@cache
+def maxtext_keys() -> frozenset[str]:
+    """The names of all keys of MaxText."""
+    return frozenset(config_path("maxtext_keys.txt").read_text().split())

@@ -1,0 +1,130 @@
+"""Loads a converted SmolLM2 with MaxText and computes its logits.
+
+    python load_logits.py ITEMS --loader pretrain --scan --out FILE [KEY=VALUE ...]
+
+ITEMS is the directory `0/items` of the checkpoint. `pretrain` loads it as a training run does
+(`load_parameters_path`, Orbax's version 1 API); `from_pretrained` as fine-tuning, RL and decoding
+do (Orbax's old API). In both cases the model lies in shards on eight simulated devices and computes
+in float32. FILE gets the logits at every position of the stored sequences (see
+`reference_logits.py`) and the continuations that MaxText chooses. Words after the options are
+further MaxText config words. Runs in the environment that `environment.sh` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TESTS = Path(__file__).resolve().parents[1]
+REFERENCE = TESTS / "data" / "smollm2_reference.npz"
+sys.path.insert(0, str(TESTS))
+
+import smollm2  # noqa: E402
+
+DEVICES = 8
+
+# Before jax is imported. Nothing below needs the network, and libraries must not try.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+}
+
+RUN_WORDS = [
+    *smollm2.MAXTEXT_WORDS,
+    *smollm2.MAXTEXT_RUN_WORDS,
+    "run_name=load",
+    "hardware=cpu",
+    "skip_jax_distributed_system=True",
+    "enable_checkpointing=false",  # of the run itself: it saves nothing
+    "dataset_type=synthetic",
+    "steps=1",
+    "per_device_batch_size=1",
+    # Nine and three heads can't be split over eight devices: every weight is, over its embedding
+    # axis, and so is the batch.
+    f"ici_fsdp_parallelism={DEVICES}",
+    "attention=dot_product",
+    "dtype=float32",
+    "weight_dtype=float32",
+    "matmul_precision=highest",
+    "float32_qk_product=true",
+    "float32_logits=true",
+]
+
+
+def load(config: Any, loader: str) -> tuple[Any, Any]:
+    """The model with the weights of the checkpoint, and its mesh."""
+    from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
+
+    if loader == "pretrain":
+        _, _, _, model, mesh, *_ = train_utils.setup_train_loop(config, recorder=None)
+        return model, mesh
+    mesh = maxtext_utils.get_mesh_from_config(config)
+    return model_creation_utils.from_pretrained(config, mesh=mesh), mesh
+
+
+def compile_forward(model: Any, mesh: Any, config: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from sequences to the logits at all their positions."""
+    import jax
+    from flax import nnx
+    from flax.linen import partitioning
+
+    graph, state = nnx.split(model)
+    length = config.max_target_length
+
+    @jax.jit
+    def compute(state: Any, tokens: jax.Array) -> jax.Array:
+        positions = np.broadcast_to(np.arange(length), tokens.shape)
+        segments = np.ones(tokens.shape, np.int32)
+        return nnx.merge(graph, state)(tokens, positions, segments, enable_dropout=False)
+
+    def forward(tokens: np.ndarray) -> np.ndarray:
+        batch = np.zeros((config.global_batch_size_to_load, length), np.int32)
+        batch[: len(tokens)] = tokens
+        with jax.set_mesh(mesh), partitioning.axis_rules(config.logical_axis_rules):
+            return np.asarray(compute(state, batch))[: len(tokens)]
+
+    return forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Computes logits with MaxText.")
+    parser.add_argument("items", type=Path)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--loader", choices=["pretrain", "from_pretrained"], required=True)
+    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_intermixed_args()
+
+    import maxtext
+    from maxtext.configs import pyconfig
+
+    stored = np.load(REFERENCE)
+    tokens, starts, steps = stored["tokens"], stored["prompt_lengths"], int(stored["steps"])
+    scratch = tempfile.TemporaryDirectory()
+    base = Path(next(iter(maxtext.__path__)), "configs", "base.yml")
+    config = pyconfig.initialize(
+        ["load_logits", str(base), *RUN_WORDS]
+        + [f"scan_layers={args.scan}", f"max_target_length={tokens.shape[1]}"]
+        + [f"load_parameters_path={args.items.resolve()}", f"base_output_directory={scratch.name}"]
+        + args.words
+    )
+    forward = compile_forward(*load(config, args.loader), config)
+
+    rows = np.arange(len(tokens))
+    said = np.where(np.arange(tokens.shape[1]) < starts[:, None], tokens, 0)
+    for ends in starts + np.arange(steps)[:, None]:
+        said[rows, ends] = forward(said)[rows, ends - 1].argmax(axis=-1)
+    np.savez(args.out, tokens=said, logits=forward(tokens))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Converts a tiny checkpoint with MaxText's own converter.
+
+    python oracle.py CASE --scan --dtype bfloat16 --save_dtype bfloat16 --out DIR [KEY=VALUE ...]
+
+writes the checkpoint that `tests/tiny.py` makes to DIR/hf and MaxText's conversion of it to
+DIR/0/items. Runs in the environment that `environment.sh` makes, not in maxconv's. Words after the
+options are further MaxText config words; they win over those of the case.
+
+MaxText's converter runs unchanged, as a program. Only what it finds in its surroundings is
+different, each for the reason given at the function that does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tiny  # noqa: E402
+
+# Nothing below needs the network or an accelerator; libraries must not try.
+os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+
+MISTRAL_REPAIR = (
+    "MaxText 0.2.5 lists mistral-7b in HF_IDS but in no parameter mapping; the llama3.1 mapping "
+    "and hooks were lent to it, less adjust_rope: its rotary embedding pairs halves, as in HF"
+)
+
+
+def lend_model_config(model_name: str, config: dict[str, Any]) -> None:
+    """MaxText describes the checkpoint by a table of the published models, not by config.json."""
+    from maxtext.checkpoint_conversion.utils import hf_model_configs
+
+    hf_model_configs.HF_MODEL_CONFIGS[model_name] = SimpleNamespace(to_dict=lambda: config)
+
+
+def lend_mistral_mapping() -> None:
+    """Repairs the missing mapping of mistral-7b.
+
+    MaxText's mistral layer equals its llama2 layer, which llama3.1 uses too: it does not scale the
+    attention logits, so the query kernel has to carry 1/sqrt(head_dim). But only model names that
+    start with "llama3.1" get the rotary embedding of interleaved pairs (layers/attentions.py,
+    init_rotary_embedding); mistral gets the one that pairs the two halves, as Hugging Face does.
+    """
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    def hooks(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        llama = param_mapping.LLAMA31_MAXTEXT_TO_HF_PARAM_HOOK_FN(*args, **kwargs)
+        return {key: _without_adjust_rope(hook) for key, hook in llama.items()}
+
+    param_mapping.PARAM_MAPPING["mistral-7b"] = param_mapping.LLAMA31_MAXTEXT_TO_HF_PARAM_MAPPING
+    param_mapping.HOOK_FNS["mistral-7b"] = hooks
+
+
+def _without_adjust_rope(hook: Any) -> Any:
+    if not isinstance(hook, list):
+        return hook
+    return [step for step in hook if step.__name__ != "adjust_rope"]
+
+
+def stand_in_for_torch() -> None:
+    """Rounds tensors to bfloat16 while they are read, as MaxText does where torch is installed.
+
+    Without torch (gigabytes of CUDA for one cast) `_convert_tensor_to_numpy` returns arrays as
+    they are. With torch it is `tensor.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)`.
+    """
+    import numpy as np
+    import safetensors
+
+    class RoundingFile:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._file = original(*args, **kwargs)
+
+        def __enter__(self) -> RoundingFile:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *args: Any) -> None:
+            self._file.__exit__(*args)
+
+        def get_tensor(self, name: str) -> np.ndarray:
+            tensor = self._file.get_tensor(name)
+            return tensor.astype(np.float32).astype(tiny.DTYPES["bfloat16"])
+
+    original: Callable[..., Any] = safetensors.safe_open
+    safetensors.safe_open = RoundingFile  # type: ignore[assignment, misc]
+
+
+def convert(
+    case: str, scan: bool, dtype: str, save_dtype: str, out: Path, words: list[str]
+) -> None:
+    """Writes the checkpoint of a case and converts it."""
+    model_name = tiny.CASES[case].model_name
+    overrides = dict(word.split("=", 1) for word in words)
+    checkpoint = tiny.write(case, out / "hf", dtype)
+    config = dict(tiny.CASES[case].config)
+    # MaxText's mapping asks for as many layers as this says, and refuses another count.
+    config["num_hidden_layers"] = int(
+        overrides.get("base_num_decoder_layers", config["num_hidden_layers"])
+    )
+    lend_model_config(model_name, config)
+    if model_name == "mistral-7b":
+        lend_mistral_mapping()
+    if save_dtype == "bfloat16":
+        stand_in_for_torch()
+    gc.collect = lambda *_: 0  # MaxText collects once per leaf, 0.4 s each.
+
+    sys.argv = [
+        "to_maxtext",
+        *tiny.maxtext_words(case, scan, **overrides),
+        f"base_output_directory={out.resolve()}",
+        "run_name=oracle",
+        "hardware=cpu",
+        "skip_jax_distributed_system=True",
+        "attention=dot_product",
+        "per_device_batch_size=1",
+        "max_target_length=32",
+        f"--hf_model_path={checkpoint}",
+        f"--save_dtype={save_dtype}",
+    ]
+    runpy.run_module(
+        "maxtext.checkpoint_conversion.to_maxtext", run_name="__main__", alter_sys=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Converts a tiny checkpoint with MaxText itself.")
+    parser.add_argument("case", choices=tiny.CASES)
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--dtype", choices=tiny.DTYPES, default="bfloat16")
+    parser.add_argument("--save_dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_intermixed_args()
+    convert(args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words)
+
+
+if __name__ == "__main__":
+    main()
