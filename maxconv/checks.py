@@ -73,7 +73,8 @@ def model_problems(
         yield from error.problems
         return
     for key, value in overrides.items():
-        if not may_override and key in facts and value != facts[key]:
+        fewer_layers = key == "base_num_decoder_layers" and value < facts.get(key, 0)
+        if not may_override and key in facts and value != facts[key] and not fewer_layers:
             yield (
                 f"{key}={value} differs from {name}'s {facts[key]}: take it out, or add "
                 "override_model_config=True"

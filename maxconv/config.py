@@ -1,5 +1,6 @@
 """What the user asked for: MaxText's command line, read into one frozen `Config`."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,18 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "max_host_memory_gb": (float, None),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
+
+# What a run was told that has no part in the checkpoint, or is a secret.
+_OF_ONE_RUN = (
+    "base_output_directory",
+    "hf_access_token",
+    "overwrite",
+    "verify",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "jax_distributed_initialization_timeout",
+)
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -89,6 +102,8 @@ class Config:
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""
+    words: tuple[str, ...]
+    """What the user typed that decides the checkpoint, without the token: parses to the same."""
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
@@ -114,6 +129,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         raise UserError(problems)
 
     parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
+    if "simulated_cpu_devices_count" not in typed:
+        values["simulated_cpu_devices_count"] = _devices(values, parallelism)
     if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
         notices.append("ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText.")
     values |= {
@@ -128,6 +145,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         "mesh_axes": tuple(values["mesh_axes"]),
         "logical_axis_rules": _frozen_rules(rules),
         "notices": tuple(notices),
+        "words": _said(words.yml, typed),
     }
     return Config(**{f.name: values[f.name] for f in fields(Config)})
 
@@ -209,6 +227,20 @@ def _merge_rules(values: Mapping[str, Any], typed: Mapping[str, Any]) -> list[An
 
 def _frozen_rules(rules: Sequence[Any]) -> LogicalAxisRules:
     return tuple((n, (axes,) if isinstance(axes, str) else tuple(axes or ())) for n, axes in rules)
+
+
+def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
+    """Simulated devices of a process: as many as a mesh needs whose sizes are all given."""
+    sizes = [size for key, size in parallelism.items() if key.startswith("ici_")]
+    needed = math.prod(sizes) // (values["num_processes"] or 1)
+    return values["simulated_cpu_devices_count"] if -1 in sizes else max(needed, 1)
+
+
+def _said(yml: str | None, typed: Mapping[str, Any]) -> tuple[str, ...]:
+    path = typed.get("hf_model_path", "")
+    own = typed | ({"hf_model_path": _absolute(path)} if os.path.exists(path) else {})
+    words = [f"{key}={value}" for key, value in own.items() if key not in _OF_ONE_RUN]
+    return (*([_absolute(yml)] if yml else []), *words)
 
 
 def _absolute(directory: str) -> str:

@@ -1,9 +1,19 @@
 """Starts JAX: the platform, the simulated devices and the other processes, before any array."""
 
+import json
 import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from glob import glob
 
+import numpy as np
+
 from maxconv.config import Config
+from maxconv.errors import UserError
+
+_MESSAGE = 1 << 16  # bytes that a process may say about what is wrong
 
 
 def initialize(config: Config) -> tuple[str, ...]:
@@ -61,3 +71,67 @@ def _connect(config: Config, platform: str) -> None:
         )
     elif platform == "tpu":
         jax.distributed.initialize(initialization_timeout=timeout)
+
+
+@contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Runs a check on every process; a UserError on any of them is raised on all."""
+    mine: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        mine = error.problems
+    if problems := next(filter(None, _gathered(mine)), ()):
+        raise UserError(problems)
+
+
+def _gathered(problems: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """What each process says, in the order of processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [problems]
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(problems).encode()[:_MESSAGE]
+    padded = np.zeros(_MESSAGE, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    return [_decoded(bytes(row).rstrip(b"\0")) for row in np.asarray(everyone)]
+
+
+def _decoded(text: bytes) -> tuple[str, ...]:
+    try:
+        return tuple(json.loads(text))
+    except ValueError:  # longer than a message may be
+        return (text.decode(errors="replace"),)
+
+
+def once(action: Callable[[], None]) -> None:
+    """Does something on process 0, while the others wait for it to be done."""
+    import jax
+
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("maxconv: done on process 0")
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Ends this process at once when the work inside fails and others take part in it.
+
+    They wait for it, in a collective or at a barrier; when it is gone, JAX ends them too.
+    """
+    import jax
+
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

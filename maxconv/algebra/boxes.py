@@ -34,6 +34,12 @@ def clip(box: Box, shape: Sequence[int]) -> Box:
     return tuple((min(lo, n), min(hi, n)) for (lo, hi), n in zip(box, shape, strict=True))
 
 
+def intersect(a: Box, b: Box) -> Box | None:
+    """What two boxes of the same rank have in common; None if nothing."""
+    common = tuple((max(i, k), min(j, m)) for (i, j), (k, m) in zip(a, b, strict=True))
+    return common if all(lo < hi for lo, hi in common) else None
+
+
 def with_axis(box: Box, axis: int, interval: Interval) -> Box:
     """`box` with another interval on one axis."""
     return (*box[:axis], interval, *box[axis + 1 :])

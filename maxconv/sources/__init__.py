@@ -4,12 +4,11 @@ import os
 import re
 
 from maxconv.errors import UserError
-from maxconv.sources.base import Box, Part, Source, Stats, aligned_empty, coalesce, runs
+from maxconv.sources.base import Part, Source, Stats, aligned_empty, coalesce, runs
 from maxconv.sources.local import LocalSource
 from maxconv.sources.safetensors import TensorInfo
 
 __all__ = [
-    "Box",
     "LocalSource",
     "Part",
     "Source",

@@ -16,9 +16,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
+from maxconv.algebra.boxes import Box, dims, full, intersect, slices
 from maxconv.sources.safetensors import TensorInfo
 
-Box = tuple[tuple[int, int], ...]
 Part = tuple[Box, np.ndarray]
 
 
@@ -100,6 +100,13 @@ class Source(ABC):
                 self._fill(info, box, block)
                 _scatter(box, block, inner)
 
+    def tensor(self, name: str) -> np.ndarray:
+        """A whole tensor in its own dtype; KeyError when there is none of that name."""
+        info = self.tensors[name]
+        array = aligned_empty(info.shape, info.dtype)
+        self.read(info, [(full(info.shape), array)])
+        return array
+
     def _groups(
         self, info: TensorInfo, parts: Sequence[Part]
     ) -> Iterator[tuple[Box, Sequence[Part]]]:
@@ -142,17 +149,6 @@ class Source(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def dims(box: Box) -> tuple[int, ...]:
-    """The shape of a box."""
-    return tuple(stop - start for start, stop in box)
-
-
-def intersect(a: Box, b: Box) -> Box | None:
-    """What two boxes of the same rank have in common; None if nothing."""
-    common = tuple((max(i, k), min(j, m)) for (i, j), (k, m) in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
 
 
 def runs(shape: Sequence[int], box: Box, itemsize: int) -> tuple[np.ndarray, int]:
@@ -219,12 +215,4 @@ def _scatter(box: Box, block: np.ndarray, parts: Iterable[Part]) -> None:
     """Copies the block, which is a box of a tensor, to the parts it meets."""
     for target, array in parts:
         if (common := intersect(box, target)) is not None:
-            array[_slices(common, target)] = block[_slices(common, box)]
-
-
-def _slices(box: Box, outer: Box) -> tuple[slice, ...]:
-    """The box as an index into an array that holds `outer`."""
-    return tuple(
-        slice(start - origin, stop - origin)
-        for (start, stop), (origin, _) in zip(box, outer, strict=True)
-    )
+            array[slices(common, target)] = block[slices(common, box)]

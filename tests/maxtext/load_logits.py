@@ -6,8 +6,8 @@ ITEMS is the directory `0/items` of the checkpoint. `pretrain` loads it as a tra
 (`load_parameters_path`, Orbax's version 1 API); `from_pretrained` as fine-tuning, RL and decoding
 do (Orbax's old API). In both cases the model lies in shards on eight simulated devices and computes
 in float32. FILE gets the logits at every position of the stored sequences (see
-`reference_logits.py`) and the continuations that MaxText chooses. Words after the options are
-further MaxText config words. Runs in the environment that `environment.sh` makes.
+`reference_logits.py`). Words after the options are further MaxText config words. Runs in the
+environment that `environment.sh` makes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ sys.path.insert(0, str(TESTS))
 import smollm2  # noqa: E402
 
 DEVICES = 8
+LOADERS = ("pretrain", "from_pretrained")
 
 # Before jax is imported. Nothing below needs the network, and libraries must not try.
 os.environ |= {
@@ -71,35 +71,30 @@ def load(config: Any, loader: str) -> tuple[Any, Any]:
     return model_creation_utils.from_pretrained(config, mesh=mesh), mesh
 
 
-def compile_forward(model: Any, mesh: Any, config: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from sequences to the logits at all their positions."""
+def compute(config: Any, model: Any, mesh: Any, tokens: np.ndarray) -> np.ndarray:
+    """The logits at all positions of some sequences."""
     import jax
     from flax import nnx
     from flax.linen import partitioning
 
-    graph, state = nnx.split(model)
-    length = config.max_target_length
+    batch = np.zeros((config.global_batch_size_to_load, config.max_target_length), np.int32)
+    batch[: len(tokens)] = tokens
+    positions = np.broadcast_to(np.arange(config.max_target_length), batch.shape)
+    segments = np.ones_like(batch)
 
-    @jax.jit
-    def compute(state: Any, tokens: jax.Array) -> jax.Array:
-        positions = np.broadcast_to(np.arange(length), tokens.shape)
-        segments = np.ones(tokens.shape, np.int32)
-        return nnx.merge(graph, state)(tokens, positions, segments, enable_dropout=False)
+    @nnx.jit
+    def forward(model: Any) -> jax.Array:
+        return model(batch, positions, segments, enable_dropout=False)
 
-    def forward(tokens: np.ndarray) -> np.ndarray:
-        batch = np.zeros((config.global_batch_size_to_load, length), np.int32)
-        batch[: len(tokens)] = tokens
-        with jax.set_mesh(mesh), partitioning.axis_rules(config.logical_axis_rules):
-            return np.asarray(compute(state, batch))[: len(tokens)]
-
-    return forward
+    with jax.set_mesh(mesh), partitioning.axis_rules(config.logical_axis_rules):
+        return np.asarray(forward(model))[: len(tokens)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Computes logits with MaxText.")
     parser.add_argument("items", type=Path)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--loader", choices=["pretrain", "from_pretrained"], required=True)
+    parser.add_argument("--loader", choices=LOADERS, required=True)
     parser.add_argument("--scan", action=argparse.BooleanOptionalAction, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_intermixed_args()
@@ -107,8 +102,7 @@ def main() -> None:
     import maxtext
     from maxtext.configs import pyconfig
 
-    stored = np.load(REFERENCE)
-    tokens, starts, steps = stored["tokens"], stored["prompt_lengths"], int(stored["steps"])
+    tokens = np.load(REFERENCE)["tokens"]
     scratch = tempfile.TemporaryDirectory()
     base = Path(next(iter(maxtext.__path__)), "configs", "base.yml")
     config = pyconfig.initialize(
@@ -117,13 +111,7 @@ def main() -> None:
         + [f"load_parameters_path={args.items.resolve()}", f"base_output_directory={scratch.name}"]
         + args.words
     )
-    forward = compile_forward(*load(config, args.loader), config)
-
-    rows = np.arange(len(tokens))
-    said = np.where(np.arange(tokens.shape[1]) < starts[:, None], tokens, 0)
-    for ends in starts + np.arange(steps)[:, None]:
-        said[rows, ends] = forward(said)[rows, ends - 1].argmax(axis=-1)
-    np.savez(args.out, tokens=said, logits=forward(tokens))
+    np.save(args.out, compute(config, *load(config, args.loader), tokens))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from maxconv.algebra.boxes import Box, dims, intersect
 from maxconv.errors import UserError
 from maxconv.sources import LocalSource, aligned_empty, coalesce, open_source, runs
-from maxconv.sources.base import Box, Part, blocks, dims, intersect
+from maxconv.sources.base import Part, blocks
 from maxconv.sources.local import INDEX, SINGLE
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -1,0 +1,207 @@
+"""A conversion from beginning to end: source, plan, checks, save, verification."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import jax
+
+from maxconv import __version__, checkpoint, distributed, target
+from maxconv.config import Config, model_facts
+from maxconv.engine import Engine
+from maxconv.errors import UserError
+from maxconv.model import resolve
+from maxconv.plan import LeafPlan, Plan, make_plan
+from maxconv.report import ProgressLine, duration, peak_memory, size
+from maxconv.sharding import make_mesh
+from maxconv.sources import Source, open_source
+from maxconv.verify import verify
+
+WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
+_WORDS = "maxconv.json"  # beside the step
+BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that can start: everything is open and checked."""
+
+    config: Config
+    source: Source
+    plan: Plan
+    window: int
+
+    @property
+    def items(self) -> str:
+        """Where MaxText will find the weights."""
+        return target.items(self.config.base_output_directory)
+
+
+@contextmanager
+def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
+    """Plans a conversion, without reading a tensor; JAX must be initialized.
+
+    Raises:
+        UserError: with everything that is in the way, the same on all processes. The target is
+            only looked at when something `writes` to it.
+    """
+    with distributed.same_error_everywhere():
+        source = open_source(_path(config), config.revision, config.hf_access_token)
+    with source:
+        with distributed.same_error_everywhere():
+            facts = model_facts(config.model_name)
+            model = resolve(source, config.model_name, facts, config.overrides)
+            plan = make_plan(
+                source,
+                model,
+                make_mesh(config),
+                config.logical_axis_rules,
+                config.param_scan_axis if config.scan_layers else None,
+                config.save_dtype,
+            )
+            if writes and (found := _target_problems(config, plan)):
+                raise UserError(found)
+        yield Job(config, source, plan, _window(config))
+
+
+def run(config: Config, out: TextIO = sys.stdout) -> Job:
+    """Converts, verifies as configured, and says what was done."""
+    started = time.monotonic()
+    with prepared(config) as job:
+        speaks = jax.process_index() == 0
+        if speaks:
+            for notice in (*job.source.notices, *job.plan.notices):
+                print(f"note: {notice}", file=out)
+        distributed.once(partial(target.clear, config.base_output_directory))
+        with distributed.all_or_none():
+            _save(job, sys.stderr if speaks else None)
+        took = time.monotonic() - started
+        if speaks:
+            print(_summary(job, took), file=out)
+            _leave_words(config)
+        _verify(job, out if speaks else None)
+    return job
+
+
+def _save(job: Job, progress_to: TextIO | None) -> None:
+    config, plan = job.config, job.plan
+    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in plan.leaves))
+    with Engine(plan, job.source, job.window) as engine:
+
+        def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
+            if not config.lazy_load_tensors:
+                return engine.make(planned)
+            return checkpoint.LazyTensor(
+                partial(engine.make, planned),
+                planned.shape,
+                planned.dtype,
+                planned.name,
+                planned.sharding,
+            )
+
+        with ProgressLine("written", lambda: (progress.written, progress.total), progress_to):
+            checkpoint.save(
+                Path(config.base_output_directory),
+                checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
+                config.scan_layers,
+                job.window - job.window // 4,
+                progress,
+                checkpoint.context(
+                    config.checkpoint_storage_use_ocdbt,
+                    config.checkpoint_storage_use_zarr3,
+                    config.use_compression,
+                ),
+            )
+
+
+def _verify(job: Job, out: TextIO | None, saved: str | None = None) -> None:
+    """Reads a checkpoint back and compares; raises RuntimeError when it is not as it should be."""
+    if job.config.verify == "none":
+        return
+    started = time.monotonic()
+    with Engine(job.plan, job.source, job.window) as engine, distributed.all_or_none():
+        report = verify(saved or job.items, job.plan, engine, job.config.verify, job.window)
+    if not report.ok:
+        raise RuntimeError("\n".join(["the checkpoint is wrong:", *report.problems]))
+    if out is not None:
+        print(
+            f"verified {report.leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
+            f"source in {duration(time.monotonic() - started)}",
+            file=out,
+        )
+
+
+def _summary(job: Job, took: float) -> str:
+    plan, read = job.plan, job.source.stats.bytes_read
+    return (
+        f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
+        f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}, and held "
+        f"{size(peak_memory())} at most\nsaved: {job.items}\n"
+        f"to train from it in MaxText: load_parameters_path={job.items}"
+    )
+
+
+def _leave_words(config: Config) -> None:
+    """Says beside the checkpoint where it came from, for `maxconv verify` and for people."""
+    if "://" in config.base_output_directory:
+        return
+    said = {"maxconv": __version__, "words": list(config.words)}
+    path = Path(config.base_output_directory, _WORDS)
+    path.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def _path(config: Config) -> str:
+    if config.hf_model_path:
+        return config.hf_model_path
+    facts = model_facts(config.model_name)
+    if facts is None:
+        raise UserError(
+            "Neither --hf_model_path nor model_name is given; say which checkpoint to convert."
+        )
+    return facts["hf_id"]
+
+
+def _target_problems(config: Config, plan: Plan) -> list[str]:
+    return target.problems(config.base_output_directory, plan.output_nbytes, config.overwrite)
+
+
+def _window(config: Config) -> int:
+    if config.max_host_memory_gb is None:
+        return WINDOW
+    return max(int(config.max_host_memory_gb * 2**30) - BASE, 64 << 20)
+
+
+def verify_saved(
+    checkpoint_path: str, words: Sequence[str], start: Callable[[Sequence[str]], Config]
+) -> None:
+    """Verifies a checkpoint in full, by the words it was made with and those given now.
+
+    Args:
+        checkpoint_path: `<out>`, `<out>/0` or `<out>/0/items`.
+        words: they go before those that the conversion left beside the checkpoint.
+        start: parses words and starts JAX.
+    """
+    saved = _saved_items(checkpoint_path)
+    config = start([*_words_beside(saved), *words, "--verify=full"])
+    with prepared(config, writes=False) as job:
+        _verify(job, sys.stdout if jax.process_index() == 0 else None, str(saved))
+
+
+def _saved_items(path: str) -> Path:
+    for items in (Path(path, target.STEP, "items"), Path(path, "items"), Path(path)):
+        if (items / "_METADATA").exists():
+            return items
+    raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+
+
+def _words_beside(items: Path) -> list[str]:
+    try:
+        return json.loads((items.parent.parent / _WORDS).read_text())["words"]
+    except (OSError, ValueError, KeyError):
+        return []

@@ -1,0 +1,194 @@
+"""What a person reads: the plan, progress while it runs, and what was done."""
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Self, TextIO
+
+from maxconv.plan import LeafPlan, Plan, Recipe
+
+_MANY = 20  # problems, or leaves of a kind, that are worth reading one by one
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 2m05s."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        return resident * resource.getpagesize()
+    except OSError:
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
+    """Aligned columns; numbers to the right."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    right = [all(row[i][:1].isdigit() for row in cells[1:]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        columns = zip(row, widths, right, strict=True)
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in columns).rstrip()
+
+    return "\n".join(map(line, cells))
+
+
+def plan_text(plan: Plan, window: int, readable: str) -> str:
+    """The plan of a conversion, for `maxconv plan`.
+
+    Args:
+        plan: what will be done.
+        window: bytes per process for what is read ahead or waits to be written.
+        readable: the source, in words.
+    """
+    used = {name: n for name, n in plan.mesh.shape.items() if n > 1}
+    mesh = " x ".join(f"{name}={n}" for name, n in used.items()) or "one device"
+    reads = {process: plan.read_nbytes(process) for process in plan.processes}
+    total = sum(reads.values())
+    over = total - plan.needed_nbytes
+    lines = [
+        f"source   {readable}",
+        f"model    {plan.model.family.architectures[0]}: {_sizes(plan)}",
+        f"mesh     {mesh}, {plan.mesh.size} devices, {len(reads)} process(es)",
+        f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
+        "",
+        _leaves(plan.leaves),
+        "",
+        f"read     {size(total)} in all, {size(over)} ({_percent(over, plan.needed_nbytes)}) more "
+        "than the tensors used",
+        *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
+        f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
+        f"device   at most {size(device_estimate(plan))} on each",
+        f"compile  {len(plan.recipes)} kinds of cells for {_cells(plan.recipes)} cells",
+        *(f"note     {notice}" for notice in plan.notices),
+    ]
+    return "\n".join(lines)
+
+
+def host_estimate(plan: Plan, window: int) -> int:
+    """Bytes a process holds at most: the window, and the largest leaf's shards and reads."""
+    cells = max(recipe.buffer_nbytes for recipe in plan.recipes)
+    return window + max(leaf.local_nbytes for leaf in plan.leaves) + cells
+
+
+def device_estimate(plan: Plan) -> int:
+    """Bytes a device holds at most: its shard of a leaf and what two cells read."""
+    cells = max(sum(r.shard_nbytes for r in recipe.reads) for recipe in plan.recipes)
+    return max(leaf.shard_nbytes for leaf in plan.leaves) + 2 * cells
+
+
+def _sizes(plan: Plan) -> str:
+    d = plan.model.dims
+    tied = ", tied embeddings" if d.tied else ""
+    return (
+        f"{d.layers} layers, emb {d.emb}, mlp {d.mlp}, {d.heads} heads, {d.kv_heads} kv_heads, "
+        f"head_dim {d.head_dim}, vocab {d.vocab}{tied}"
+    )
+
+
+def _leaves(leaves: Sequence[LeafPlan]) -> str:
+    """One line a leaf; unscanned layers that are alike share one."""
+    kinds: dict[tuple[object, ...], list[LeafPlan]] = {}
+    for leaf in leaves:
+        path = [p.rstrip("0123456789") if p.startswith("layers_") else p for p in leaf.leaf.path]
+        kinds.setdefault((*path, leaf.shape, leaf.sharding), []).append(leaf)
+    rows = []
+    for alike in kinds.values():
+        first = alike[0]
+        name = "/".join(first.leaf.path[1:])
+        if len(alike) > 1:
+            name = name.replace("layers_0", f"layers_{{0..{len(alike) - 1}}}")
+        spec = ", ".join(_axes(entry) for entry in first.sharding.spec)
+        rows.append((name, first.shape, first.dtype, f"({spec})", size(first.nbytes * len(alike))))
+    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes"))
+
+
+def _axes(entry: object) -> str:
+    return "+".join(entry) if isinstance(entry, tuple) else str(entry or "-")
+
+
+def _cells(recipes: dict[Recipe, int]) -> int:
+    return sum(recipes.values())
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+class ProgressLine:
+    """Prints how far a conversion is: one line that moves on a terminal, a line now and then else.
+
+    Args:
+        label: what is being done.
+        done: gives bytes done so far and in all.
+        out: where to; None keeps quiet.
+    """
+
+    def __init__(self, label: str, done: Callable[[], tuple[int, int]], out: TextIO | None):
+        self._label, self._done, self._out = label, done, out
+        self._live = bool(out and out.isatty())
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.5 if self._live else 10):
+            self._print("\r" if self._live else "", "" if self._live else "\n")
+
+    def _print(self, start: str, end: str) -> None:
+        assert self._out is not None
+        done, total = self._done()
+        elapsed = time.monotonic() - self._started
+        rate = done / elapsed
+        left = duration((total - done) / rate) if done else "?"
+        self._out.write(
+            f"{start}{self._label} {size(done)} of {size(total)} ({_percent(done, total)}), "
+            f"{size(rate)}/s, {left} left, memory {size(host_memory())}{end}"
+        )
+        self._out.flush()
+
+    def __enter__(self) -> Self:
+        if self._out is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._live and self._out is not None:
+            self._out.write("\r\x1b[K")
+
+
+def problems_text(problems: Sequence[str]) -> str:
+    """Problems, one a line; a long list is cut."""
+    lines = [f"maxconv: {p}" for p in problems[:_MANY]]
+    if len(problems) > _MANY:
+        lines.append(f"maxconv: and {len(problems) - _MANY} more like these")
+    return "\n".join(lines)
