@@ -1,11 +1,24 @@
-"""Mistral. transformers modeling_mistral.py; MaxText models/mistral.py."""
+"""Mistral. transformers modeling_mistral.py; MaxText models/mistral.py.
 
-from maxconv.families import llama
-from maxconv.families.table import Family
+Unlike its llama, MaxText's mistral rotates the halves of a head, as transformers does.
+"""
+
+from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, query_scale
+from maxconv.families.table import Dims, Family
+
+
+def rows(d: Dims):
+    return (
+        *ends(d),
+        *pre_norms(),
+        *attention(d, query=(query_scale(d.head_dim),)),
+        *gated_mlp(),
+    )
+
 
 MISTRAL = Family(
     architectures=("MistralForCausalLM",),
     decoder_block="mistral",
-    rows=llama.rows,
-    ignored=llama.LLAMA.ignored,
+    rows=rows,
+    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

@@ -26,9 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny  # noqa: E402
 
-# Nothing below needs the network or an accelerator; libraries must not try.
-os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
-
 MISTRAL_REPAIR = (
     "MaxText 0.2.5 lists mistral-7b in HF_IDS but in no parameter mapping; the llama3.1 mapping "
     "and hooks were lent to it, less adjust_rope: its rotary embedding pairs halves, as in HF"
@@ -140,6 +137,8 @@ def main() -> None:
     parser.add_argument("--save_dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_intermixed_args()
+    # Neither the network nor an accelerator is needed; libraries must not look for one.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     convert(args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words)
 
 

@@ -1,0 +1,47 @@
+"""What many tests begin with: a tiny checkpoint, planned."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiny
+
+from maxconv.config import parse
+from maxconv.convert import Job, prepared
+
+MESHES = {
+    "fsdp8": ("ici_fsdp_parallelism=8",),
+    "fsdp4_tp2": ("ici_fsdp_parallelism=4", "ici_tensor_parallelism=2"),
+}
+CPU = ("hardware=cpu", "skip_jax_distributed_system=true")
+
+
+@contextmanager
+def tiny_job(
+    directory: Path,
+    case: str = "llama3.1-8b",
+    *words: str,
+    scan: bool = True,
+    mesh: str = "fsdp4_tp2",
+    dtype: str = "bfloat16",
+) -> Iterator[Job]:
+    """A tiny checkpoint of `case` in `directory`, planned on 8 devices."""
+    model = tiny.write(case, directory / "hf", dtype=dtype)
+    with prepared(
+        parse(job_words(directory, model, tiny.maxtext_words(case, scan), mesh, words))
+    ) as job:
+        yield job
+
+
+def job_words(
+    directory: Path, model: Path, words: Sequence[str], mesh: str, more: Sequence[str] = ()
+) -> list[str]:
+    """A command line that converts `model` into `directory`/out."""
+    return [
+        *words,
+        *CPU,
+        *MESHES[mesh],
+        f"--hf_model_path={model}",
+        f"base_output_directory={directory / 'out'}",
+        *more,
+    ]
