@@ -64,6 +64,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.logical_axis_rules,
                 config.param_scan_axis if config.scan_layers else None,
                 config.save_dtype,
+                _window(config) // 8,
             )
             if writes and (found := _target_problems(config, plan)):
                 raise UserError(found)

@@ -15,10 +15,11 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from maxconv.algebra import clip, dims, slices
-from maxconv.plan import CellRead, LeafPlan, Plan, Recipe, Step, local_boxes
+from maxconv.algebra import Box, clip, dims, slices
+from maxconv.cells import Step, local_boxes
+from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits, compile_blank, compile_cell
-from maxconv.sources import Source, aligned_empty
+from maxconv.sources import Part, Source, aligned_empty
 
 READERS = 2  # threads that read cells: one copies while the other waits for its storage
 
@@ -27,12 +28,12 @@ READERS = 2  # threads that read cells: one copies while the other waits for its
 class Stats:
     """What an engine did in this process. What was read is counted by the source.
 
-    `ahead` and `peak_ahead` are the bytes of cells that are read, or being read, but not done.
+    `ahead` and `peak_ahead` are the bytes of steps that are read, or being read, but not done.
     """
 
     compiled: int = 0
     leaves: int = 0
-    cells: int = 0
+    steps: int = 0
     ahead: int = 0
     peak_ahead: int = 0
 
@@ -54,8 +55,9 @@ class Engine:
     def make(self, leaf: LeafPlan) -> jax.Array:
         """The whole leaf, as a global array in its training sharding."""
         array = None
-        for recipe, step in leaf.steps:
-            with self._ahead.take(leaf, recipe, step) as reads:
+        for step in leaf.steps:
+            recipe = step.recipe
+            with self._ahead.take(step) as reads:
                 run = self._cells(recipe)
                 if recipe.is_whole:
                     array = run(*reads)
@@ -64,7 +66,7 @@ class Engine:
                         array = self._blanks(recipe.shape, recipe.dtype, recipe.sharding)()
                     array = run(array, np.array(step.offset, np.int32), *reads)
                 array.block_until_ready()  # what it read may go
-            self.stats.cells += 1
+            self.stats.steps += 1
         assert array is not None
         self.stats.leaves += 1
         return array
@@ -88,64 +90,65 @@ class Engine:
 
 
 class _ReadAhead:
-    """Reads the cells of a plan in order, as far ahead as `limit` bytes allow."""
+    """Reads the steps of a plan in order, as far ahead as `limit` bytes allow."""
 
     def __init__(self, plan: Plan, source: Source, limit: int, stats: Stats):
         self._source, self._limit, self._stats = source, limit, stats
-        self._to_come = ((leaf.name, r, s) for leaf in plan.leaves for r, s in leaf.steps)
-        self._next = next(self._to_come, None)
-        self._queue: deque[tuple[str, Step, Future[list[jax.Array]]]] = deque()
+        self._to_come = deque(plan.steps)
+        self._queue: deque[tuple[Step, Future[list[jax.Array]]]] = deque()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
 
     @contextmanager
-    def take(self, leaf: LeafPlan, recipe: Recipe, step: Step) -> Iterator[list[jax.Array]]:
-        """What a cell reads, on its devices; it counts as held until the block ends."""
+    def take(self, step: Step) -> Iterator[list[jax.Array]]:
+        """What a step reads, on its devices; it counts as held until the block ends."""
         self._top_up()
-        if self._queue and self._queue[0][:2] == (leaf.name, step):
-            reads = self._queue.popleft()[2].result()
+        if self._queue and self._queue[0][0] is step:
+            reads = self._queue.popleft()[1].result()
         else:  # out of order: nothing was read ahead
-            self._hold(recipe.buffer_nbytes)
-            reads = _fetch(self._source, recipe, step)
+            self._hold(step.recipe.buffer_nbytes)
+            reads = _fetch(self._source, step)
         yield reads
-        self._hold(-recipe.buffer_nbytes)
+        self._hold(-step.recipe.buffer_nbytes)
         del reads
         self._top_up()
 
     def _top_up(self) -> None:
-        while self._next is not None:
-            name, recipe, step = self._next
-            if self._stats.ahead and self._stats.ahead + recipe.buffer_nbytes > self._limit:
+        while self._to_come:
+            nbytes = self._to_come[0].recipe.buffer_nbytes
+            if self._stats.ahead and self._stats.ahead + nbytes > self._limit:
                 return
-            self._hold(recipe.buffer_nbytes)
-            self._queue.append((name, step, self._pool.submit(_fetch, self._source, recipe, step)))
-            self._next = next(self._to_come, None)
+            self._hold(nbytes)
+            step = self._to_come.popleft()
+            self._queue.append((step, self._pool.submit(_fetch, self._source, step)))
 
     def _hold(self, nbytes: int) -> None:
         self._stats.ahead += nbytes
         self._stats.peak_ahead = max(self._stats.peak_ahead, self._stats.ahead)
 
     def close(self) -> None:
-        self._next = None
+        self._to_come.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
 
 
-def _fetch(source: Source, recipe: Recipe, step: Step) -> list[jax.Array]:
-    """What a cell reads, as global arrays of unsigned bits."""
-    return [
-        _fetch_one(source, read, step.names[i])
-        for read, i in zip(recipe.reads, recipe.inputs, strict=True)
-    ]
+def _fetch(source: Source, step: Step) -> list[jax.Array]:
+    """What a step reads, as global arrays of unsigned bits."""
+    return [_fetch_one(source, step, i) for i in range(len(step.recipe.reads))]
 
 
-def _fetch_one(source: Source, read: CellRead, name: str) -> jax.Array:
-    boxes = local_boxes(read.sharding, read.box)
-    host, parts = {}, []
+def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
+    read = step.recipe.reads[i]
+    boxes = local_boxes(read.sharding, read.shape)
+    host: dict[Box, np.ndarray] = {}
+    parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        inside = clip(box, read.tensor)
+        place = step.place(i, box)
+        inside = clip(place.box, source.tensors[place.name].shape)
         # Aligned, so that a CPU device takes the memory as it is.
-        host[box] = aligned_empty(dims(box), bits(read.dtype), zero=inside != box)
-        parts.append((inside, host[box][slices(inside, box)]))
-    source.read(source.tensors[name], parts)
+        memory = aligned_empty(dims(place.box), bits(read.dtype), zero=inside != place.box)
+        host[box] = memory.reshape(dims(box))
+        parts.setdefault(place.name, []).append((inside, memory[slices(inside, place.box)]))
+    for name, of in parts.items():
+        source.read(source.tensors[name], of)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
     return jax.make_array_from_single_device_arrays(read.shape, read.sharding, shards)

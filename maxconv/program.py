@@ -5,7 +5,7 @@ the device; a recipe that only moves data stays in bits to the end, so that NaN 
 Leaves of several cells are written cell by cell into one donated buffer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Affine, Apply, Concat, Expr, Fill, Shape, trace
-from maxconv.plan import Recipe
+from maxconv.cells import Recipe
 
 
 def bits(dtype: np.dtype) -> np.dtype:
@@ -27,9 +27,9 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
     """The pure function of a recipe, over its reads as unsigned bits.
 
     `f(*reads)` when the cell is the leaf; else `f(leaf, offset, *reads)`, which writes the cell
-    into `leaf` at `offset` (int32, one number an axis).
+    into `leaf` at `offset` (int32, one number an axis; on the axis of lanes, in each shard).
     """
-    run = trace(recipe.cell).run
+    run = trace(recipe.cell, recipe.box).run
     moves = _only_moves(recipe.cell) and all(r.dtype == recipe.dtype for r in recipe.reads)
 
     def cell(*reads: jax.Array) -> jax.Array:
@@ -42,8 +42,14 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
         return jnp.asarray(run(typed)).astype(recipe.dtype)
 
     def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
-        at = tuple(offset[axis] for axis in range(leaf.ndim))
-        return _update(leaf, cell(*reads), at)
+        at = [offset[axis] for axis in range(leaf.ndim)]
+        if recipe.lanes is None:
+            return _update(leaf, cell(*reads), at)
+        axis, lanes = recipe.lanes, reads[0].shape[0]
+        by_lane = leaf.reshape(*leaf.shape[:axis], lanes, -1, *leaf.shape[axis + 1 :])
+        made = jnp.moveaxis(jax.vmap(cell)(*reads), 0, axis)
+        zero = jnp.zeros((), offset.dtype)
+        return _update(by_lane, made, [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
 
     return cell if recipe.is_whole else write
 
@@ -89,14 +95,14 @@ def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return lax.reduce_precision(wide, info.nexp, info.nmant).astype(dtype)
 
 
-def _update(leaf: jax.Array, cell: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
     """Writes a cell into its leaf, in place.
 
     XLA:CPU widens small floats here, which is slow and quiets NaNs, so there the bits are written;
     on a TPU a bitcast of the leaf would copy it, and nothing is widened.
     """
 
-    def in_bits(leaf: jax.Array, cell: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    def in_bits(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
         unsigned = bits(leaf.dtype)
         written = lax.dynamic_update_slice(_retype(leaf, unsigned), _retype(cell, unsigned), at)
         return _retype(written, leaf.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self, TextIO
 
-from maxconv.plan import LeafPlan, Plan, Recipe
+from maxconv.plan import LeafPlan, Plan
 
 _MANY = 20  # problems, or leaves of a kind, that are worth reading one by one
 
@@ -85,7 +85,7 @@ def plan_text(plan: Plan, window: int, readable: str) -> str:
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
         f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
         f"device   at most {size(device_estimate(plan))} on each",
-        f"compile  {len(plan.recipes)} kinds of cells for {_cells(plan.recipes)} cells",
+        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, for {len(plan.steps)} steps",
         *(f"note     {notice}" for notice in plan.notices),
     ]
     return "\n".join(lines)
@@ -131,10 +131,6 @@ def _leaves(leaves: Sequence[LeafPlan]) -> str:
 
 def _axes(entry: object) -> str:
     return "+".join(entry) if isinstance(entry, tuple) else str(entry or "-")
-
-
-def _cells(recipes: dict[Recipe, int]) -> int:
-    return sum(recipes.values())
 
 
 def _percent(part: int, whole: int) -> str:

@@ -71,10 +71,11 @@ def published(model_name: str, dtype: str = "BF16", **config: Any) -> HeaderSour
 def shapes(
     config: Mapping[str, Any], qkv_bias: bool = False, qk_norm: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors of a dense decoder, in transformers' order and by its modeling files."""
+    """The tensors of a dense decoder, as transformers' modeling files have them."""
     emb, mlp, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     head_dim = config["head_dim"]
-    heads = {"q": config["num_attention_heads"]} | dict.fromkeys("kv", config["num_key_value_heads"])
+    heads = {part: config["num_key_value_heads"] for part in "kv"}
+    heads["q"] = config["num_attention_heads"]
     layer = {"input_layernorm.weight": (emb,), "post_attention_layernorm.weight": (emb,)}
     for part, n in heads.items():
         layer[f"self_attn.{part}_proj.weight"] = (n * head_dim, emb)

@@ -58,7 +58,7 @@ def _case(
     model_name: str,
     architecture: str,
     *,
-    dims: Mapping[str, int] = _DIMS,
+    dims: dict[str, int] = _DIMS,
     overrides: Mapping[str, int] | None = None,
     **config: Any,
 ) -> Case:

@@ -150,8 +150,9 @@ def _bind(node: Expr, shapes: Mapping[str, Shape], numbers: Mapping[str, int | S
 def apply(op: Op | Pattern, x: Expr) -> Expr:
     """`op` of a bound expression, in canonical form.
 
-    Identities vanish, neighbouring movements become one, and movement happens below arithmetic.
-    So expressions that say the same are equal, and a cell has as few steps as it can.
+    Identities vanish, neighbouring movements become one, movement happens below arithmetic, and
+    within the parts of a stack. So expressions that say the same are equal, and a cell has as few
+    steps as it can.
     """
     bound = op.bind(x.shape)
     if bound.is_identity(x.shape):
@@ -161,6 +162,11 @@ def apply(op: Op | Pattern, x: Expr) -> Expr:
             return Apply(x.op, apply(bound, x.x))
         if isinstance(x.op, Rearrange) and (fused := x.op.then(bound)):
             return x.x if fused.is_identity(x.x.shape) else Apply(fused, x.x)
+    if isinstance(bound, Rearrange) and isinstance(x, Concat) and bound.lhs[x.axis]:
+        if (axis := bound.axis_kept(x.axis)) is not None:
+            sizes = [part.shape[x.axis] for part in x.parts]
+            parts = zip(x.parts, sizes, strict=True)
+            return Concat(axis, tuple(apply(bound.resized(x.axis, n), p) for p, n in parts))
     return Apply(bound, x)
 
 

@@ -103,6 +103,15 @@ class Rearrange:
         """Both movements as one, or None when their atoms cut an axis in different places."""
         return _compose(self, other)
 
+    def axis_kept(self, axis: int) -> int | None:
+        """The output's axis that is this axis of the input, neither split nor merged; if any."""
+        return self.rhs.index(self.lhs[axis]) if self.lhs[axis] in self.rhs else None
+
+    def resized(self, axis: int, n: int) -> "Rearrange":
+        """The same movement where an axis that is kept has another size."""
+        (atom,) = self.lhs[axis]
+        return _canonical(self.lhs, self.rhs, [*self.sizes[:atom], n, *self.sizes[atom + 1 :]])
+
     def __str__(self) -> str:
         def side(groups: Groups) -> str:
             words = (" ".join(_letter(a) for a in g) or "1" for g in groups)

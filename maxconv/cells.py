@@ -1,0 +1,373 @@
+"""How a leaf is made: cut into cells, each with what it reads and how that is sharded.
+
+A *cell* is the part of a leaf that one evaluation makes, such as one layer of a scanned kernel.
+Where the axis along which cells follow each other is itself sharded (experts over devices), a
+*step* makes one cell in each shard at once: these are its lanes. A cell that reads more than a
+budget is made in slabs, in the same way.
+
+What a cell reads is sharded as its output is, pulled back through the expression, so that each
+device is given what its part needs and the compiled function has no collectives.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxconv.algebra import (
+    Apply,
+    Box,
+    Concat,
+    Expr,
+    Read,
+    Shape,
+    Tensor,
+    clip,
+    dims,
+    full,
+    tensors,
+    trace,
+    volume,
+    with_axis,
+)
+
+Offset = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CellRead:
+    """One read of a recipe, as an array over the mesh: (lanes, *box) with lanes, else (*box,)."""
+
+    shape: Shape
+    dtype: np.dtype
+    sharding: NamedSharding
+
+    @property
+    def shard_nbytes(self) -> int:
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cell is computed; compiled once for all cells that share it.
+
+    Attributes:
+        cell: expression over tensors named "0", "1", ...
+        box: the part of it that is made, in the first lane of the first slab.
+        reads: in the order of `algebra.trace(cell, box).reads`.
+        lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
+        is_local: each device is given just what its part needs. If not, reads are replicated where
+            they could not be cut, and the compiler may exchange data between devices.
+        shape, dtype, sharding: of the leaf that the cell is written into.
+    """
+
+    cell: Expr
+    box: Box
+    reads: tuple[CellRead, ...]
+    lanes: int | None
+    is_local: bool
+    shape: Shape
+    dtype: np.dtype
+    sharding: NamedSharding
+
+    @property
+    def is_whole(self) -> bool:
+        """The cell is the leaf: there is nothing to write it into."""
+        return dims(self.box) == self.shape
+
+    @cached_property
+    def buffer_nbytes(self) -> int:
+        """Host bytes that the reads of one step take, in the process that reads most."""
+        return sum(
+            read.shard_nbytes * max(map(len, boxes_by_process(read).values()))
+            for read in self.reads
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A box of a tensor. It may reach past the tensor's end: there are zeros."""
+
+    name: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of a recipe.
+
+    Attributes:
+        offset: where in the leaf the cell goes; on the axis of lanes, where in each shard.
+        places: for each read, what each lane reads.
+    """
+
+    recipe: Recipe
+    offset: Offset
+    places: tuple[tuple[Place, ...], ...]
+
+    def place(self, read: int, box: Box) -> Place:
+        """The part of a tensor that is a box of a read's array."""
+        if self.recipe.lanes is None:
+            (whole,), inner = self.places[read], box
+        else:
+            whole, inner = self.places[read][box[0][0]], box[1:]
+        at = (lo for lo, _ in whole.box)
+        return Place(
+            whole.name, tuple((a + lo, a + hi) for a, (lo, hi) in zip(at, inner, strict=True))
+        )
+
+
+def steps(
+    expr: Expr, dtypes: Mapping[str, np.dtype], dtype: np.dtype, to: NamedSharding, budget: int
+) -> list[Step]:
+    """The steps that make a leaf, in order.
+
+    Args:
+        expr: the leaf.
+        dtypes: of the tensors, by name.
+        dtype, to: of the leaf.
+        budget: bytes that a step should read at most in a process; cells are cut down to it.
+    """
+    found = []
+    for lanes, offset, cells in _in_lanes(expr, to):
+        renamed = [_anonymous(cell) for cell in cells]
+        names = [names for _, names in renamed]
+        made = _Cell(renamed[0][0], tuple(dtypes[n] for n in names[0]), expr.shape, dtype, to)
+        found += made.steps(lanes, offset, names, budget)
+    return found
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A cell without its names, and the leaf that it goes into."""
+
+    expr: Expr
+    dtypes: tuple[np.dtype, ...]
+    shape: Shape
+    dtype: np.dtype
+    to: NamedSharding
+
+    def steps(
+        self, lanes: int | None, offset: Offset, names: Sequence[tuple[str, ...]], budget: int
+    ) -> Iterator[Step]:
+        """One step, or as many as there are slabs. `names`: of the tensors of each lane."""
+        whole = full(self.expr.shape)
+        excess = _recipe(self, whole, lanes).buffer_nbytes / budget
+        if excess <= 1 or (cut := _slabs(self, excess, lanes)) is None:
+            yield self._step(lanes, offset, names, [whole] * len(names))
+            return
+        axis, n, shards = cut
+        in_shards = lanes is None and shards > 1  # then the slabs of all shards go together
+        for at in range(0, self.expr.shape[axis] // shards, n):
+            starts = [s * (self.expr.shape[axis] // shards) + at for s in range(shards)]
+            boxes = [with_axis(whole, axis, (start, start + n)) for start in starts]
+            moved = (*offset[:axis], offset[axis] + at, *offset[axis + 1 :])
+            if in_shards:
+                yield self._step(axis, moved, list(names) * shards, boxes)
+            else:
+                yield self._step(lanes, moved, names, boxes * len(names))
+
+    def _step(
+        self,
+        lanes: int | None,
+        offset: Offset,
+        names: Sequence[tuple[str, ...]],
+        boxes: Sequence[Box],
+    ) -> Step:
+        recipe = _recipe(self, boxes[0], lanes)
+        reads = [
+            [Place(of[int(r.name)], r.box) for r in _reads(self.expr, box)]
+            for of, box in zip(names, boxes, strict=True)
+        ]
+        return Step(recipe, offset, tuple(zip(*reads, strict=True)))
+
+
+def _in_lanes(expr: Expr, to: NamedSharding) -> Iterator[tuple[int | None, Offset, Sequence[Expr]]]:
+    """The cells of a leaf, those of one step together: axis of lanes, offset, a cell a lane."""
+    cells = list(_cells(expr, (0,) * len(expr.shape)))
+    for axis, n in enumerate(expr.shape):
+        shards = _shards(to, axis)
+        if shards > 1 and any(cell.shape[axis] != n for _, cell in cells):
+            groups: dict[Offset, list[Expr]] = {}
+            for at, cell in cells:
+                inner = (*at[:axis], at[axis] % (n // shards), *at[axis + 1 :])
+                groups.setdefault(inner, []).append(cell)
+            if all(len(group) == shards and _alike(group) for group in groups.values()):
+                yield from ((axis, at, group) for at, group in groups.items())
+                return
+    yield from ((None, at, [cell]) for at, cell in cells)
+
+
+def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
+    """The parts of a leaf that stand side by side, and where."""
+    if not isinstance(expr, Concat):
+        yield offset, expr
+        return
+    axis = expr.axis
+    for part, start, _ in expr.placed():
+        yield from _cells(part, (*offset[:axis], offset[axis] + start, *offset[axis + 1 :]))
+
+
+def _alike(cells: Sequence[Expr]) -> bool:
+    first, _ = _anonymous(cells[0])
+    return all(_anonymous(cell)[0] == first for cell in cells[1:])
+
+
+def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
+    """An expression over "0", "1", ... and the names that these stand for."""
+    names = list(dict.fromkeys(t.name for t in tensors(expr)))
+
+    def rename(node: Expr) -> Expr:
+        match node:
+            case Tensor(name, shape):
+                return Tensor(str(names.index(name)), shape)
+            case Apply(op, x):
+                return Apply(op, rename(x))
+            case Concat(axis, parts):
+                return Concat(axis, tuple(rename(part) for part in parts))
+            case _:
+                return node
+
+    return rename(expr), tuple(names)
+
+
+@cache
+def _slabs(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int] | None:
+    """Along which axis to cut a cell, into slabs how long, in how many shards of the axis.
+
+    It is cut where every read is cut alike, by preference where the runs in the file stay long.
+    """
+    best: tuple[int, tuple[int, int, int]] | None = None
+    for axis, n in enumerate(cell.expr.shape):
+        shards = _shards(cell.to, axis) if n == cell.shape[axis] else 1
+        if lanes is not None and (axis == lanes or shards > 1):
+            continue
+        rows = n // shards
+        parts = next((p for p in range(1, rows + 1) if rows % p == 0 and p >= excess), rows)
+        cuts = _cuts(cell.expr, full(cell.expr.shape), axis, shards * parts)
+        if parts > 1 and None not in cuts:
+            rank = max(cut for cut in cuts if cut is not None)
+            if best is None or rank < best[0]:
+                best = rank, (axis, rows // parts, shards)
+    return best[1] if best else None
+
+
+@cache
+def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
+    reads = []
+    pulled, is_local = _pulled_back(cell, box, lanes)
+    for read, spec in pulled:
+        shape, entries = dims(read.box), spec
+        if lanes is not None:
+            shape = (_shards(cell.to, lanes), *shape)
+            entries = [_entry(cell.to, lanes), *spec]
+        sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
+        reads.append(CellRead(shape, cell.dtypes[int(read.name)], sharding))
+    return Recipe(cell.expr, box, tuple(reads), lanes, is_local, cell.shape, cell.dtype, cell.to)
+
+
+def _pulled_back(
+    cell: _Cell, box: Box, lanes: int | None
+) -> tuple[list[tuple[Read, list[Any]]], bool]:
+    """Each read with its sharding, one PartitionSpec entry an axis; and whether all is local.
+
+    An axis of the leaf passes its mesh axes on to the axis of the tensor that it cuts into equal,
+    ordered pieces. Where there is none (it is cut inside a permuted atom, or another axis took its
+    place) the read is replicated over those mesh axes.
+    """
+    reads = _reads(cell.expr, box)
+    specs: list[list[Any]] = [[None] * len(read.box) for read in reads]
+    is_local = True
+    for axis, (lo, hi) in enumerate(box):
+        shards = _shards(cell.to, axis)
+        if axis == lanes or shards == 1:
+            continue
+        if hi - lo != cell.shape[axis]:
+            is_local = False
+            continue
+        for spec, cut in zip(specs, _cuts(cell.expr, box, axis, shards), strict=True):
+            if cut is not None and spec[cut] is None:
+                spec[cut] = _entry(cell.to, axis)
+            else:
+                is_local = False
+    return list(zip(reads, specs, strict=True)), is_local
+
+
+def _cuts(expr: Expr, box: Box, axis: int, pieces: int) -> list[int | None]:
+    """For each read of a box: its axis that is cut evenly, in order, when `axis` is; or None."""
+    lo, hi = box[axis]
+    n = (hi - lo) // pieces
+    parts = [
+        _reads(expr, with_axis(box, axis, (lo + i * n, lo + (i + 1) * n))) for i in range(pieces)
+    ]
+    return [_cut(read, i, parts) for i, read in enumerate(_reads(expr, box))]
+
+
+def _cut(read: Read, i: int, parts: Sequence[Sequence[Read]]) -> int | None:
+    if any(len(reads) <= i or reads[i].name != read.name for reads in parts):
+        return None
+    boxes = [reads[i].box for reads in parts]
+    changed = {a for box in boxes for a, interval in enumerate(box) if interval != read.box[a]}
+    if len(changed) != 1:
+        return None
+    (axis,) = changed
+    lo, hi = read.box[axis]
+    n, left = divmod(hi - lo, len(parts))
+    even = [(lo + k * n, lo + (k + 1) * n) for k in range(len(parts))]
+    return axis if not left and [box[axis] for box in boxes] == even else None
+
+
+def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
+    return trace(expr, box).reads
+
+
+def _entry(sharding: NamedSharding, axis: int) -> Any:
+    spec = sharding.spec
+    return spec[axis] if axis < len(spec) else None
+
+
+def _shards(sharding: NamedSharding, axis: int) -> int:
+    """Into how many pieces an axis of the leaf is cut."""
+    entry = _entry(sharding, axis)
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+@cache
+def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[jax.Device, Box]:
+    """The box of an array that each device holds."""
+    return {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        for device, index in sharding.devices_indices_map(shape).items()
+    }
+
+
+@cache
+def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[jax.Device, Box]:
+    """`device_boxes` of this process."""
+    mine = sharding.addressable_devices
+    return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}
+
+
+@cache
+def boxes_by_process(read: CellRead) -> dict[int, frozenset[Box]]:
+    """The different boxes of a read's array that the devices of each process hold."""
+    boxes: dict[int, set[Box]] = {}
+    for device, box in device_boxes(read.sharding, read.shape).items():
+        boxes.setdefault(device.process_index, set()).add(box)
+    return {process: frozenset(of) for process, of in boxes.items()}
+
+
+def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
+    """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
+    total = 0
+    for i, read in enumerate(step.recipe.reads):
+        places = {step.place(i, box) for box in boxes_by_process(read).get(process, ())}
+        elements = sum(volume(clip(p.box, shapes[p.name])) for p in places)
+        total += elements * read.dtype.itemsize
+    return total

@@ -1,0 +1,181 @@
+"""Leaves, however they are cut and sharded, equal the whole expression; and nothing is done twice."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jobs import tiny_job
+from safetensors.numpy import save_file
+
+from maxconv.algebra import (
+    Concat,
+    Slice,
+    Stacked,
+    bind,
+    evaluate,
+    fit,
+    hf,
+    rearrange,
+    scale,
+    shift,
+)
+from maxconv.cells import steps
+from maxconv.engine import Engine
+from maxconv.families import Leaf
+from maxconv.plan import LeafPlan, Plan, make_plan
+from maxconv.sources import LocalSource
+
+MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+RANDOM = np.random.default_rng(0)
+TENSORS = {
+    "embed": (24, 16),
+    "fused": (48, 16),
+    "odd": (9, 16),
+    **{f"q{i}": (32, 16) for i in range(4)},
+    **{f"e{i}.{j}": (24, 16) for i in range(4) for j in range(8)},
+}
+LAYERS = {"l": Stacked((0, 1, 2, 3), 1), "e": Stacked(tuple(range(8)), 0)}
+ROPE = rearrange("(h t d) e -> e h (d t)", h=4, t=2)
+LEAVES = {
+    "whole": (hf("embed"), P("x", "y")),
+    "replicated": (hf("embed"), P()),
+    "transposed": (hf("embed") >> rearrange("v e -> e v"), P(("x", "y"), "z")),
+    "heads": (hf("q0") >> rearrange("(h d) e -> e h d", h=4), P("x", ("y", "z"), None)),
+    "inside a head": (hf("q0") >> ROPE >> scale(0.3), P("x", None, ("y", "z"))),
+    "scanned": (hf("q{l}") >> ROPE >> scale(0.3), P("x", None, "y", None)),
+    "scanned, over layers": (hf("q{l}") >> ROPE, P("x", ("y", "z"))),
+    "experts": (hf("e{l}.{e}") >> rearrange("m e -> e m"), P(("x", "y"), None, "z", None)),
+    "experts, replicated": (hf("e{l}.{e}") >> rearrange("m e -> e m"), P(None, None, "z")),
+    "padded": (hf("embed") >> fit(0, 32), P("x", "y")),
+    "padded rows of a shard": (hf("odd") >> fit(0, 16) >> scale(2), P(("x", "y", "z"), None)),
+    "cut": (hf("embed") >> fit(0, 20), P("x", "y")),
+    "slices": (hf("fused") >> Slice(0, 16, 32) >> rearrange("m e -> e m"), P("x", "y")),
+    "side by side": (
+        Concat(0, (hf("embed"), hf("fused") >> shift(1))) >> rearrange("m e -> e m"),
+        P("x", "y"),
+    ),
+    "not divisible": (hf("odd"), P(None, "x")),
+}
+# One is cut inside a permuted atom, the other concatenates along a sharded axis.
+NOT_LOCAL = ("inside a head", "side by side")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return {
+        name: RANDOM.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        for name, shape in TENSORS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def source(arrays, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_file(arrays, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({}))
+    return LocalSource(str(directory))
+
+
+def plan_of(source, template, spec, budget):
+    expr = bind(template, {n: i.shape for n, i in source.tensors.items()}, LAYERS)
+    to, dtype = NamedSharding(MESH, spec), np.dtype(ml_dtypes.bfloat16)
+    dtypes = {n: i.dtype for n, i in source.tensors.items()}
+    made = tuple(steps(expr, dtypes, dtype, to, budget))
+    leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
+    return Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 300])
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_leaf_is_its_expression(name, budget, source, arrays):
+    plan = plan_of(source, *LEAVES[name], budget)
+    (leaf,) = plan.leaves
+    before = source.stats.bytes_read
+    with Engine(plan, source, window=1 << 20) as engine:
+        made = engine.make(leaf)
+    want = evaluate(leaf.leaf.expr, arrays).astype(leaf.dtype)
+    np.testing.assert_array_equal(np.asarray(made).view(np.uint16), want.view(np.uint16))
+    assert made.sharding == leaf.sharding
+    assert source.stats.bytes_read - before == plan.read_nbytes(0) == plan.needed_nbytes
+    assert engine.stats.compiled == len(plan.recipes) + len(plan.blanks)
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 300])
+@pytest.mark.parametrize("name", LEAVES)
+def test_no_device_needs_the_bytes_of_another(name, budget, source):
+    from maxconv.program import compile_cell
+
+    recipes = plan_of(source, *LEAVES[name], budget).recipes
+    assert all(recipe.is_local for recipe in recipes) == (name not in NOT_LOCAL)
+    for recipe in filter(lambda recipe: recipe.is_local, recipes):
+        text = compile_cell(recipe).as_text()
+        for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+            assert collective not in text
+
+
+def test_one_program_serves_all_layers_and_leaves_of_a_recipe(tmp_path):
+    with tiny_job(tmp_path, "llama3.1-8b") as job, Engine(job.plan, job.source, 1 << 20) as engine:
+        for leaf in job.plan.leaves:
+            engine.make(leaf)
+        kernels = [leaf for leaf in job.plan.leaves if "mlp.wi_" in leaf.name]
+        assert len({step.recipe for leaf in kernels for step in leaf.steps}) == 1
+        cells = {recipe.cell for recipe in job.plan.recipes}
+        shards = {leaf.sharding.shard_shape(leaf.shape) for leaf in job.plan.leaves}
+        assert engine.stats.compiled <= (len(cells) + 1) * len(shards)
+        assert engine.stats.compiled == len(job.plan.recipes) + len(job.plan.blanks)
+        assert engine.stats.steps == len(job.plan.steps)
+        assert job.source.stats.bytes_read == job.plan.read_nbytes(0)
+        assert job.source.stats.bytes_read == sum(i.nbytes for i in job.source.tensors.values())
+
+
+def test_it_reads_ahead_within_its_window(tmp_path):
+    with tiny_job(tmp_path, "qwen3-8b") as job:
+        largest = max(recipe.buffer_nbytes for recipe in job.plan.recipes)
+        window = 4 * (2 * largest)
+        with Engine(job.plan, job.source, window) as engine:
+            for leaf in job.plan.leaves:
+                engine.make(leaf)
+        assert largest <= engine.stats.peak_ahead <= window // 4
+        assert engine.stats.ahead == 0
+
+
+def test_leaves_can_be_made_in_any_order(tmp_path):
+    with tiny_job(tmp_path, "qwen3-0.6b") as job:
+        with Engine(job.plan, job.source, 1 << 20) as engine:
+            first = {leaf.name: np.asarray(engine.make(leaf)) for leaf in job.plan.leaves}
+        with Engine(job.plan, job.source, 1 << 20) as engine:
+            for leaf in reversed(job.plan.leaves):
+                np.testing.assert_array_equal(np.asarray(engine.make(leaf)), first[leaf.name])
+
+
+def test_a_large_cell_is_made_in_slabs(tmp_path):
+    with tiny_job(tmp_path, "qwen3-8b") as job:
+        config = job.config
+        args = (job.source, job.plan.model, job.plan.mesh, config.logical_axis_rules)
+        small = make_plan(*args, budget=4096)
+        assert len(small.steps) > len(job.plan.steps)
+        assert small.read_nbytes(0) == job.plan.read_nbytes(0)
+        assert max(recipe.buffer_nbytes for recipe in small.recipes) < max(
+            recipe.buffer_nbytes for recipe in job.plan.recipes
+        )
+
+
+def test_nan_payloads_survive(tmp_path):
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    tensors = {f"w{i}": bits.view(ml_dtypes.bfloat16) for i in range(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with LocalSource(str(tmp_path)) as source:
+        template = hf("w{l}") >> rearrange("o i -> i o")
+        expr = bind(template, {n: (256, 256) for n in tensors}, {"l": Stacked((0, 1), 1)})
+        to, dtype = NamedSharding(MESH, P("x", None, "y")), np.dtype(ml_dtypes.bfloat16)
+        made = tuple(steps(expr, dict.fromkeys(tensors, dtype), dtype, to, 1 << 20))
+        leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
+        plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+        with Engine(plan, source, 1 << 20) as engine:
+            got = np.asarray(engine.make(leaf)).view(np.uint16)
+    np.testing.assert_array_equal(got, np.stack([bits.T, bits.T], 1))

@@ -1,0 +1,136 @@
+"""Cells of whole models, compiled for real TPUs: their compiler needs none. Nothing is executed."""
+
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import pytest
+from headers import published
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxconv.config import parse
+from maxconv.model import resolve
+from maxconv.plan import Plan, Recipe, make_plan
+from maxconv.program import compile_blank, compile_cell
+from maxconv.sharding import make_mesh
+from maxconv.tables import model_facts
+
+pytestmark = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="libtpu, the compiler, is published for Linux on x86_64 only",
+)
+
+MIB = 1 << 20
+FSDP_8 = "ici_fsdp_parallelism=8"
+FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
+FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
+TENSOR_8 = "ici_fsdp_parallelism=1 ici_tensor_parallelism=8"  # of 28 and 4 heads: replicated
+
+# What moves data to another chip or to the host, or hides what it does.
+FOREIGN = re.compile(
+    r" ((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter"
+    r"|collective-(?:permute|broadcast)|send|recv|infeed|outfeed|custom-call)(?:-start)?\("
+)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "topology", "words"),
+    [
+        ("llama3.1-8b", "v5e:2x4", FSDP_8),
+        ("llama3.1-8b", "v5e:2x4", FSDP_4),
+        ("llama3.1-8b", "v5p:4x4x4", FSDP_16),
+        ("llama3.1-8b", "v5e:2x4", f"{FSDP_4} scan_layers=false"),
+        ("qwen3-32b", "v5e:2x4", FSDP_8),
+        ("qwen3-32b", "v5e:2x4", FSDP_4),
+        ("qwen3-32b", "v5p:4x4x4", FSDP_16),
+        ("qwen3-32b", "v5p:4x4x4", f"{FSDP_16} scan_layers=false"),
+        ("qwen2.5-7b", "v5e:2x4", TENSOR_8),
+        ("qwen3-0.6b", "v5e:16x16", ""),
+    ],
+)
+def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) -> None:
+    plan = plan_of(model_name, topology, words)
+    converting: set[str] = set()
+    blanks: set[Any] = set()
+    recipes = names(plan)
+    with ThreadPoolExecutor(2) as pool:
+        cells = list(pool.map(compile_cell, recipes))
+    for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
+        check_memory(name, recipe, compiled.memory_analysis())
+        text = compiled.as_text()
+        assert not FOREIGN.findall(text), name
+        if " convert(" in text:
+            converting.add(name.split(".")[-2])
+        if not recipe.is_whole:
+            blanks.add((recipe.shape, recipe.dtype, recipe.sharding))
+    for blank in blanks:
+        compiled = compile_blank(*blank)
+        assert compiled.memory_analysis().temp_size_in_bytes <= MIB, blank
+        assert not FOREIGN.findall(compiled.as_text()), blank
+    # Bytes that are only moved are never widened, not even to be written: NaNs stay as they are.
+    assert converting == ({"query"} if model_name.startswith("llama") else set())
+
+
+def test_an_exchange_would_be_seen() -> None:
+    plan = plan_of("qwen3-0.6b", "v5e:2x4", FSDP_4)
+    recipe = next(r for r, name in names(plan).items() if name.endswith("query.kernel"))
+    rows = NamedSharding(plan.mesh, PartitionSpec(("tensor", "fsdp")))
+    recipe = replace(recipe, reads=tuple(replace(read, sharding=rows) for read in recipe.reads))
+    assert FOREIGN.findall(compile_cell(recipe).as_text())
+
+
+def test_this_process_has_the_chips_of_a_host() -> None:
+    """The devices of a topology are in no backend, but a plan knows whose they are."""
+    plan = plan_of("llama3.1-8b", "v5p:4x4x4", FSDP_16)
+    assert plan.processes == list(range(16))
+    for leaf in plan.leaves:
+        assert leaf.local_nbytes == 4 * leaf.shard_nbytes
+    for recipe in plan.recipes:
+        # Chips of a host may hold the same box: norms are sharded over `tensor` alone.
+        whole = sum(read.shard_nbytes for read in recipe.reads)
+        assert whole <= recipe.buffer_nbytes <= 4 * whole
+        assert {recipe.nbytes(process) for process in plan.processes} == {recipe.buffer_nbytes}
+
+
+def check_memory(name: str, recipe: Recipe, memory: Any) -> None:
+    """A cell goes into its leaf in place, and takes little beside it, whatever the leaf's size."""
+    shard = math.prod(recipe.sharding.shard_shape(recipe.shape)) * recipe.dtype.itemsize
+    cell = shard * math.prod(recipe.cell.shape) // math.prod(recipe.shape)
+    alias, output = memory.alias_size_in_bytes, memory.output_size_in_bytes
+    assert shard <= output <= 1.5 * shard + MIB, name  # a TPU pads axes to whole tiles
+    assert alias == (0 if recipe.is_whole else output), name
+    # A transposed cell, and that same cell again in the tiles of its leaf: its layer axis, of
+    # size 1, is padded to 2. All of it counts, be it in HBM (temp) or on the chip (peak).
+    arguments_and_output = memory.argument_size_in_bytes + output - alias
+    beside = max(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - arguments_and_output)
+    assert beside <= 3 * cell + MIB, name
+    assert memory.host_temp_size_in_bytes == memory.host_output_size_in_bytes == 0, name
+
+
+def names(plan: Plan) -> dict[Recipe, str]:
+    """Every recipe, with the name of a leaf that it makes."""
+    return {recipe: leaf.name for leaf in plan.leaves for recipe, _ in leaf.steps}
+
+
+def plan_of(model_name: str, topology: str, words: str) -> Plan:
+    config = parse([f"model_name={model_name}", *words.split()], {})
+    source = published(model_name)
+    model = resolve(source, model_name, model_facts(model_name))
+    mesh = make_mesh(config, devices(topology))
+    scan_axis = config.param_scan_axis if config.scan_layers else None
+    return make_plan(source, model, mesh, config.logical_axis_rules, scan_axis)
+
+
+@cache
+def devices(topology: str) -> Sequence[jax.Device]:
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would look for the metadata of a cloud VM
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
