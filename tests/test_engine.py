@@ -1,4 +1,4 @@
-"""Leaves, however they are cut and sharded, equal the whole expression; and nothing is done twice."""
+"""Leaves, however cut and sharded, equal the whole expression, and nothing is done twice."""
 
 import json
 

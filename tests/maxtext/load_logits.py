@@ -33,6 +33,7 @@ LOADERS = ("pretrain", "from_pretrained")
 # Before jax is imported. Nothing below needs the network, and libraries must not try.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
+    "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",  # as MaxText's training does; it compiles much faster
     "JAX_PLATFORMS": "cpu",
     "TRANSFORMERS_VERBOSITY": "error",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
@@ -45,6 +46,8 @@ RUN_WORDS = [
     "hardware=cpu",
     "skip_jax_distributed_system=True",
     "enable_checkpointing=false",  # of the run itself: it saves nothing
+    "jax_cache_dir=",  # else MaxText keeps compiled programs in the home directory
+    "opt_type=sgd",  # has no state to keep in memory
     "dataset_type=synthetic",
     "steps=1",
     "per_device_batch_size=1",

@@ -1,0 +1,271 @@
+"""Every flipped bit of a checkpoint is found, and named; what is right is not complained about."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+from etils import epath
+from jobs import tiny_job
+
+from maxconv import checkpoint
+from maxconv.convert import Job
+from maxconv.engine import Engine
+from maxconv.errors import UserError
+from maxconv.verify import Report, _difference, _value_spans, leaves_to_check, verify
+
+WINDOW = 64 << 10  # bytes: a few leaves at a time
+FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
+    "zarr3": (True, True, False, True),
+    "unscanned": (True, True, False, False),
+    "zarr2": (True, False, False, True),
+    "files": (False, True, False, True),
+    "files, zarr2": (False, False, False, True),
+    "zstd": (True, True, True, True),
+}
+
+
+class Case:
+    """A checkpoint, with what it was made from."""
+
+    def __init__(self, directory: Path, job: Job, format: str):
+        ocdbt, zarr3, compression, scan = FORMATS[format]
+        self.plan, self.source = job.plan, job.source
+        self.pristine = directory / "pristine"
+        self.out = directory / "out"
+        with Engine(self.plan, self.source, WINDOW) as engine:
+            checkpoint.save(
+                self.pristine,
+                checkpoint.train_state((p.leaf.path, engine.make(p)) for p in self.plan.leaves),
+                scan,
+                WINDOW << 8,
+                checkpoint.Progress(),
+                checkpoint.context(ocdbt, zarr3, compression),
+            )
+        self.reset()
+
+    @property
+    def items(self) -> Path:
+        return self.out / "0" / "items"
+
+    def reset(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.copytree(self.pristine, self.out)
+
+    def verify(self, mode: str = "full", at: Path | None = None) -> Report:
+        with Engine(self.plan, self.source, WINDOW) as engine:
+            return verify(at or self.out, self.plan, engine, mode, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Case]]:
+    """Makes the case of a format, or mends it if it was made before."""
+    cases: dict[str, Case] = {}
+    with ExitStack() as jobs:
+
+        def make(format: str) -> Case:
+            if format not in cases:
+                directory = tmp_path_factory.mktemp("case")
+                job = jobs.enter_context(tiny_job(directory, scan=FORMATS[format][-1]))
+                cases[format] = Case(directory, job, format)
+            cases[format].reset()
+            return cases[format]
+
+        yield make
+
+
+@pytest.fixture
+def case(made: Callable[[str], Case]) -> Case:
+    return made("zarr3")
+
+
+def data_files(items: Path) -> Iterator[str]:
+    """Files that are neither JSON nor marks."""
+    plain = {"zarr.json", ".zarray", "_METADATA", "_sharding", "commit_success.txt"}
+    for file in sorted(items.rglob("*")):
+        if file.is_file() and file.name not in plain and file.parent.name != "array_metadatas":
+            yield str(file.relative_to(items))
+
+
+def owners(items: Path, file: str) -> list[tuple[int, int, str]]:
+    """The spans of a file that hold a leaf's bytes, and the leaf."""
+    if not (items / "manifest.ocdbt").exists():
+        return [(0, (items / file).stat().st_size, file.split("/")[0])]
+    store = ts.KvStore.open({"driver": "file", "path": f"{items}/"}).result()
+    root = ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]
+    spans = []
+    for entry in ts.ocdbt.dump(store, root).result()["entries"]:
+        _, name, start, length = entry.get("indirect_value", ":::").replace("/:", "/").split(":")
+        if name == file:
+            leaf = entry["key"].decode().split("/")[0]
+            spans.append((int(start), int(start) + int(length), leaf))
+    return spans
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_saved_is_right(made: Callable[[str], Case], format: str) -> None:
+    case = made(format)
+    for at in (case.out, case.out / "0", case.items):
+        report = case.verify(at=at)
+        assert report.ok, report.problems
+        assert report.leaves == report.total == len(case.plan.leaves)
+        assert report.nbytes == sum(leaf.nbytes for leaf in case.plan.leaves)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "zstd"])
+def test_a_flipped_bit_in_any_file_is_named(made: Callable[[str], Case], format: str) -> None:
+    case = made(format)
+    random = np.random.default_rng(len(format))
+    expected = []
+    for file in data_files(case.items):
+        bit = int(random.integers((case.items / file).stat().st_size * 8))
+        leaves = [leaf for a, b, leaf in owners(case.items, file) if a <= bit // 8 < b]
+        # Without the root there is no checkpoint; it has a test of its own.
+        if leaves or file.startswith("ocdbt."):
+            expected.append((leaves[0] if leaves else file, case.items / file, bit))
+    for _, file, bit in expected:
+        flip(file, bit)
+    problems = case.verify().problems
+    assert len(expected) > 5
+    for name, _, bit in expected:
+        assert any(name in problem for problem in problems), (name, bit)
+
+
+def test_a_flipped_bit_in_the_root_is_named(case: Case) -> None:
+    random = np.random.default_rng(0)
+    (node,) = (case.items / "d").iterdir()
+    for file in (case.items / "manifest.ocdbt", node):
+        for bit in random.integers(file.stat().st_size * 8, size=20).tolist():
+            flip(file, bit)
+            report = case.verify()
+            flip(file, bit)
+            assert report.leaves == 0
+            assert any(str(file.relative_to(case.items)) in p for p in report.problems), bit
+    assert case.verify().ok
+
+
+def test_one_bit_of_one_leaf(case: Case) -> None:
+    leaf = next(leaf for leaf in case.plan.leaves if leaf.name.endswith("embedding"))
+    for file in data_files(case.items):
+        for start, _, name in owners(case.items, file):
+            if name == leaf.name:
+                flip(case.items / file, 8 * (start + 2 * 43))  # the 43rd of rows of 42
+                (problem,) = case.verify().problems
+                assert problem.startswith(f"{leaf.name}[1, 1] is ")
+                assert problem.endswith(f"; 1 of {259 * 42:,} elements differ.")
+                return
+    pytest.fail("the embedding lies nowhere")
+
+
+def test_a_leaf_that_does_not_decode_does_not_hide_the_others(case: Case) -> None:
+    values = _value_spans(epath.Path(case.items))
+    file, spans = next((f, sorted(s)) for f, s in values.items())
+    flip(case.items / file, 8 * (spans[0][1] - 1))  # the end of a shard is its index's CRC
+    (name,) = {leaf for a, _, leaf in owners(case.items, file) if a == spans[0][0]}
+    report = case.verify()
+    assert [p for p in report.problems if p.startswith(f"{name} cannot be read: ")]
+    assert report.leaves == len(case.plan.leaves) and len(report.problems) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 10_000_000])
+def test_a_truncated_file(case: Case, cut: int) -> None:
+    file = sorted(f for f in data_files(case.items) if f.startswith("ocdbt.process_0/d/"))[0]
+    raw = (case.items / file).read_bytes()
+    (case.items / file).write_bytes(raw[:-cut])
+    assert not case.verify().ok
+
+
+def test_bytes_that_belong_to_nothing(case: Case) -> None:
+    file = sorted(f for f in data_files(case.items) if f.startswith("ocdbt.process_0/d/"))[0]
+    size = (case.items / file).stat().st_size
+    with (case.items / file).open("ab") as data:
+        data.write(b"more")
+    assert case.verify().problems == [
+        f"{file}: bytes {size} to {size + 4} are damaged, or belong to nothing."
+    ]
+
+
+def test_leaves_of_another_model(case: Case) -> None:
+    first, second, *rest = case.plan.leaves
+    other = replace(second, dtype=np.dtype(np.float32))
+    added = replace(first, leaf=replace(first.leaf, path=("params", "new")))
+    plan = replace(case.plan, leaves=(other, *rest, added))
+    with Engine(case.plan, case.source, WINDOW) as engine:
+        report = verify(case.out, plan, engine, "full", WINDOW)
+    assert report.problems == [
+        f"{second.name} is {second.shape} bfloat16, planned is {second.shape} float32.",
+        "params.params.new is missing.",
+        f"{first.name} is in the checkpoint, but not in the plan.",
+    ]
+    assert report.leaves == report.total == len(rest)
+
+
+def test_another_source(case: Case, tmp_path: Path) -> None:
+    with tiny_job(tmp_path, dtype="float16") as job:  # rounded once more
+        with Engine(job.plan, job.source, WINDOW) as engine:
+            report = verify(case.out, job.plan, engine, "full", WINDOW)
+    assert len(report.problems) == len(job.plan.leaves)
+    assert all(problem.endswith("elements differ.") for problem in report.problems)
+
+
+def test_another_step(case: Case) -> None:
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{case.items}/"}}
+    ts.open({"driver": "zarr3", "kvstore": {**store, "path": "step/"}}).result()[()] = 3
+    assert "step is 3, planned is 0." in case.verify().problems
+
+
+def test_a_broken_metadata_file(case: Case) -> None:
+    path = case.items / "_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()))[:-9])
+    (problem,) = case.verify("sample").problems
+    assert "_METADATA is not a JSON object" in problem
+
+
+def test_no_checkpoint(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint of MaxText"):
+        case.verify(at=tmp_path)
+
+
+def test_nan_payloads_count(case: Case) -> None:
+    leaf = next(leaf for leaf in case.plan.leaves if len(leaf.shape) == 2)
+    raw = np.full(leaf.shape, 0x7FC0, np.uint16)
+    other = raw.copy()
+    other[3, 1] ^= 1
+    a, b = (jax.device_put(x.view(jnp.bfloat16), leaf.sharding) for x in (raw, other))
+    assert _difference(leaf, a, a) is None
+    assert _difference(leaf, a, b) == (
+        f"{leaf.name}[3, 1] is nan (0x7fc1), the source makes it nan (0x7fc0); "
+        f"1 of {raw.size:,} elements differ."
+    )
+
+
+def test_a_sample_has_every_recipe_and_is_bounded(
+    made: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made("unscanned")
+    assert leaves_to_check(case.plan, "sample") == list(case.plan.leaves)  # all are small
+    monkeypatch.setattr("maxconv.verify.SMALL_BYTES", 100)
+    sample = leaves_to_check(case.plan, "sample")
+    recipes = {step.recipe for leaf in sample for step in leaf.steps}
+    assert recipes == {step.recipe for leaf in case.plan.leaves for step in leaf.steps}
+    assert len(sample) < len(case.plan.leaves)
+    assert all(leaf in sample for leaf in case.plan.leaves if leaf.nbytes <= 100)
+    said = []
+    with Engine(replace(case.plan, leaves=tuple(sample)), case.source, WINDOW) as engine:
+        verify(case.out, case.plan, engine, "sample", WINDOW, lambda r: said.append(r.leaves))
+    assert said == list(range(1, len(sample) + 1))
+    monkeypatch.setattr("maxconv.verify.SAMPLE_BYTES", 0)
+    assert all(leaf.nbytes <= 100 for leaf in leaves_to_check(case.plan, "sample"))
