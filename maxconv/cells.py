@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -37,6 +36,7 @@ from maxconv.algebra import (
 )
 
 Offset = tuple[int, ...]
+Device = Any  # jax.Device, which type checkers do not take for a type
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def _shards(sharding: NamedSharding, axis: int) -> int:
 
 
 @cache
-def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[jax.Device, Box]:
+def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
     """The box of an array that each device holds."""
     return {
         device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
@@ -348,7 +348,7 @@ def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[jax.Device, Box]
 
 
 @cache
-def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[jax.Device, Box]:
+def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
     """`device_boxes` of this process."""
     mine = sharding.addressable_devices
     return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}

@@ -12,7 +12,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -120,13 +120,13 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 
     async def serialize(
         self,
-        values: Sequence[LazyTensor],
+        values: Sequence[Any],  # LazyTensor
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs] | None = None,
     ) -> Sequence[future.Future]:
         args = args or [types_v0.SaveArgs()] * len(values)
         types_v0.check_input_arguments(values, infos, args)
-        jax_array_handlers.check_array_values(values, infos)  # type: ignore[arg-type]
+        jax_array_handlers.check_array_values(values, infos)
         work = {"lazy_array_handler": self._stream(list(values), infos, args)}
         if self._enable_write_sharding_file:
             work["serialize_shardings"] = jax_array_handlers._async_serialize_shardings(
@@ -165,9 +165,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     async with room:
                         await room.wait_for(lambda cost=cost: self._has_room(cost))
                     self.progress.hold(cost)
-                    make = contextvars.copy_context().run  # jax.config is thread-local
-                    loop = asyncio.get_running_loop()
-                    array = await loop.run_in_executor(maker, make, self._to_host, value)
+                    # jax.config is thread-local
+                    make: Any = partial(contextvars.copy_context().run, self._to_host, value)
+                    array = await asyncio.get_running_loop().run_in_executor(maker, make)
                     values[i] = None
                     writes.create_task(write(i, array, cost))
                     del array
@@ -245,7 +245,7 @@ class _AbstractLazyTensor:
 
 def _tree_handler(window: int, progress: Progress) -> type:
     """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
-    leaf_handler = type(
+    leaf_handler: Any = type(
         "LazyTensorHandler", (LazyTensorHandler,), {"window": window, "progress": progress}
     )
 
@@ -299,7 +299,7 @@ def train_state(leaves: Iterable[tuple[Sequence[str], Any]]) -> TrainState:
 
 
 def save(
-    directory: Path,
+    directory: str,
     state: TrainState,
     scan_layers: bool,
     window: int,

@@ -1,12 +1,15 @@
 """The command `maxconv`."""
 
+import logging
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from maxconv import __version__
-from maxconv.errors import UserError
+from maxconv.errors import UserError, VerificationError
 
 USAGE = """\
 maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout they train in.
@@ -31,14 +34,17 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
   maxconv demo [DIR]
       Make a small checkpoint, convert it on 8 simulated devices, verify it.
 
-Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 1 anything else.
+Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 130 interrupted,
+1 anything else.
 """
+
+ONLY_SAVED = "only what was said to be saved is a checkpoint"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help", "help") or "--help" in words:
+    if not words or words[0] == "help" or {"-h", "--help"}.intersection(words):
         print(USAGE, end="")
         return 0 if words else 2
     if words[0] == "--version":
@@ -53,23 +59,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
-    from maxconv.report import problems_text
+    from maxconv.report import failure_text, problems_text
 
+    logging.getLogger("absl").addFilter(_is_no_traceback)
+    with _leaving_at_once():
+        try:
+            command()
+            return 0
+        except UserError as error:
+            print(problems_text(error.problems), file=sys.stderr)
+            return 2
+        except VerificationError as error:
+            print(problems_text(error.problems), file=sys.stderr)
+            return 1
+        except Exception as error:
+            print(failure_text(error), f"maxconv: {ONLY_SAVED}", sep="\n", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # reads and writes go on in threads, which a normal exit waits for
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Makes Ctrl-C end the process: an exception would wait for what the threads have to do."""
+
+    def leave(*_: object) -> None:
+        start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the line of progress
+        os.write(2, f"{start}maxconv: interrupted; {ONLY_SAVED}\n".encode())
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():  # has no say in signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, leave)
     try:
-        command()
-        return 0
-    except UserError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("maxconv: interrupted; what was written is no checkpoint", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(130)  # reads and writes go on in threads, which a normal exit waits for
-    except Exception as error:
-        traceback.print_exc()
-        print(f"maxconv: failed: {error}; what was written is no checkpoint", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps out what each of Orbax' threads logs of a failure: `run` tells it once."""
+    return not record.exc_info
 
 
 def convert(words: Sequence[str]) -> None:
@@ -122,12 +152,16 @@ COMMANDS = {
 
 def started(words: Sequence[str]):
     """The config of a command line, with JAX started as it says and the user told."""
+    import jax
+
     from maxconv.config import parse
     from maxconv.distributed import initialize
 
     config = parse(words)
-    for notice in (*config.notices, *initialize(config)):
-        print(f"note: {notice}", file=sys.stderr)
+    notices = (*config.notices, *initialize(config))
+    if jax.process_index() == 0:
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
     return config
 
 

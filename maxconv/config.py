@@ -238,7 +238,7 @@ def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
 
 def _said(yml: str | None, typed: Mapping[str, Any]) -> tuple[str, ...]:
     path = typed.get("hf_model_path", "")
-    own = typed | ({"hf_model_path": _absolute(path)} if os.path.exists(path) else {})
+    own = {**typed, **({"hf_model_path": _absolute(path)} if os.path.exists(path) else {})}
     words = [f"{key}={value}" for key, value in own.items() if key not in _OF_ONE_RUN]
     return (*([_absolute(yml)] if yml else []), *words)
 

@@ -5,26 +5,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TextIO
 
 import jax
+from etils import epath
 
 from maxconv import __version__, checkpoint, distributed, target
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
-from maxconv.errors import UserError
-from maxconv.model import resolve
+from maxconv.errors import UserError, VerificationError
+from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.sharding import make_mesh
 from maxconv.sources import Source, open_source
-from maxconv.verify import verify
+from maxconv.verify import Report, leaves_to_check, verify
 
 WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
-_WORDS = "maxconv.json"  # beside the step
 BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
 
 
@@ -52,14 +51,12 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             only looked at when something `writes` to it.
     """
     with distributed.same_error_everywhere():
-        source = open_source(_path(config), config.revision, config.hf_access_token)
+        source = opened(config)
     with source:
         with distributed.same_error_everywhere():
-            facts = model_facts(config.model_name)
-            model = resolve(source, config.model_name, facts, config.overrides)
             plan = make_plan(
                 source,
-                model,
+                resolved(config, source),
                 make_mesh(config),
                 config.logical_axis_rules,
                 config.param_scan_axis if config.scan_layers else None,
@@ -71,26 +68,45 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         yield Job(config, source, plan, _window(config))
 
 
-def run(config: Config, out: TextIO = sys.stdout) -> Job:
-    """Converts, verifies as configured, and says what was done."""
+def opened(config: Config) -> Source:
+    """The checkpoint that is to be converted."""
+    facts = model_facts(config.model_name)
+    path = config.hf_model_path or (facts and facts["hf_id"])
+    if not path:
+        raise UserError("Say which checkpoint: --hf_model_path=DIR.")
+    return open_source(path, config.revision, config.hf_access_token)
+
+
+def resolved(config: Config, source: Source) -> Model:
+    """Which model the checkpoint is."""
+    return resolve(source, config.model_name, model_facts(config.model_name), config.overrides)
+
+
+def run(config: Config) -> Job:
+    """Converts, verifies as configured, and says what was done.
+
+    Raises:
+        UserError: something is in the way; nothing was written.
+        VerificationError: what was written is not what it should be.
+    """
     started = time.monotonic()
     with prepared(config) as job:
         speaks = jax.process_index() == 0
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
-                print(f"note: {notice}", file=out)
+                print(f"note: {notice}", file=sys.stderr)
         distributed.once(partial(target.clear, config.base_output_directory))
         with distributed.all_or_none():
-            _save(job, sys.stderr if speaks else None)
+            _save(job, speaks)
         took = time.monotonic() - started
         if speaks:
-            print(_summary(job, took), file=out)
+            print(_summary(job, took), flush=True)
             _leave_words(config)
-        _verify(job, out if speaks else None)
+        _verify(job, job.items, speaks)
     return job
 
 
-def _save(job: Job, progress_to: TextIO | None) -> None:
+def _save(job: Job, speaks: bool) -> None:
     config, plan = job.config, job.plan
     progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in plan.leaves))
     with Engine(plan, job.source, job.window) as engine:
@@ -106,9 +122,9 @@ def _save(job: Job, progress_to: TextIO | None) -> None:
                 planned.sharding,
             )
 
-        with ProgressLine("written", lambda: (progress.written, progress.total), progress_to):
+        with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
-                Path(config.base_output_directory),
+                config.base_output_directory,
                 checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
                 config.scan_layers,
                 job.window - job.window // 4,
@@ -121,21 +137,37 @@ def _save(job: Job, progress_to: TextIO | None) -> None:
             )
 
 
-def _verify(job: Job, out: TextIO | None, saved: str | None = None) -> None:
-    """Reads a checkpoint back and compares; raises RuntimeError when it is not as it should be."""
-    if job.config.verify == "none":
+def _verify(job: Job, saved: str, speaks: bool) -> None:
+    """Reads a checkpoint back and compares; VerificationError when it is not as it should be."""
+    mode = job.config.verify
+    if mode == "none":
         return
     started = time.monotonic()
-    with Engine(job.plan, job.source, job.window) as engine, distributed.all_or_none():
-        report = verify(saved or job.items, job.plan, engine, job.config.verify, job.window)
+    checked = replace(job.plan, leaves=tuple(leaves_to_check(job.plan, mode)))
+    report = Report()
+
+    def say(now: Report) -> None:
+        nonlocal report
+        report = now
+
+    with (
+        distributed.all_or_none(),
+        Engine(checked, job.source, job.window) as engine,
+        ProgressLine("verified", lambda: (report.nbytes, checked.output_nbytes), _told(speaks)),
+    ):
+        report = verify(saved, job.plan, engine, mode, job.window, say)
     if not report.ok:
-        raise RuntimeError("\n".join(["the checkpoint is wrong:", *report.problems]))
-    if out is not None:
+        raise VerificationError(saved, report.problems)
+    if speaks:
         print(
             f"verified {report.leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
-            f"source in {duration(time.monotonic() - started)}",
-            file=out,
+            f"source in {duration(time.monotonic() - started)}"
         )
+
+
+def _told(speaks: bool) -> TextIO | None:
+    """Where progress is shown: one process does it for all."""
+    return sys.stderr if speaks else None
 
 
 def _summary(job: Job, took: float) -> str:
@@ -150,22 +182,9 @@ def _summary(job: Job, took: float) -> str:
 
 def _leave_words(config: Config) -> None:
     """Says beside the checkpoint where it came from, for `maxconv verify` and for people."""
-    if "://" in config.base_output_directory:
-        return
     said = {"maxconv": __version__, "words": list(config.words)}
-    path = Path(config.base_output_directory, _WORDS)
+    path = epath.Path(config.base_output_directory) / target.WORDS
     path.write_text(json.dumps(said, indent=2) + "\n")
-
-
-def _path(config: Config) -> str:
-    if config.hf_model_path:
-        return config.hf_model_path
-    facts = model_facts(config.model_name)
-    if facts is None:
-        raise UserError(
-            "Neither --hf_model_path nor model_name is given; say which checkpoint to convert."
-        )
-    return facts["hf_id"]
 
 
 def _target_problems(config: Config, plan: Plan) -> list[str]:
@@ -191,18 +210,19 @@ def verify_saved(
     saved = _saved_items(checkpoint_path)
     config = start([*_words_beside(saved), *words, "--verify=full"])
     with prepared(config, writes=False) as job:
-        _verify(job, sys.stdout if jax.process_index() == 0 else None, str(saved))
+        _verify(job, str(saved), jax.process_index() == 0)
 
 
-def _saved_items(path: str) -> Path:
-    for items in (Path(path, target.STEP, "items"), Path(path, "items"), Path(path)):
+def _saved_items(path: str) -> epath.Path:
+    root = epath.Path(path)
+    for items in (root / target.STEP / "items", root / "items", root):
         if (items / "_METADATA").exists():
             return items
     raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
 
 
-def _words_beside(items: Path) -> list[str]:
+def _words_beside(items: epath.Path) -> list[str]:
     try:
-        return json.loads((items.parent.parent / _WORDS).read_text())["words"]
+        return json.loads((items.parent.parent / target.WORDS).read_text())["words"]
     except (OSError, ValueError, KeyError):
         return []

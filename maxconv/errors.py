@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that are told without a traceback."""
 
 from collections.abc import Sequence
 
@@ -12,4 +12,12 @@ class UserError(Exception):
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class VerificationError(Exception):
+    """A checkpoint is not what its source makes; each problem is a sentence about one leaf."""
+
+    def __init__(self, checkpoint: str, problems: Sequence[str]):
+        self.problems = (f"{checkpoint} is wrong; do not train from it.", *problems)
         super().__init__("\n".join(self.problems))

@@ -38,9 +38,8 @@ class Model:
         """Whether a tensor is left out on purpose: ignored, tied, or of a layer past the last."""
         if self.family.ignores(name) or (self.dims.tied and name == "lm_head.weight"):
             return True
-        prefix, _, rest = name.partition(".layers.")
-        number = rest.partition(".")[0]
-        return bool(prefix) and number.isdigit() and int(number) >= self.dims.layers
+        number = name.partition(".layers.")[2].partition(".")[0]
+        return number.isdigit() and self.dims.layers <= int(number) < self.published.layers
 
 
 def resolve(
@@ -62,12 +61,7 @@ def resolve(
             what MaxText would build, at once.
     """
     family = _family(source)
-    try:
-        published = family.dims(source.config, source.tensors)
-    except KeyError as error:
-        raise UserError(
-            f"config.json in {source.root} has no entry {error}; take that of the original model."
-        ) from None
+    published = _published(source, family)
     words, facts = words or {}, facts or {}
     problems = _block_problems(family, name, facts)
     chosen: dict[str, Any] = {}
@@ -89,13 +83,31 @@ def resolve(
 
 
 def _family(source: Source) -> Family:
-    named = source.config.get("architectures") or []
+    entry = source.config.get("architectures") or []
+    named = [entry] if isinstance(entry, str) else [str(name) for name in entry]
     for architecture in named:
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
+    what = ", ".join(named) or "model without an architecture in config.json"
+    raise UserError(f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}.")
+
+
+def _published(source: Source, family: Family) -> Dims:
+    """The sizes in config.json, and that they are sizes."""
+    entries = {key: value for key, value in source.config.items() if value is not None}
+    problems = []
+    for field, _, key in _FACTS:
+        value = entries.get(key, True if field == "tied" else 1)
+        if type(value) is not (bool if field == "tied" else int) or value < 0 + (field != "tied"):
+            wanted = "true or false" if field == "tied" else "a positive whole number"
+            problems.append(f"{key}={json.dumps(value)} is not {wanted}")
+    try:
+        if not problems:
+            return family.dims(entries, source.tensors)
+    except KeyError as error:
+        problems.append(f"there is no entry {error}")
     raise UserError(
-        f"{source.root} is a {', '.join(named) or 'model without an architecture in config.json'}; "
-        f"maxconv knows {', '.join(BY_ARCHITECTURE)}."
+        [f"config.json in {source.root}: {p}; take that of the original model." for p in problems]
     )
 
 

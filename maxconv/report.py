@@ -1,9 +1,11 @@
 """What a person reads: the plan, progress while it runs, and what was done."""
 
+import os
 import resource
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self, TextIO
@@ -155,19 +157,22 @@ class ProgressLine:
 
     def _run(self) -> None:
         while not self._stop.wait(0.5 if self._live else 10):
-            self._print("\r" if self._live else "", "" if self._live else "\n")
+            assert self._out is not None
+            if self._live:  # cut to one row, else \r would not come back to its beginning
+                columns = os.get_terminal_size(self._out.fileno()).columns or 80
+                self._out.write(f"\r{self._text()[: columns - 1]}\x1b[K")
+            else:
+                self._out.write(self._text() + "\n")
+            self._out.flush()
 
-    def _print(self, start: str, end: str) -> None:
-        assert self._out is not None
+    def _text(self) -> str:
         done, total = self._done()
-        elapsed = time.monotonic() - self._started
-        rate = done / elapsed
-        left = duration((total - done) / rate) if done else "?"
-        self._out.write(
-            f"{start}{self._label} {size(done)} of {size(total)} ({_percent(done, total)}), "
-            f"{size(rate)}/s, {left} left, memory {size(host_memory())}{end}"
+        rate = done / (time.monotonic() - self._started)
+        pace = f", {size(rate)}/s, {duration((total - done) / rate)} left" if done else ""
+        return (
+            f"{self._label} {size(done)} of {size(total)} ({_percent(done, total)}){pace}, "
+            f"memory {size(host_memory())}"
         )
-        self._out.flush()
 
     def __enter__(self) -> Self:
         if self._out is not None:
@@ -180,6 +185,7 @@ class ProgressLine:
             self._thread.join()
         if self._live and self._out is not None:
             self._out.write("\r\x1b[K")
+            self._out.flush()
 
 
 def problems_text(problems: Sequence[str]) -> str:
@@ -188,3 +194,13 @@ def problems_text(problems: Sequence[str]) -> str:
     if len(problems) > _MANY:
         lines.append(f"maxconv: and {len(problems) - _MANY} more like these")
     return "\n".join(lines)
+
+
+def failure_text(error: BaseException) -> str:
+    """What went wrong in the middle of a conversion: its cause, without those who passed it on."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    said = str(error) or type(error).__name__
+    if isinstance(error, OSError):  # the system's: where in the program it happened says nothing
+        return f"maxconv: failed: {said}"
+    return "".join(traceback.format_exception(error)) + f"maxconv: failed: {said}"

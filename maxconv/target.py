@@ -2,11 +2,19 @@
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from etils import epath
 
 from maxconv.report import size
 
 STEP = "0"  # MaxText's converter writes step 0
+WORDS = "maxconv.json"  # beside the step: how it was made
+_UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # how Orbax' names of an unfinished step 0 begin
+_COMMITTED = "commit_success.txt"  # makes a directory in a bucket, which has no renames, complete
+_MARKS = {"_CHECKPOINT_METADATA", "items"}  # what a checkpoint of MaxText has
 
 
 def items(directory: str) -> str:
@@ -16,40 +24,82 @@ def items(directory: str) -> str:
 
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
     """What stands in the way of writing `nbytes` there, in sentences."""
-    if "://" in directory:
-        return [] if directory.startswith("gs://") else [f"{directory} is not a place to write to."]
-    step = Path(directory, STEP)
-    if step.exists() and not overwrite:
-        return [f"{step} exists; add --overwrite to replace it, or name another directory."]
-    there = _nearest(Path(directory))
-    if not there.is_dir():
-        return [f"{there} is a file; base_output_directory must be a directory."]
-    if not os.access(there, os.W_OK):
-        return [f"{there} is not writable; name another base_output_directory."]
-    free = shutil.disk_usage(there).free + (_nbytes(step) if step.exists() else 0)
-    if free < nbytes:
-        return [
-            f"{there} has {size(free)} free, but the checkpoint takes {size(nbytes)}; make room, "
-            "or name another base_output_directory."
-        ]
-    return []
+    check = _bucket_problems if "://" in directory else _local_problems
+    return list(check(directory, nbytes, overwrite))
 
 
 def clear(directory: str) -> None:
-    """Removes what an earlier run left unfinished, and the checkpoint that is to be replaced.
+    """Removes step 0, and what earlier runs left of one that they did not finish.
 
-    Only what this command makes is touched: step 0, and Orbax's temporary forms of it.
+    Whenever it is interrupted, what remains is either the whole checkpoint or none.
     """
-    if "://" in directory:
+    root = epath.Path(directory)
+    for path in root.glob(f"{_UNFINISHED}*"):
+        path.rmtree()
+    step = root / STEP
+    if step.exists():
+        if "://" in directory:
+            (step / _COMMITTED).unlink(missing_ok=True)
+        else:
+            step = step.rename(root / _UNFINISHED)
+        step.rmtree()
+    (root / WORDS).unlink(missing_ok=True)
+
+
+def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
+    step = Path(directory, STEP)
+    there = _nearest(Path(directory))
+    if not there.is_dir():
+        yield f"{there} is a file; base_output_directory must be a directory."
         return
-    for path in Path(directory).glob(f"{STEP}*"):
-        if path.name == STEP or path.name.startswith(f"{STEP}.orbax-checkpoint-tmp"):
-            shutil.rmtree(path)
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # has no name: nobody ever sees it
+        old = [path for path in (step, *step.parent.glob(f"{_UNFINISHED}*")) if path.exists()]
+        free = shutil.disk_usage(there).free + sum(map(_nbytes, old))
+    except OSError as error:
+        yield f"{there} cannot be written to ({error.strerror}); name another directory."
+        return
+    if step.is_symlink() or step.exists():
+        if not overwrite:
+            yield f"{step} exists; add --overwrite to replace it, or name another directory."
+        elif not _is_checkpoint(step):
+            yield (
+                f"{step} is no checkpoint, so --overwrite leaves it alone; remove it, or name "
+                "another directory."
+            )
+    needed = int(nbytes * 1.01) + (1 << 20)  # what Orbax and the file system add
+    if free < needed:
+        yield (
+            f"{there} has {size(free)} free, but the checkpoint takes {size(needed)}; make room, "
+            "or name another directory."
+        )
+
+
+def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
+    del nbytes  # a bucket has room for any number of them
+    if not directory.startswith("gs://"):
+        yield f"{directory} is no place to write to; give a directory, or gs://BUCKET/DIRECTORY."
+        return
+    step = epath.Path(directory) / STEP
+    try:
+        exists = (step / _COMMITTED).exists()
+    except Exception as error:  # those of the network, of the account, and of their libraries
+        why = str(error).partition("\n")[0] or type(error).__name__
+        yield f"{directory} cannot be reached ({why}); check its name and your access to it."
+        return
+    if exists and not overwrite:
+        yield f"{step} exists; add --overwrite to replace it, or name another directory."
+
+
+def _is_checkpoint(step: Path) -> bool:
+    """Whether a directory is ours to remove: a checkpoint, or empty."""
+    names = {path.name for path in step.iterdir()} if step.is_dir() else {""}
+    return not step.is_symlink() and (not names or not names.isdisjoint(_MARKS))
 
 
 def _nearest(path: Path) -> Path:
     """The path itself, or the first directory above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
+    return next(p for p in (path, *path.parents) if os.path.exists(p))
 
 
 def _nbytes(directory: Path) -> int:

@@ -4,12 +4,16 @@ Both sides are global arrays in the training sharding: the one that Orbax loads 
 engine makes again. They are compared where they live; only counts of differing elements come back.
 """
 
+import gc
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from typing import Any
 
 import google_crc32c
@@ -164,47 +168,56 @@ def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
     for name in [*item.arrays, *item.others]:
         if name not in known and name.partition(".")[0] != "opt_state":
             problems[name] = f"{name} is in the checkpoint, but not in the plan."
-    step = _load_step(item.directory)
-    if step != 0:
-        problems["step"] = f"step is {step}, planned is 0."
+    tree, why = _load_tree(item.directory, {"step": 0})
+    if why:
+        problems["step"] = f"step cannot be read: {why}."
+    elif tree["step"] != 0:
+        problems["step"] = f"step is {tree['step']}, planned is 0."
     return problems
-
-
-def _load_step(directory: epath.Path) -> Any:
-    try:
-        return _load_tree(directory, {"step": 0})["step"]
-    except Exception as error:  # Orbax raises many
-        return f"unreadable ({reason(error)})"
 
 
 def _load(
     directory: epath.Path, leaves: Sequence[LeafPlan]
 ) -> tuple[dict[str, jax.Array], dict[str, str]]:
     """The stored leaves by name; and of those that cannot be read in this process, why."""
-    try:
-        tree = _load_tree(directory, {"params": _abstract(leaves)})["params"]
-    except Exception as error:  # whatever Orbax and TensorStore say of damaged files
-        if len(leaves) == 1:
-            return {}, {leaves[0].name: reason(error)}
-        alone = [_load(directory, [leaf]) for leaf in leaves]
-        stored = {name: array for arrays, _ in alone for name, array in arrays.items()}
-        return stored, {name: why for _, failed in alone for name, why in failed.items()}
-    stored = {}
+    tree, why = _load_tree(directory, {"params": _abstract(leaves)})
+    if not why:
+        return {leaf.name: reduce(getitem, leaf.leaf.path, tree["params"]) for leaf in leaves}, {}
+    if len(leaves) == 1:
+        return {}, {leaves[0].name: why}
+    stored, failed = {}, {}
     for leaf in leaves:
-        node = tree
-        for name in leaf.leaf.path:
-            node = node[name]
-        stored[leaf.name] = node
-    return stored, {}
+        arrays, whys = _load(directory, [leaf])
+        stored |= arrays
+        failed |= whys
+    return stored, failed
 
 
-def _load_tree(directory: epath.Path, abstract: dict[str, Any]) -> Any:
+def _load_tree(directory: epath.Path, abstract: dict[str, Any]) -> tuple[Any, str]:
+    """A part of the checkpoint, or why it cannot be read."""
     ctx = checkpoint.context()
     # Each process reads its shards on its own: one that fails must not leave the others waiting.
     ctx.multiprocessing.primary_host = jax.process_index()
     ctx.multiprocessing.active_processes = {jax.process_index()}
-    with ctx:
-        return ocp.load(directory.parent, abstract, checkpointable_name=directory.name)
+    with _unraisable_ignored():
+        try:
+            with ctx:
+                tree = ocp.load(directory.parent, abstract, checkpointable_name=directory.name)
+            return tree, ""
+        except Exception as error:  # whatever Orbax and TensorStore say of damaged files
+            why = reason(error)
+        gc.collect()
+    return None, why
+
+
+@contextmanager
+def _unraisable_ignored() -> Iterator[None]:
+    """When a shard cannot be read, Orbax drops the others unawaited, and Python complains."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _abstract(leaves: Sequence[LeafPlan]) -> dict[str, Any]:

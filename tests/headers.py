@@ -41,7 +41,9 @@ class HeaderSource(Source):
         self.config = dict(config)
         self.tensors = {info.name: info for info in tensors}
 
-    def _fetch(self, info: TensorInfo, *_: object) -> None:
+    def _fetch(
+        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
+    ) -> None:
         raise OSError(f"{self.root} is headers only: there is no {info.name} to read")
 
     def close(self) -> None:
@@ -76,7 +78,8 @@ def shapes(
     head_dim = config["head_dim"]
     heads = {part: config["num_key_value_heads"] for part in "kv"}
     heads["q"] = config["num_attention_heads"]
-    layer = {"input_layernorm.weight": (emb,), "post_attention_layernorm.weight": (emb,)}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (emb,) for norm in norms}
     for part, n in heads.items():
         layer[f"self_attn.{part}_proj.weight"] = (n * head_dim, emb)
         if qkv_bias:

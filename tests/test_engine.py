@@ -80,7 +80,8 @@ def source(arrays, tmp_path_factory):
     return LocalSource(str(directory))
 
 
-def plan_of(source, template, spec, budget):
+def plan_of(source, named, budget):
+    template, spec = named
     expr = bind(template, {n: i.shape for n, i in source.tensors.items()}, LAYERS)
     to, dtype = NamedSharding(MESH, spec), np.dtype(ml_dtypes.bfloat16)
     dtypes = {n: i.dtype for n, i in source.tensors.items()}
@@ -92,7 +93,7 @@ def plan_of(source, template, spec, budget):
 @pytest.mark.parametrize("budget", [1 << 20, 300])
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_leaf_is_its_expression(name, budget, source, arrays):
-    plan = plan_of(source, *LEAVES[name], budget)
+    plan = plan_of(source, LEAVES[name], budget)
     (leaf,) = plan.leaves
     before = source.stats.bytes_read
     with Engine(plan, source, window=1 << 20) as engine:
@@ -109,7 +110,7 @@ def test_a_leaf_is_its_expression(name, budget, source, arrays):
 def test_no_device_needs_the_bytes_of_another(name, budget, source):
     from maxconv.program import compile_cell
 
-    recipes = plan_of(source, *LEAVES[name], budget).recipes
+    recipes = plan_of(source, LEAVES[name], budget).recipes
     assert all(recipe.is_local for recipe in recipes) == (name not in NOT_LOCAL)
     for recipe in filter(lambda recipe: recipe.is_local, recipes):
         text = compile_cell(recipe).as_text()

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import jax
 import pytest
 from headers import published
 from jax.experimental import topologies
@@ -68,7 +67,7 @@ def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) ->
     for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
         check_memory(name, recipe, compiled.memory_analysis())
         text = compiled.as_text()
-        assert not FOREIGN.findall(text), name
+        assert recipe.is_local and not FOREIGN.findall(text), name
         if " convert(" in text:
             converting.add(name.split(".")[-2])
     for blank in plan.blanks:
@@ -130,6 +129,7 @@ def plan_of(model_name: str, topology: str, words: str) -> Plan:
 
 
 @cache
-def devices(topology: str) -> Sequence[jax.Device]:
+def devices(topology: str) -> Sequence[Any]:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu would look for the metadata of a cloud VM
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # it would lock out all other processes
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -99,7 +99,7 @@ def hf(name: str) -> Tensor:
 class Stacked:
     """A free index that runs over `numbers`, stacked along `axis` (clamped to the part's rank)."""
 
-    numbers: tuple[int, ...]
+    numbers: Sequence[int]
     axis: int
 
 

@@ -22,7 +22,7 @@ ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 
 def query_scale(head_dim: int) -> Op:
     """1/sqrt(head_dim) in float32: MaxText's decoder does not scale its queries itself."""
-    return scale(np.float32(1 / math.sqrt(head_dim)))
+    return scale(float(np.float32(1 / math.sqrt(head_dim))))
 
 
 def ends(d: Dims) -> Iterator[Row]:

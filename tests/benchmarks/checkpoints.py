@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from headers import published  # noqa: E402
 SHARD_BYTES = 2 << 30
 
 
-def write(model_name: str, directory: Path, **config: int) -> int:
+def write(model_name: str, directory: Path, **config: Any) -> int:
     """Writes the checkpoint unless it is there; returns the bytes of its tensors."""
     source = published(model_name, **config)
     total = sum(info.nbytes for info in source.tensors.values())
