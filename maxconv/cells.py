@@ -157,29 +157,30 @@ class _Cell:
     ) -> Iterator[Step]:
         """One step, or as many as there are slabs. `names`: of the tensors of each lane."""
         whole = full(self.expr.shape)
-        excess = _recipe(self, whole, lanes).buffer_nbytes / budget
+        recipe = _recipe(self, whole, lanes)
+        excess = recipe.buffer_nbytes / budget
         if excess <= 1 or (cut := _slabs(self, excess, lanes)) is None:
-            yield self._step(lanes, offset, names, [whole] * len(names))
+            yield self._step(recipe, offset, names, [whole] * len(names))
             return
         axis, n, shards = cut
         in_shards = lanes is None and shards > 1  # then the slabs of all shards go together
+        recipe = _recipe(self, with_axis(whole, axis, (0, n)), axis if in_shards else lanes)
         for at in range(0, self.expr.shape[axis] // shards, n):
             starts = [s * (self.expr.shape[axis] // shards) + at for s in range(shards)]
             boxes = [with_axis(whole, axis, (start, start + n)) for start in starts]
             moved = (*offset[:axis], offset[axis] + at, *offset[axis + 1 :])
             if in_shards:
-                yield self._step(axis, moved, list(names) * shards, boxes)
+                yield self._step(recipe, moved, list(names) * shards, boxes)
             else:
-                yield self._step(lanes, moved, names, boxes * len(names))
+                yield self._step(recipe, moved, names, boxes * len(names))
 
     def _step(
         self,
-        lanes: int | None,
+        recipe: Recipe,
         offset: Offset,
         names: Sequence[tuple[str, ...]],
         boxes: Sequence[Box],
     ) -> Step:
-        recipe = _recipe(self, boxes[0], lanes)
         reads = [
             [Place(of[int(r.name)], r.box) for r in _reads(self.expr, box)]
             for of, box in zip(names, boxes, strict=True)

@@ -47,9 +47,23 @@ def device_array(config: Config, devices: Sequence[Any]) -> np.ndarray:
         )
     ici, dcn = (list(sizes.values()) for sizes in _parallelism(config, len(devices), num_slices))
     split = config.allow_split_physical_axes
-    if num_slices == 1:
-        return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=split)
-    return mesh_utils.create_hybrid_device_mesh(ici, dcn, devices, allow_split_physical_axes=split)
+    try:
+        if num_slices == 1:
+            return mesh_utils.create_device_mesh(ici, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(
+            ici, dcn, devices, allow_split_physical_axes=split
+        )
+    except (NotImplementedError, AssertionError, ValueError) as error:
+        used = [f"{a}={n * m}" for a, n, m in zip(config.mesh_axes, ici, dcn, strict=True)]
+        sizes = " x ".join(size for size in used if not size.endswith("=1"))
+        raise UserError(
+            f"The mesh {sizes} does not fit how these chips are wired ({_first_line(error)}): "
+            "choose other sizes, or add allow_split_physical_axes=true"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def partition_spec(
