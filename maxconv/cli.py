@@ -61,7 +61,8 @@ def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
     from maxconv.report import failure_text, problems_text
 
-    logging.getLogger("absl").addFilter(_is_no_traceback)
+    for library in ("absl", "gcsfs"):
+        logging.getLogger(library).addFilter(_is_no_traceback)
     with _leaving_at_once():
         try:
             command()
@@ -98,7 +99,7 @@ def _leaving_at_once() -> Iterator[None]:
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Keeps out what each of Orbax' threads logs of a failure: `run` tells it once."""
+    """Keeps out the traceback that every thread of a library logs: `run` tells it once."""
     return not record.exc_info
 
 

@@ -70,10 +70,12 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
 
 def opened(config: Config) -> Source:
     """The checkpoint that is to be converted."""
-    facts = model_facts(config.model_name)
-    path = config.hf_model_path or (facts and facts["hf_id"])
-    if not path:
-        raise UserError("Say which checkpoint: --hf_model_path=DIR.")
+    path = config.hf_model_path
+    if path is None:
+        facts = model_facts(config.model_name)
+        if facts is None:
+            raise UserError("Say which Hugging Face checkpoint: --hf_model_path=DIR.")
+        path = facts["hf_id"]
     return open_source(path, config.revision, config.hf_access_token)
 
 

@@ -67,6 +67,12 @@ class Item:
     ocdbt: bool
     zarr3: bool
 
+    def spec(self, name: str) -> ts.Spec:
+        """TensorStore's name of an array."""
+        store = kvstore(self.directory, self.ocdbt) / f"{name}/"
+        driver = "zarr3" if self.zarr3 else "zarr"
+        return ts.Spec({"driver": driver, "kvstore": store.to_json()})
+
 
 def describe(path: str | epath.Path) -> str:
     """A table of a checkpoint's tensors: Hugging Face's, or Orbax' in any of its directories.
@@ -101,12 +107,11 @@ def find_items(path: epath.Path) -> list[epath.Path]:
     return find_items(steps[-1]) if steps else []
 
 
-def kvstore(directory: epath.Path) -> ts.KvStore.Spec:
-    """TensorStore's name of a directory."""
+def kvstore(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore.Spec:
+    """TensorStore's name of a directory, or of the OCDBT database in it."""
     path = f"{directory}/"
-    if "://" in path:
-        return ts.KvStore.Spec(path)
-    return ts.KvStore.Spec({"driver": "file", "path": path})
+    files = path if "://" in path else {"driver": "file", "path": path}
+    return ts.KvStore.Spec({"driver": "ocdbt", "base": files} if ocdbt else files)
 
 
 def open_item(directory: epath.Path) -> Item:
@@ -153,9 +158,7 @@ def _zarr_metadata(
     directory: epath.Path, names: Sequence[str], ocdbt: bool, zarr3: bool
 ) -> dict[str, dict[str, Any]]:
     """The zarr metadata of every leaf that has any."""
-    base = kvstore(directory)
-    spec = {"driver": "ocdbt", "base": base.to_json()} if ocdbt else base
-    store = ts.KvStore.open(spec).result()
+    store = ts.KvStore.open(kvstore(directory, ocdbt)).result()
     file = "zarr.json" if zarr3 else ".zarray"
     reads = {name: store.read(f"{name}/{file}") for name in names}
     found = {name: read.result() for name, read in reads.items()}

@@ -1,5 +1,6 @@
 """Which model a checkpoint is: config.json, MaxText's table and the user's words, together."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,6 +20,7 @@ _FACTS = (
     ("vocab", "vocab_size", "vocab_size"),
     ("tied", "logits_via_embedding", "tie_word_embeddings"),
 )
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def resolve(
     if problems:
         raise UserError(problems)
     dims = replace(published, **chosen)
-    return Model(family, dims, published, tuple(_notices(dims, published)))
+    notices = [*_notices(dims, published), *_advice(family, name)]
+    return Model(family, dims, published, tuple(notices))
 
 
 def _family(source: Source) -> Family:
@@ -93,22 +96,31 @@ def _family(source: Source) -> Family:
 
 
 def _published(source: Source, family: Family) -> Dims:
-    """The sizes in config.json, and that they are sizes."""
-    entries = {key: value for key, value in source.config.items() if value is not None}
-    problems = []
-    for field, _, key in _FACTS:
-        value = entries.get(key, True if field == "tied" else 1)
-        if type(value) is not (bool if field == "tied" else int) or value < 0 + (field != "tied"):
-            wanted = "true or false" if field == "tied" else "a positive whole number"
-            problems.append(f"{key}={json.dumps(value)} is not {wanted}")
-    try:
-        if not problems:
-            return family.dims(entries, source.tensors)
-    except KeyError as error:
-        problems.append(f"there is no entry {error}")
+    """The sizes in config.json; UserError when they are none, or not those of the embedding."""
+    config = {key: value for key, value in source.config.items() if value is not None}
+    problems = [
+        f"{key}={json.dumps(config[key])} is not {'true or false' if is_flag else 'a size'}"
+        for field, _, key in _FACTS
+        if key in config and not _is_sane(config[key], is_flag := field == "tied")
+    ]
+    if not problems:
+        try:
+            dims = family.dims(config, source.tensors)
+            shape = source.tensors[_EMBEDDING].shape if _EMBEDDING in source.tensors else None
+            if shape in (None, (dims.vocab, dims.emb)):
+                return dims
+            problems = [
+                f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
+            ]
+        except KeyError as error:
+            problems = [f"there is no entry {error}"]
     raise UserError(
         [f"config.json in {source.root}: {p}; take that of the original model." for p in problems]
     )
+
+
+def _is_sane(value: Any, is_flag: bool) -> bool:
+    return type(value) is bool if is_flag else type(value) is int and value > 0
 
 
 def _block_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
@@ -139,3 +151,8 @@ def _notices(dims: Dims, published: Dims):
     if dims.layers < published.layers:
         yield f"only the first {dims.layers} of {published.layers} layers"
     assert {f.name for f in fields(dims)} == {field for field, _, _ in _FACTS}
+
+
+def _advice(family: Family, name: str | None):
+    if name is None and family.train_with:
+        yield f"train it with {family.train_with}, or under a model_name of this family"

@@ -12,6 +12,8 @@ from typing import Self, TextIO
 
 from maxconv.plan import LeafPlan, Plan
 
+INTERVAL_ON_TERMINALS = 0.5  # seconds between two looks at how far it is
+INTERVAL_IN_LOGS = 10
 _MANY = 20  # problems, or leaves of a kind, that are worth reading one by one
 
 
@@ -26,7 +28,7 @@ def size(nbytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people: 2m05s."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -156,7 +158,7 @@ class ProgressLine:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        while not self._stop.wait(0.5 if self._live else 10):
+        while not self._stop.wait(INTERVAL_ON_TERMINALS if self._live else INTERVAL_IN_LOGS):
             assert self._out is not None
             if self._live:  # cut to one row, else \r would not come back to its beginning
                 columns = os.get_terminal_size(self._out.fileno()).columns or 80
@@ -168,7 +170,8 @@ class ProgressLine:
     def _text(self) -> str:
         done, total = self._done()
         rate = done / (time.monotonic() - self._started)
-        pace = f", {size(rate)}/s, {duration((total - done) / rate)} left" if done else ""
+        known = done and 100 * done >= total  # before, the time that is left is a wild guess
+        pace = f", {size(rate)}/s, {duration((total - done) / rate)} left" if known else ""
         return (
             f"{self._label} {size(done)} of {size(total)} ({_percent(done, total)}){pace}, "
             f"memory {size(host_memory())}"
@@ -197,10 +200,13 @@ def problems_text(problems: Sequence[str]) -> str:
 
 
 def failure_text(error: BaseException) -> str:
-    """What went wrong in the middle of a conversion: its cause, without those who passed it on."""
+    """What went wrong in the middle of a conversion: its cause, without those who passed it on.
+
+    With a traceback, unless it is the system's: then where in the program it was says nothing.
+    """
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     said = str(error) or type(error).__name__
-    if isinstance(error, OSError):  # the system's: where in the program it happened says nothing
+    if isinstance(error, OSError) or "[os_error_code=" in said:  # the latter is TensorStore's
         return f"maxconv: failed: {said}"
     return "".join(traceback.format_exception(error)) + f"maxconv: failed: {said}"

@@ -57,13 +57,9 @@ def device_array(config: Config, devices: Sequence[Any]) -> np.ndarray:
         used = [f"{a}={n * m}" for a, n, m in zip(config.mesh_axes, ici, dcn, strict=True)]
         sizes = " x ".join(size for size in used if not size.endswith("=1"))
         raise UserError(
-            f"The mesh {sizes} does not fit how these chips are wired ({_first_line(error)}): "
-            "choose other sizes, or add allow_split_physical_axes=true"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+            f"The mesh {sizes} cannot be laid on these chips along their physical axes: choose "
+            "sizes that are products of those, or add allow_split_physical_axes=true"
+        ) from error
 
 
 def partition_spec(

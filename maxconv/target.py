@@ -42,8 +42,9 @@ def clear(directory: str) -> None:
             (step / _COMMITTED).unlink(missing_ok=True)
         else:
             step = step.rename(root / _UNFINISHED)
-        step.rmtree()
     (root / WORDS).unlink(missing_ok=True)
+    if step.exists():
+        step.rmtree()
 
 
 def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
@@ -80,8 +81,8 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     if not directory.startswith("gs://"):
         yield f"{directory} is no place to write to; give a directory, or gs://BUCKET/DIRECTORY."
         return
-    step = epath.Path(directory) / STEP
     try:
+        step = epath.Path(directory) / STEP
         exists = (step / _COMMITTED).exists()
     except Exception as error:  # those of the network, of the account, and of their libraries
         why = str(error).partition("\n")[0] or type(error).__name__

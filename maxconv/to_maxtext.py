@@ -3,16 +3,20 @@
 The same words, the same result; see the README for what is better.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from maxconv import cli
-from maxconv.checkpoint import LazyTensor, LazyTensorHandler
-from maxconv.config import Config, model_facts
-from maxconv.sources import Source, open_source
+from maxconv import cli, convert
+from maxconv.checkpoint import LazyTensor, LazyTensorHandler, train_state
+from maxconv.config import Config
+from maxconv.errors import UserError
+from maxconv.families import bind_rows
+from maxconv.sources import open_source
 
 __all__ = ["LazyHFLoader", "LazyTensor", "LazyTensorHandler", "get_maxtext_model_info", "main"]
 
@@ -24,21 +28,23 @@ def main(
     hf_model_path: str | None = None,
     revision: str | None = None,
     save_dtype: str = "bfloat16",
-    simulated_cpu_devices_count: int = 16,
+    simulated_cpu_devices_count: int | None = None,
 ) -> None:
     """Converts a checkpoint.
 
     Args:
-        args: a program's name, then MaxText's words: `base.yml key=value ...`.
+        args: a program's name, then MaxText's words: `base.yml key=value ...`. A word that says
+            what an argument below says wins.
         lazy_load_tensors: make each leaf when it is written, or all before the save.
         eager_load_method: "safetensors".
         hf_model_path: directory of the checkpoint; else that of MaxText's table for model_name.
         revision: of a model on the Hub.
         save_dtype: "bfloat16" or "float32".
-        simulated_cpu_devices_count: with hardware=cpu.
+        simulated_cpu_devices_count: with hardware=cpu; else as many as the mesh needs, or 16.
 
     Raises:
         UserError: the words or the files are wrong; nothing was written.
+        VerificationError: what was written is not what it should be.
     """
     flags = {
         "lazy_load_tensors": lazy_load_tensors,
@@ -48,8 +54,9 @@ def main(
         "save_dtype": save_dtype,
         "simulated_cpu_devices_count": simulated_cpu_devices_count,
     }
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    cli.convert([*args[1:], *words])
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    has_name = args and "=" not in args[0] and not args[0].endswith((".yml", ".yaml"))
+    cli.convert([*given, *args[1 if has_name else 0 :]])
 
 
 class LazyHFLoader:
@@ -58,20 +65,55 @@ class LazyHFLoader:
     Args:
         model_id: a directory.
         token, revision: for the Hub.
+        save_dtype: what the tensors are cast to.
     """
 
-    def __init__(self, model_id: str, token: str | None = None, revision: str | None = None):
-        self.source: Source = open_source(model_id, revision, token)
+    def __init__(
+        self,
+        model_id: str,
+        token: str | None,
+        revision: str | None = None,
+        save_dtype: str = "bfloat16",
+    ):
+        self.model_id, self.token, self.revision = model_id, token, revision
+        self.save_dtype = save_dtype
+        self.is_local = os.path.isdir(model_id)
+        # A directory has no revisions: MaxText ignores the word, too.
+        self.source = open_source(model_id, None if self.is_local else revision, token)
 
     def get_tensor(self, key: str) -> np.ndarray:
-        """The whole tensor, in its own dtype; KeyError when there is none of that name."""
-        return self.source.tensor(key)
+        """The whole tensor; ValueError when there is none of that name."""
+        if key not in self.source.tensors:
+            raise ValueError(f"There is no tensor {key!r} in {self.source.root}.")
+        return self.source.tensor(key).astype(np.dtype(self.save_dtype), copy=False)
 
 
-def get_maxtext_model_info(config: Config) -> dict[str, Any]:
-    """placeholder"""
-    return dict(model_facts(config.model_name) or {})
+def get_maxtext_model_info(
+    config: Config,
+) -> tuple[dict[str, tuple[int, tuple[int, ...]]], Any]:
+    """MaxText's parameters, from the headers of the checkpoint.
+
+    Returns:
+        For each parameter, such as `params-decoder-layers-mlp-wi_0-kernel`, its position among the
+        leaves of the tree `{"params": ...}` and its shape; and the structure of that tree.
+
+    Raises:
+        UserError: with everything that is wrong with the checkpoint.
+    """
+    with convert.opened(config) as source:
+        model = convert.resolved(config, source)
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        scan_axis = config.param_scan_axis if config.scan_layers else None
+        rows = model.family.rows(model.dims)
+        leaves, problems = bind_rows(rows, shapes, model.dims.layers, scan_axis)
+    if problems:
+        raise UserError([f"{source.root}: {problem}." for problem in problems])
+    tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params
+    order, structure = jax.tree.flatten(tree)
+    return {
+        "-".join(leaves[i].path): (position, leaves[i].shape) for position, i in enumerate(order)
+    }, structure
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: cli.convert(sys.argv[1:])))
+    sys.exit(cli.main(["convert", *sys.argv[1:]]))

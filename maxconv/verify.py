@@ -1,20 +1,16 @@
-"""Reads a checkpoint back as training would and compares it, bit by bit, with its source.
+"""Reads a checkpoint back in its training sharding and compares it, bit by bit, with its source.
 
-Both sides are global arrays in the training sharding: the one that Orbax loads and the one that the
-engine makes again. They are compared where they live; only counts of differing elements come back.
+Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by ourselves, because what
+`ocp.load` does about a shard that cannot be read is to leave the other processes waiting. A stored
+leaf and the one that the engine makes again are compared where they live, on the mesh.
 """
 
-import gc
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, reduce
-from operator import getitem
-from typing import Any
+from functools import cache
 
 import google_crc32c
 import jax
@@ -28,6 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import checkpoint
+from maxconv.algebra import Box, slices
+from maxconv.cells import local_boxes
 from maxconv.engine import Engine
 from maxconv.errors import UserError
 from maxconv.inspect import Item, find_items, kvstore, open_item, reason
@@ -38,6 +36,7 @@ Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and 
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
 SAMPLE_BYTES = 4 << 30  # of the other leaves in the sample, per process
+PAGE = 4096  # bytes: TensorStore fills up the last of a large file with zeros
 _UNREADABLE = ""  # the key of a problem that spares all others
 # The three kinds of OCDBT nodes: manifest, B+tree node, version tree node.
 _MAGIC = {bytes.fromhex(magic) for magic in ("0cdb3a2a", "0cdb20de", "0cdb1234")}
@@ -67,8 +66,8 @@ def verify(
 ) -> Report:
     """Compares a checkpoint with what the plan makes of its source.
 
-    All processes call it, and get the same report. It holds at most the window and two copies of
-    one leaf. What cannot be read is a problem in the report, not an exception.
+    All processes call it, and get the same report. A process holds at most the window and two
+    copies of its part of a leaf. What cannot be read is a problem in the report, not an exception.
 
     Args:
         directory: of the checkpoint: `<out>`, `<out>/0` or `<out>/0/items`.
@@ -86,24 +85,24 @@ def verify(
     items = find_items(epath.Path(directory))
     if len(items) != 1:
         raise UserError(f"{directory} holds no checkpoint of MaxText; give the one to verify.")
-    found = _everyones(_before_reading(items[0], plan, mode))
-    report = Report(problems=list(dict.fromkeys(found.values())))
-    if _UNREADABLE in found:
+    item, found = _open(items[0], plan, mode)
+    found = _everyones(found)
+    report = Report(problems=list(found.values()))
+    if item is None or _UNREADABLE in found:
         return report
     leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
     report.total = len(leaves)
-    for group in _groups(leaves, window - window // 4):  # the engine has the rest
-        stored, failed = _load(items[0], group)
-        failed = _everyones(failed)
-        for leaf in group:
-            expected = engine.make(leaf)
-            if leaf.name in failed:
-                report.problems.append(f"{leaf.name} cannot be read: {failed[leaf.name]}.")
-            elif sentence := _difference(leaf, expected, stored.pop(leaf.name)):
-                report.problems.append(sentence)
-            report.leaves += 1
-            report.nbytes += leaf.nbytes
-            say(report)
+    for leaf in leaves:
+        stored, why = _read(item, leaf, window - window // 4)  # the engine has the rest
+        failed = _everyones({leaf.name: why} if why else {})
+        expected = engine.make(leaf)
+        if failed:
+            report.problems.append(f"{leaf.name} cannot be read: {failed[leaf.name]}.")
+        elif stored is not None and (sentence := _difference(leaf, expected, stored)):
+            report.problems.append(sentence)
+        report.leaves += 1
+        report.nbytes += leaf.nbytes
+        say(report)
     return report
 
 
@@ -128,29 +127,18 @@ def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
     return [leaf for leaf in plan.leaves if leaf.name in chosen]
 
 
-def _groups(leaves: Sequence[LeafPlan], window: int) -> Iterator[list[LeafPlan]]:
-    """Leaves in order, together as long as they fit the window."""
-    group: list[LeafPlan] = []
-    for leaf in leaves:
-        if group and sum(other.local_nbytes for other in [*group, leaf]) > window:
-            yield group
-            group = []
-        group.append(leaf)
-    if group:
-        yield group
-
-
-def _before_reading(directory: epath.Path, plan: Plan, mode: str) -> dict[str, str]:
-    """Problems that show without reading leaves, by the leaf or file that they are about."""
+def _open(directory: epath.Path, plan: Plan, mode: str) -> tuple[Item | None, dict[str, str]]:
+    """The checkpoint; and the problems that show before leaves are read, by leaf or file."""
     try:
-        found = _metadata_problems(open_item(directory), plan)
-        if mode == "full" and (directory / "manifest.ocdbt").exists():
-            found |= {problem: problem for problem in _file_problems(directory)}
-        return found
+        item = open_item(directory)
+        found = _metadata_problems(item, plan)
+        if mode == "full" and item.ocdbt:
+            found |= _file_problems(directory)
+        return item, found
     except UserError as error:
-        return {_UNREADABLE: str(error)}
+        return None, {_UNREADABLE: str(error)}
     except (OSError, ValueError) as error:
-        return {_UNREADABLE: f"{directory} cannot be read: {reason(error)}."}
+        return None, {_UNREADABLE: f"{directory} cannot be read: {reason(error)}."}
 
 
 def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
@@ -168,79 +156,53 @@ def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
     for name in [*item.arrays, *item.others]:
         if name not in known and name.partition(".")[0] != "opt_state":
             problems[name] = f"{name} is in the checkpoint, but not in the plan."
-    tree, why = _load_tree(item.directory, {"step": 0})
-    if why:
-        problems["step"] = f"step cannot be read: {why}."
-    elif tree["step"] != 0:
-        problems["step"] = f"step is {tree['step']}, planned is 0."
-    return problems
+    return problems | _step_problem(item.directory)
 
 
-def _load(
-    directory: epath.Path, leaves: Sequence[LeafPlan]
-) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """The stored leaves by name; and of those that cannot be read in this process, why."""
-    tree, why = _load_tree(directory, {"params": _abstract(leaves)})
-    if not why:
-        return {leaf.name: reduce(getitem, leaf.leaf.path, tree["params"]) for leaf in leaves}, {}
-    if len(leaves) == 1:
-        return {}, {leaves[0].name: why}
-    stored, failed = {}, {}
-    for leaf in leaves:
-        arrays, whys = _load(directory, [leaf])
-        stored |= arrays
-        failed |= whys
-    return stored, failed
-
-
-def _load_tree(directory: epath.Path, abstract: dict[str, Any]) -> tuple[Any, str]:
-    """A part of the checkpoint, or why it cannot be read."""
+def _step_problem(directory: epath.Path) -> dict[str, str]:
+    """The step, through Orbax: whether it opens the checkpoint shows with that."""
     ctx = checkpoint.context()
-    # Each process reads its shards on its own: one that fails must not leave the others waiting.
     ctx.multiprocessing.primary_host = jax.process_index()
-    ctx.multiprocessing.active_processes = {jax.process_index()}
-    with _unraisable_ignored():
-        try:
-            with ctx:
-                tree = ocp.load(directory.parent, abstract, checkpointable_name=directory.name)
-            return tree, ""
-        except Exception as error:  # whatever Orbax and TensorStore say of damaged files
-            why = reason(error)
-        gc.collect()
-    return None, why
-
-
-@contextmanager
-def _unraisable_ignored() -> Iterator[None]:
-    """When a shard cannot be read, Orbax drops the others unawaited, and Python complains."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    ctx.multiprocessing.active_processes = {jax.process_index()}  # nobody to wait for
     try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+        with ctx:
+            name = directory.name
+            step = ocp.load(directory.parent, {"step": 0}, checkpointable_name=name)["step"]
+    except Exception as error:  # Orbax raises many kinds
+        return {"step": f"Orbax cannot read step: {reason(error)}."}
+    return {} if step == 0 else {"step": f"step is {step}, planned is 0."}
 
 
-def _abstract(leaves: Sequence[LeafPlan]) -> dict[str, Any]:
-    arrays = [
-        (leaf.leaf.path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding))
-        for leaf in leaves
-    ]
-    return checkpoint.train_state(arrays).params
+def _read(item: Item, leaf: LeafPlan, window: int) -> tuple[jax.Array | None, str]:
+    """A stored leaf, or why this process cannot read it; `window` bounds the bytes in flight."""
+    boxes = local_boxes(leaf.sharding, leaf.shape)
+    distinct = list(set(boxes.values()))
+    at_once = max(1, window // (2 * leaf.shard_nbytes))  # what is read is copied once
+    host: dict[Box, np.ndarray] = {}
+    try:
+        store = ts.open(item.spec(leaf.name)).result()
+        for i in range(0, len(distinct), at_once):
+            reads = {box: store[slices(box)].read() for box in distinct[i : i + at_once]}
+            host |= {box: read.result() for box, read in reads.items()}
+    except ValueError as error:
+        return None, reason(error)
+    shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards), ""
 
 
 def _difference(leaf: LeafPlan, expected: jax.Array, stored: jax.Array) -> str | None:
     """A sentence about the first element that is not as it should be, if there is one."""
-    count, locate = _comparison(leaf.sharding.mesh)
-    rows = np.asarray(count(expected, stored))
-    if not rows.any():
+    differ, locate = _comparison(leaf.sharding.mesh)
+    rows = np.flatnonzero(differ(expected, stored))
+    if not rows.size:
         return None
-    row = int(np.flatnonzero(rows)[0])
-    position, *values = (np.asarray(x) for x in locate(expected, stored, np.int32(row)))
-    index = (row, *np.unravel_index(int(position), leaf.shape[1:]))
-    should, found = (f"{value.view(leaf.dtype)} (0x{int(value):x})" for value in values)
+    found = locate(expected, stored, np.int32(rows[0]))
+    counts, position, *values = (np.asarray(x) for x in found)
+    index = (rows[0], *np.unravel_index(int(position), leaf.shape[1:]))
+    should, got = (f"{value.view(leaf.dtype)} (0x{int(value):x})" for value in values)
     return (
-        f"{leaf.name}[{', '.join(str(int(i)) for i in index)}] is {found}, the source makes it "
-        f"{should}; {rows.sum(dtype=np.int64):,} of {expected.size:,} elements differ."
+        f"{leaf.name}[{', '.join(str(int(i)) for i in index)}] is {got}, the source makes it "
+        f"{should}; {counts.sum(dtype=np.int64):,} of {expected.size:,} elements differ."
     )
 
 
@@ -248,25 +210,26 @@ def _difference(leaf: LeafPlan, expected: jax.Array, stored: jax.Array) -> str |
 def _comparison(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., list[jax.Array]]]:
     """Two jitted functions of a leaf as it should be and as it is stored.
 
-    The first counts the differing elements in each of its rows, uint32[rows]: a count of them all
-    might not fit. The second takes a row as well, and finds the first differing element there: its
-    position in the flattened row, and the bits of both.
+    The first says for each row whether it differs, bool[rows]; that is all that an intact leaf
+    takes. The second is given a row that does, and returns the number of differing elements in each
+    row, uint32[rows], the position of the first one in the flattened row, and the bits of both.
     """
 
     def in_bits(x: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(x, bits(x.dtype))
 
-    def count(expected: jax.Array, stored: jax.Array) -> jax.Array:
-        differ = in_bits(expected) != in_bits(stored)
-        return jnp.sum(differ, axis=range(1, differ.ndim), dtype=np.uint32)
+    def differ(expected: jax.Array, stored: jax.Array) -> jax.Array:
+        return jnp.any(in_bits(expected) != in_bits(stored), axis=range(1, expected.ndim))
 
     def locate(expected: jax.Array, stored: jax.Array, row: jax.Array) -> list[jax.Array]:
+        unequal = in_bits(expected) != in_bits(stored)
+        counts = jnp.sum(unequal, axis=range(1, expected.ndim), dtype=np.uint32)
         a, b = (in_bits(x)[row].reshape(-1) for x in (expected, stored))
         position = jnp.argmax(a != b)
-        return [position, a[position], b[position]]
+        return [counts, position, a[position], b[position]]
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(count, out_shardings=everywhere), jax.jit(locate, out_shardings=everywhere)
+    return jax.jit(differ, out_shardings=everywhere), jax.jit(locate, out_shardings=everywhere)
 
 
 def _everyones(mine: dict[str, str]) -> dict[str, str]:
@@ -281,7 +244,7 @@ def _everyones(mine: dict[str, str]) -> dict[str, str]:
     return {name: text for found in reversed(theirs) for name, text in found.items()}
 
 
-def _file_problems(items: epath.Path) -> list[str]:
+def _file_problems(items: epath.Path) -> dict[str, str]:
     """What is wrong with this process' share of the OCDBT files, apart from the leaves in them.
 
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
@@ -291,8 +254,12 @@ def _file_problems(items: epath.Path) -> list[str]:
     databases = [items, *sorted(items.glob("ocdbt.process_*"))]
     files = [d / "manifest.ocdbt" for d in databases]
     files += [file for d in databases for file in sorted(d.glob("d/*"))]
-    mine = files[jax.process_index() :: jax.process_count()]
-    return [problem for file in mine for problem in _bad_nodes(items, file, values)]
+    found = {}
+    for file in files[jax.process_index() :: jax.process_count()]:
+        name = str(file.relative_to(items))
+        if bad := [*_bad_bytes(file, sorted(values.get(name, ())))]:
+            found[name] = f"{name} is damaged: {', '.join(bad)}."
+    return found
 
 
 def _value_spans(items: epath.Path) -> Spans:
@@ -318,21 +285,22 @@ def _parsed(location: str) -> tuple[str, int, int]:
     return match[1].replace(":", ""), int(match[2]), int(match[3])
 
 
-def _bad_nodes(items: epath.Path, file: epath.Path, values: Spans) -> Iterator[str]:
-    """A sentence for every run of bytes that are neither a value nor nodes."""
-    name, size = str(file.relative_to(items)), file.stat().length
-    start = 0
+def _bad_bytes(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """The runs of bytes, in words, that are neither values nor nodes nor padding."""
+    size, start = file.stat().length, 0
     with file.open("rb") as data:
-        for begin, end in [*sorted(values.get(name, ())), (size, size)]:
+        for begin, end in [*values, (size, size)]:
             while start < begin:
                 data.seek(start)
                 header = data.read(12)
                 length = int.from_bytes(header[4:], "little")
                 if header[:4] not in _MAGIC or not 16 <= length <= begin - start:
-                    yield f"{name}: bytes {start} to {begin} are damaged, or belong to nothing."
+                    padding = begin == size and begin - start < PAGE
+                    if not padding or any(header + data.read()):
+                        yield f"bytes {start} to {begin} belong to nothing"
                     break
                 node = header + data.read(length - 12)
                 if google_crc32c.value(node[:-4]) != int.from_bytes(node[-4:], "little"):
-                    yield f"{name}: the node at bytes {start} to {start + length} is damaged."
+                    yield f"the node at bytes {start} to {start + length} has another CRC"
                 start += length
             start = max(start, end)

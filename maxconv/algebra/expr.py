@@ -150,17 +150,17 @@ def _bind(node: Expr, shapes: Mapping[str, Shape], numbers: Mapping[str, int | S
 def apply(op: Op | Pattern, x: Expr) -> Expr:
     """`op` of a bound expression, in canonical form.
 
-    Identities vanish, neighbouring movements become one, movement happens below arithmetic, and
-    within the parts of a stack. So expressions that say the same are equal, and a cell has as few
-    steps as it can.
+    Identities vanish, neighbouring movements become one, arithmetic happens before movement (so
+    that it runs over the tensor as it was read, in one pass), and movement within the parts of a
+    stack. So expressions that say the same are equal, and a cell has as few steps as it can.
     """
     bound = op.bind(x.shape)
     if bound.is_identity(x.shape):
         return x
-    if isinstance(bound, Rearrange) and isinstance(x, Apply):
-        if isinstance(x.op, Affine):
+    if isinstance(x, Apply) and isinstance(x.op, Rearrange):
+        if isinstance(bound, Affine):
             return Apply(x.op, apply(bound, x.x))
-        if isinstance(x.op, Rearrange) and (fused := x.op.then(bound)):
+        if isinstance(bound, Rearrange) and (fused := x.op.then(bound)):
             return x.x if fused.is_identity(x.x.shape) else Apply(fused, x.x)
     if isinstance(bound, Rearrange) and isinstance(x, Concat) and bound.lhs[x.axis]:
         if (axis := bound.axis_kept(x.axis)) is not None:

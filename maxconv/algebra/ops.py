@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maxconv.algebra.arithmetic import times
 from maxconv.algebra.boxes import Box, Shape, dims, with_axis
 from maxconv.algebra.rearrange import AlgebraError
 
@@ -127,11 +128,11 @@ class Affine:
 
     def run(self, x: Any, in_box: Box, out_box: Box) -> Any:
         x = x.astype(np.float32)
-        scale, shift = np.float32(self.scale), np.float32(self.shift)
+        shift = np.float32(self.shift)
         if self.undo:
             x = x - shift if self.shift else x
-            return x / scale if self.scale != 1 else x
-        x = x * scale if self.scale != 1 else x
+            return x / np.float32(self.scale) if self.scale != 1 else x
+        x = times(x, self.scale) if self.scale != 1 else x
         return x + shift if self.shift else x
 
     def inverse(self, s: Shape) -> "Affine":

@@ -55,6 +55,7 @@ class Family:
         rows: the table, given the sizes.
         ignored: patterns of tensors that MaxText has no parameter for.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
+        train_with: what MaxText must be told to train such a model when no model_name says it.
     """
 
     architectures: tuple[str, ...]
@@ -62,6 +63,7 @@ class Family:
     rows: Callable[[Dims], Iterable[Row]]
     ignored: tuple[str, ...] = ()
     pads_vocab: bool = False
+    train_with: str = ""
 
     def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
         """The sizes that config.json states; KeyError names the entry that is missing.

@@ -6,6 +6,7 @@ from maxconv.algebra import (
     AlgebraError,
     Apply,
     Concat,
+    Rearrange,
     Slice,
     Stacked,
     Tensor,
@@ -52,8 +53,9 @@ def test_cells_are_canonical():
         hf("q") >> rearrange("(h d) e -> h d e", h=2) >> scale(2.0) >> rearrange("h d e -> e h d")
     )
     bound = bind(template, shapes)
-    assert isinstance(bound, Apply) and isinstance(bound.op, Affine)  # arithmetic on top
-    assert bound.x == bind(hf("q") >> rearrange("(h d) e -> e h d", h=2), shapes)  # one movement
+    assert bound == bind(hf("q") >> scale(2.0) >> rearrange("(h d) e -> e h d", h=2), shapes)
+    assert isinstance(bound, Apply) and isinstance(bound.op, Rearrange)  # one movement
+    assert isinstance(bound.x, Apply) and isinstance(bound.x.op, Affine)  # after arithmetic
     assert bind(hf("q") >> rearrange("a b -> a b") >> fit(0, 12) >> scale(1), shapes) == Tensor(
         "q", (12, 5)
     )

@@ -5,7 +5,7 @@
 stores in `tests/data/smollm2_reference.npz` some prompts, each followed by its greedy continuation,
 and a sample of the logits at every position; with `--full` it writes all logits to another file,
 too large to be kept. Computed in float64 and stored in float32: the model has activations in the
-thousands, and programs that compute it in float32 are up to 1e-4 off. Needs torch and transformers
+thousands, and programs that compute it in float32 are about 1e-4 off. Needs torch and transformers
 beside the test requirements; whoever reads the stored file needs numpy.
 """
 

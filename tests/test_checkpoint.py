@@ -1,0 +1,143 @@
+"""A streamed save of leaves that were not there yet is what Orbax saves of ordinary arrays."""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+from jobs import tiny_job
+from orbax.checkpoint import v1 as ocp
+
+from maxconv import checkpoint
+from maxconv.checkpoint import LazyTensor
+from maxconv.convert import Job
+from maxconv.engine import Engine
+
+FORMATS = {  # use_ocdbt, use_zarr3, compression
+    "ocdbt, zarr3": (True, True, False),
+    "ocdbt, zarr2": (True, False, False),
+    "files, zarr3": (False, True, False),
+    "files, zarr2": (False, False, False),
+    "ocdbt, zarr3, zstd": (True, True, True),
+    "files, zarr2, zstd": (False, False, True),
+}
+
+
+def plain_save(directory: Path, job: Job, format: str, scan_layers: bool) -> None:
+    """As MaxText saves: Orbax's own handlers, and arrays that are all there."""
+    with Engine(job.plan, job.source, 1 << 20) as engine:
+        state = checkpoint.train_state((p.leaf.path, engine.make(p)) for p in job.plan.leaves)
+    context = checkpoint.context(*FORMATS[format])
+    with ocp.training.Checkpointer(directory, context=context) as checkpointer:
+        checkpointer.save_checkpointables(
+            0, {"items": state}, custom_metadata={"scan_layers": scan_layers}
+        )
+
+
+def lazy_save(
+    directory: Path, job: Job, format: str, scan_layers: bool, window: int = 1 << 20
+) -> checkpoint.Progress:
+    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in job.plan.leaves))
+    with Engine(job.plan, job.source, window) as engine:
+        state = checkpoint.train_state(
+            (p.leaf.path, LazyTensor(partial(engine.make, p), p.shape, p.dtype, p.name, p.sharding))
+            for p in job.plan.leaves
+        )
+        context = checkpoint.context(*FORMATS[format])
+        checkpoint.save(str(directory), state, scan_layers, window, progress, context)
+    return progress
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, without time stamps and without OCDBT's own."""
+    return {
+        str(path.relative_to(directory)): re.sub(
+            rb'"(init|commit)_timestamp_nsecs": \d+', b'"timestamp"', path.read_bytes()
+        )
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != "manifest.ocdbt" and path.parent.name != "d"
+    }
+
+
+def stored(items: Path) -> dict[bytes, bytes]:
+    """All keys and values of an OCDBT store: the chunks, and the zarr metadata of each leaf."""
+    base = {"driver": "file", "path": f"{items}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    return {key: store.read(key).result().value for key in store.list().result()}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_is_what_orbax_saves(tmp_path: Path, format: str, scan_layers: bool) -> None:
+    with tiny_job(tmp_path, "qwen3-8b", scan=scan_layers) as job:
+        plain_save(tmp_path / "plain", job, format, scan_layers)
+        lazy_save(tmp_path / "lazy", job, format, scan_layers)
+    plain, lazy = files(tmp_path / "plain"), files(tmp_path / "lazy")
+    assert lazy.keys() == plain.keys()
+    for name, content in plain.items():
+        assert lazy[name] == content, name
+    assert {"0/_CHECKPOINT_METADATA", "0/items/_METADATA", "0/items/_sharding"} <= lazy.keys()
+    custom = json.loads(lazy["0/_CHECKPOINT_METADATA"])["custom_metadata"]
+    assert custom == {"scan_layers": scan_layers}
+    if format.startswith("ocdbt"):
+        kept = stored(tmp_path / "lazy/0/items")
+        assert kept == stored(tmp_path / "plain/0/items")
+        assert len(kept) > len(job.plan.leaves)
+
+
+def test_it_streams(tmp_path: Path) -> None:
+    with tiny_job(tmp_path, "qwen3-8b", scan=False) as job:
+        largest = max(leaf.local_nbytes for leaf in job.plan.leaves)
+        progress = lazy_save(tmp_path / "lazy", job, "ocdbt, zarr3", False, window=largest)
+    assert largest <= progress.peak_held <= largest
+    assert progress.written == progress.total and progress.held == 0
+    assert progress.leaves == len(job.plan.leaves)
+
+
+def lazy(load: Callable[[], Any], shape: Any = (2, 3), dtype: Any = np.float32) -> LazyTensor:
+    return LazyTensor(load, shape, dtype, "a.b")
+
+
+def test_a_lazy_tensor_is_like_an_array() -> None:
+    loads = []
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def load() -> np.ndarray:
+        loads.append(1)
+        return array
+
+    tensor = lazy(load, [2, 3], "float32")
+    assert (tensor.shape, tensor.ndim, tensor.size) == ((2, 3), 2, 6)
+    assert (tensor.dtype, tensor.itemsize, tensor.nbytes) == (np.float32, 4, 24)
+    assert (tensor.name, LazyTensor(load, (), "int8").name) == ("a.b", "unknown")
+    assert repr(tensor) == "LazyTensor('a.b', (2, 3), float32)"
+    assert not loads
+    np.testing.assert_array_equal(np.asarray(tensor), array)
+    assert np.asarray(tensor, dtype=np.float16).dtype == np.float16
+    assert len(loads) == 2
+
+
+def test_a_lazy_tensor_must_be_what_it_says() -> None:
+    with pytest.raises(ValueError, match=r"a\.b is declared as \(2, 3\) float32, but came as \(3,"):
+        np.asarray(lazy(lambda: np.zeros((3, 2), np.float32)))
+    with pytest.raises(ValueError, match="but came as .* int32"):
+        np.asarray(lazy(lambda: np.zeros((2, 3), np.int32)))
+    elsewhere = jax.device_put(np.zeros((2, 3), np.float32), jax.devices()[1])
+    with pytest.raises(ValueError, match="a.b came as SingleDevice"):
+        np.asarray(lazy(lambda: elsewhere))
+    with pytest.raises(ZeroDivisionError):
+        np.asarray(lazy(lambda: 1 / 0))
+
+
+def test_a_leaf_that_cannot_be_made_ends_the_save(tmp_path: Path) -> None:
+    state = checkpoint.train_state([(("params", "x"), lazy(lambda: 1 / 0))])
+    with pytest.raises(BaseExceptionGroup) as failed:
+        checkpoint.save(str(tmp_path), state, True, 1 << 20, checkpoint.Progress())
+    assert failed.group_contains(ZeroDivisionError)
+    assert not (tmp_path / "0").exists()
