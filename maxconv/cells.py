@@ -90,34 +90,26 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A box of a tensor. It may reach past the tensor's end: there are zeros."""
-
-    name: str
-    box: Box
-
-
-@dataclass(frozen=True)
 class Step:
     """One evaluation of a recipe.
 
     Attributes:
         offset: where in the leaf the cell goes; on the axis of lanes, where in each shard.
-        places: for each read, what each lane reads.
+        sources: for each read, the box of a tensor that each lane reads.
     """
 
     recipe: Recipe
     offset: Offset
-    places: tuple[tuple[Place, ...], ...]
+    sources: tuple[tuple[Read, ...], ...]
 
-    def place(self, read: int, box: Box) -> Place:
+    def source(self, read: int, box: Box) -> Read:
         """The part of a tensor that is a box of a read's array."""
         if self.recipe.lanes is None:
-            (whole,), inner = self.places[read], box
+            (whole,), inner = self.sources[read], box
         else:
-            whole, inner = self.places[read][box[0][0]], box[1:]
+            whole, inner = self.sources[read][box[0][0]], box[1:]
         at = (lo for lo, _ in whole.box)
-        return Place(
+        return Read(
             whole.name, tuple((a + lo, a + hi) for a, (lo, hi) in zip(at, inner, strict=True))
         )
 
@@ -182,7 +174,7 @@ class _Cell:
         boxes: Sequence[Box],
     ) -> Step:
         reads = [
-            [Place(of[int(r.name)], r.box) for r in _reads(self.expr, box)]
+            [Read(of[int(r.name)], r.box) for r in _reads(self.expr, box)]
             for of, box in zip(names, boxes, strict=True)
         ]
         return Step(recipe, offset, tuple(zip(*reads, strict=True)))
@@ -368,7 +360,7 @@ def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
     for i, read in enumerate(step.recipe.reads):
-        places = {step.place(i, box) for box in boxes_by_process(read).get(process, ())}
-        elements = sum(volume(clip(p.box, shapes[p.name])) for p in places)
+        sources = {step.source(i, box) for box in boxes_by_process(read).get(process, ())}
+        elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

@@ -142,13 +142,13 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        place = step.place(i, box)
-        inside = clip(place.box, source.tensors[place.name].shape)
+        of = step.source(i, box)
+        inside = clip(of.box, source.tensors[of.name].shape)
         # Aligned, so that a CPU device takes the memory as it is.
-        memory = aligned_empty(dims(place.box), bits(read.dtype), zero=inside != place.box)
+        memory = aligned_empty(dims(of.box), bits(read.dtype), zero=inside != of.box)
         host[box] = memory.reshape(dims(box))
-        parts.setdefault(place.name, []).append((inside, memory[slices(inside, place.box)]))
-    for name, of in parts.items():
-        source.read(source.tensors[name], of)
+        parts.setdefault(of.name, []).append((inside, memory[slices(inside, of.box)]))
+    for name, boxes_of in parts.items():
+        source.read(source.tensors[name], boxes_of)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
     return jax.make_array_from_single_device_arrays(read.shape, read.sharding, shards)

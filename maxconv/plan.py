@@ -96,13 +96,15 @@ class Plan:
     @cached_property
     def needed_nbytes(self) -> int:
         """Bytes of tensors that the leaves are made of, each counted once."""
-        places = {
-            place: step.recipe.reads[i].dtype.itemsize
+        itemsizes = {
+            source: step.recipe.reads[i].dtype.itemsize
             for step in self.steps
-            for i, lanes in enumerate(step.places)
-            for place in lanes
+            for i, lanes in enumerate(step.sources)
+            for source in lanes
         }
-        return sum(volume(clip(p.box, self.tensors[p.name].shape)) * n for p, n in places.items())
+        return sum(
+            volume(clip(s.box, self.tensors[s.name].shape)) * n for s, n in itemsizes.items()
+        )
 
 
 def make_plan(
