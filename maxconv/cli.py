@@ -62,7 +62,7 @@ def run(command: Callable[[], None]) -> int:
     from maxconv.report import failure_text, problems_text
 
     for library in ("absl", "gcsfs"):
-        logging.getLogger(library).addFilter(_is_no_traceback)
+        logging.getLogger(library).addFilter(_matters)
     with _leaving_at_once():
         try:
             command()
@@ -98,9 +98,9 @@ def _leaving_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Keeps out the traceback that every thread of a library logs: `run` tells it once."""
-    return not record.exc_info
+def _matters(record: logging.LogRecord) -> bool:
+    """Keeps out tracebacks, which each thread logs but `run` tells once, and idle warnings."""
+    return record.levelno >= logging.ERROR and not record.exc_info
 
 
 def convert(words: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from maxconv.errors import UserError
 from maxconv.sources import Source, open_source
 
 METADATA = "_METADATA"
+CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is found through them
 # What tells one of many alike: `layers.7.`, `layers_7.`; not the 0 of `wi_0`.
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=layers_)\d+")
 _SIZES = (
@@ -57,6 +58,7 @@ class Item:
         meshes: the meshes it was saved from, in words.
         custom: the user's metadata.
         ocdbt, zarr3: how the arrays are stored.
+        store: where; nodes of the database that were read stay cached while it lives.
     """
 
     directory: epath.Path
@@ -66,12 +68,12 @@ class Item:
     custom: Mapping[str, Any]
     ocdbt: bool
     zarr3: bool
+    store: ts.KvStore
 
-    def spec(self, name: str) -> ts.Spec:
-        """TensorStore's name of an array."""
-        store = kvstore(self.directory, self.ocdbt) / f"{name}/"
+    def open(self, name: str) -> ts.Future[ts.TensorStore]:
+        """An array, to read from."""
         driver = "zarr3" if self.zarr3 else "zarr"
-        return ts.Spec({"driver": driver, "kvstore": store.to_json()})
+        return ts.open({"driver": driver}, kvstore=self.store / f"{name}/")
 
 
 def describe(path: str | epath.Path) -> str:
@@ -107,11 +109,14 @@ def find_items(path: epath.Path) -> list[epath.Path]:
     return find_items(steps[-1]) if steps else []
 
 
-def kvstore(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore.Spec:
-    """TensorStore's name of a directory, or of the OCDBT database in it."""
+def open_store(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore:
+    """A directory, or the OCDBT database in it, as TensorStore sees it."""
     path = f"{directory}/"
     files = path if "://" in path else {"driver": "file", "path": path}
-    return ts.KvStore.Spec({"driver": "ocdbt", "base": files} if ocdbt else files)
+    if not ocdbt:
+        return ts.KvStore.open(files).result()
+    spec = {"driver": "ocdbt", "base": files, "cache_pool": {"total_bytes_limit": CACHE_BYTES}}
+    return ts.KvStore.open(spec).result()
 
 
 def open_item(directory: epath.Path) -> Item:
@@ -137,14 +142,15 @@ def _open_item(directory: epath.Path) -> Item:
     }
     specs, meshes = _shardings(directory)
     arrays = {}
-    for name, zarr in _zarr_metadata(directory, list(leaves), ocdbt, zarr3).items():
+    store = open_store(directory, ocdbt)
+    for name, zarr in _zarr_metadata(store, list(leaves), zarr3).items():
         arrays[name] = _stored(name, zarr, specs.get(name, ""))
     others = {n: value["value_type"] for n, value in leaves.items() if n not in arrays}
     custom = metadata.get("custom_metadata") or {}
     for parent in (directory, directory.parent):
         if (parent / "_CHECKPOINT_METADATA").exists():
             custom |= _load(parent / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
-    return Item(directory, arrays, others, meshes, custom, ocdbt, zarr3)
+    return Item(directory, arrays, others, meshes, custom, ocdbt, zarr3, store)
 
 
 def _load(file: epath.Path) -> dict[str, Any]:
@@ -155,10 +161,9 @@ def _load(file: epath.Path) -> dict[str, Any]:
 
 
 def _zarr_metadata(
-    directory: epath.Path, names: Sequence[str], ocdbt: bool, zarr3: bool
+    store: ts.KvStore, names: Sequence[str], zarr3: bool
 ) -> dict[str, dict[str, Any]]:
     """The zarr metadata of every leaf that has any."""
-    store = ts.KvStore.open(kvstore(directory, ocdbt)).result()
     file = "zarr.json" if zarr3 else ".zarray"
     reads = {name: store.read(f"{name}/{file}") for name in names}
     found = {name: read.result() for name, read in reads.items()}

@@ -28,14 +28,14 @@ from maxconv.algebra import Box, slices
 from maxconv.cells import local_boxes
 from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.inspect import Item, find_items, kvstore, open_item, reason
+from maxconv.inspect import Item, find_items, open_item, open_store, reason
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits
 
 Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and end, in bytes
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
-SAMPLE_BYTES = 4 << 30  # of the other leaves in the sample, per process
+SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
 PAGE = 4096  # bytes: TensorStore fills up the last of a large file with zeros
 _UNREADABLE = ""  # the key of a problem that spares all others
 # The three kinds of OCDBT nodes: manifest, B+tree node, version tree node.
@@ -110,7 +110,7 @@ def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
     """The leaves that a mode compares, in the plan's order.
 
     A sample has every leaf of at most 1 MiB. Of the others, smallest first, it has those that are
-    made by a recipe that the sample lacks, while a process' share of them stays within 4 GiB.
+    made by a recipe that the sample lacks, while a process' share of them stays within 1 GiB.
     """
     if mode == "full":
         return list(plan.leaves)
@@ -180,7 +180,7 @@ def _read(item: Item, leaf: LeafPlan, window: int) -> tuple[jax.Array | None, st
     at_once = max(1, window // (2 * leaf.shard_nbytes))  # what is read is copied once
     host: dict[Box, np.ndarray] = {}
     try:
-        store = ts.open(item.spec(leaf.name)).result()
+        store = item.open(leaf.name).result()
         for i in range(0, len(distinct), at_once):
             reads = {box: store[slices(box)].read() for box in distinct[i : i + at_once]}
             host |= {box: read.result() for box, read in reads.items()}
@@ -264,7 +264,7 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
 
 def _value_spans(items: epath.Path) -> Spans:
     """Where in the data files the values lie that the checkpoint's tree points to."""
-    store = ts.KvStore.open(kvstore(items)).result()
+    store = open_store(items)
     (version,) = ts.ocdbt.dump(store).result()["versions"][-1:]
     spans: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
     nodes = [version["root"]["location"]]

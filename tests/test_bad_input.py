@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import tiny
 from etils import epath
-from jobs import job_words
+from jobs import CPU, MESHES, job_words
 from safetensors.numpy import load_file, save_file
 
 from maxconv import cli, target
 from maxconv.target import problems
 
 CASE = "llama3.1-8b"
-BARE = ("hardware=cpu", "skip_jax_distributed_system=true", "ici_fsdp_parallelism=8")
+BARE = (*CPU, *MESHES["fsdp8"])
 NORM = "model.norm.weight"
 
 
@@ -32,7 +32,9 @@ class Place:
     def __init__(self, directory: Path, capsys: pytest.CaptureFixture[str]):
         self.directory, self.capsys = directory, capsys
         self.hf, self.out = tiny.write(CASE, directory / "hf"), directory / "out"
-        self.words = job_words(directory, self.hf, tiny.maxtext_words(CASE, True), "fsdp8")
+        self.words: list[str] = job_words(
+            directory, self.hf, tiny.maxtext_words(CASE, True), "fsdp8"
+        )
 
     def bare(self) -> None:
         """Takes the model from config.json alone."""
@@ -117,7 +119,7 @@ def test_a_bucket_is_not_supported_yet(place: Place) -> None:
 
 
 def test_no_source(place: Place) -> None:
-    place.words = list(BARE)
+    place.words = [*BARE]
     (problem,) = place.refused()
     assert "--hf_model_path=DIR" in problem
 
@@ -427,3 +429,17 @@ def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_directories_are_made(place: Place) -> None:
     place.converts(f"base_output_directory={place.directory}/a/b/c")
     assert (place.directory / "a/b/c/0/items/_METADATA").exists()
+
+
+def test_a_damaged_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is no bad input: exit code 1, and no traceback either."""
+    place.converts("checkpoint_storage_use_ocdbt=false")
+    chunk = place.out / "0/items/params.params.decoder.decoder_norm.scale/c/0"
+    raw = chunk.read_bytes()
+    chunk.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    capsys.readouterr()
+    assert cli.main(["verify", str(place.out)]) == 1
+    out, err = capsys.readouterr()
+    wrong, problem = (line for line in err.splitlines() if not line.startswith("note: "))
+    assert wrong == f"maxconv: {place.out}/0/items is wrong; do not train from it."
+    assert problem.startswith("maxconv: params.params.decoder.decoder_norm.scale") and not out

@@ -36,7 +36,7 @@ def plain_save(directory: Path, job: Job, format: str) -> None:
         state = checkpoint.train_state((p.leaf.path, engine.make(p)) for p in job.plan.leaves)
     *storage, scan_layers = FORMATS[format]
     context = checkpoint.context(*storage)
-    with ocp.training.Checkpointer(directory, context=context) as checkpointer:
+    with ocp.training.Checkpointer(str(directory), context=context) as checkpointer:
         checkpointer.save_checkpointables(
             0, {"items": state}, custom_metadata={"scan_layers": scan_layers}
         )
@@ -60,11 +60,11 @@ def files(directory: Path) -> dict[str, bytes]:
 
     def content(path: Path) -> bytes:
         text = path.read_bytes().replace(bytes(directory), b"<directory>")
-        return re.sub(rb'"(init|commit)_timestamp_nsecs": \d+', b'"timestamp"', text)
+        return re.sub(rb'(_timestamp_nsecs": )\d+', rb"\g<1>0", text)
 
     return {
         str(path.relative_to(directory)): content(path)
-        for path in sorted(directory.rglob("*"))
+        for path in sorted((directory / "0").rglob("*"))
         if path.is_file() and path.name != "manifest.ocdbt" and path.parent.name != "d"
     }
 

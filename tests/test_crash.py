@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from maxconv import cli, target
 
 CASE = "llama3.1-8b"
-SLOW = 0.05  # seconds that each of some 60 reads takes
+SLOW = 0.1  # seconds that each of some 30 reads takes; two threads read
 PROGRAM = """
 import itertools, os, sys, time
 from pathlib import Path
@@ -63,7 +63,7 @@ class Place:
         """Whether neither Orbax nor MaxText finds a checkpoint, or a word of one."""
         if (self.out / "0").exists() or (self.out / "maxconv.json").exists():
             return False
-        with ocp.training.Checkpointer(self.out) as checkpointer:
+        with ocp.training.Checkpointer(str(self.out)) as checkpointer:
             return checkpointer.latest is None
 
     def converts(self, *words: str) -> None:
