@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
-    from maxconv.report import failure_text, problems_text
+    from maxconv.errors import failure_text, problems_text
 
     for library in ("absl", "gcsfs"):
         logging.getLogger(library).addFilter(_matters)

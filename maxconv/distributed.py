@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -11,7 +10,7 @@ from glob import glob
 import numpy as np
 
 from maxconv.config import Config
-from maxconv.errors import UserError
+from maxconv.errors import UserError, failure_text
 
 _MESSAGE = 1 << 16  # bytes that a process may say about what is wrong
 
@@ -129,9 +128,8 @@ def all_or_none() -> Iterator[None]:
 
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
+        print(failure_text(error), file=sys.stderr, flush=True)
         os._exit(1)

@@ -5,7 +5,6 @@ import resource
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self, TextIO
@@ -14,7 +13,7 @@ from maxconv.plan import LeafPlan, Plan
 
 INTERVAL_ON_TERMINALS = 0.5  # seconds between two looks at how far it is
 INTERVAL_IN_LOGS = 10
-_MANY = 20  # problems, or leaves of a kind, that are worth reading one by one
+_MANY = 20  # processes that are worth reading one by one
 
 
 def size(nbytes: float) -> str:
@@ -189,24 +188,3 @@ class ProgressLine:
         if self._live and self._out is not None:
             self._out.write("\r\x1b[K")
             self._out.flush()
-
-
-def problems_text(problems: Sequence[str]) -> str:
-    """Problems, one a line; a long list is cut."""
-    lines = [f"maxconv: {p}" for p in problems[:_MANY]]
-    if len(problems) > _MANY:
-        lines.append(f"maxconv: and {len(problems) - _MANY} more like these")
-    return "\n".join(lines)
-
-
-def failure_text(error: BaseException) -> str:
-    """What went wrong in the middle of a conversion: its cause, without those who passed it on.
-
-    With a traceback, unless it is the system's: then where in the program it was says nothing.
-    """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    said = str(error) or type(error).__name__
-    if isinstance(error, OSError) or "[os_error_code=" in said:  # the latter is TensorStore's
-        return f"maxconv: failed: {said}"
-    return "".join(traceback.format_exception(error)) + f"maxconv: failed: {said}"

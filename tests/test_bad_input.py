@@ -218,7 +218,7 @@ def test_an_extra_tensor(place: Place) -> None:
 def test_a_tensor_of_another_shape(place: Place) -> None:
     place.tensors(lambda tensors: tensors.update({NORM: tensors[NORM].reshape(6, 7)}))
     (problem,) = place.refused()
-    assert "decoder_norm/scale: (6, 7) has not the axes" in problem
+    assert 'decoder_norm/scale: model.norm.weight: "e -> e", e=42 does not fit' in problem
 
 
 def test_a_truncated_and_a_missing_file(place: Place) -> None:
@@ -270,7 +270,7 @@ def test_a_wrong_word(place: Place, word: str, problem: str) -> None:
 
 def test_no_such_yml(place: Place) -> None:
     place.words.insert(0, "none.yml")
-    assert place.refused() == ["none.yml: no such file"]
+    assert place.refused() == ["none.yml: no such file."]
 
 
 def test_all_wrong_words_at_once(place: Place) -> None:
@@ -443,3 +443,14 @@ def test_a_damaged_checkpoint(place: Place, capsys: pytest.CaptureFixture[str]) 
     wrong, problem = (line for line in err.splitlines() if not line.startswith("note: "))
     assert wrong == f"maxconv: {place.out}/0/items is wrong; do not train from it."
     assert problem.startswith("maxconv: params.params.decoder.decoder_norm.scale") and not out
+
+
+def test_sizes_that_the_tensors_contradict_are_named(tmp_path, capsys):
+    model = tiny.write("qwen3-0.6b", tmp_path / "hf")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 53}))
+    words = [f"--hf_model_path={model}", f"base_output_directory={tmp_path / 'out'}"]
+    assert cli.main(["convert", *words, "hardware=cpu", "ici_fsdp_parallelism=8"]) == 2
+    said = capsys.readouterr().err
+    assert "mlp.gate_proj.weight" in said and "m=53 does not fit shape (52, 42)" in said
+    assert not (tmp_path / "out").exists()

@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 from jobs import tiny_job
 
-from maxconv.report import (
-    ProgressLine,
-    duration,
-    failure_text,
-    plan_text,
-    problems_text,
-    size,
-    table,
-)
+from maxconv.errors import failure_text, problems_text
+from maxconv.report import ProgressLine, duration, plan_text, size, table
 
 
 @pytest.mark.parametrize(
@@ -71,7 +64,7 @@ def test_problems_text() -> None:
     assert problems_text(["one.", "two."]) == "maxconv: one.\nmaxconv: two."
     lines = problems_text([f"{i}." for i in range(50)]).splitlines()
     assert len(lines) == 21
-    assert lines[-1] == "maxconv: and 30 more like these"
+    assert lines[-1] == "maxconv: and 30 more like these."
 
 
 def test_failure_text() -> None:

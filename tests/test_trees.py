@@ -43,8 +43,10 @@ def test_plan_is_the_tree_of_maxtext(name):
             assert list(ours[path].leaf.logical) == leaf["logical"], path
             spec = [list(e) if isinstance(e, tuple) else e for e in ours[path].sharding.spec]
             assert spec == leaf["spec"][mesh], path
-        assert plan.read_nbytes(0) == plan.needed_nbytes == sum(
-            info.nbytes for info in source.tensors.values()
+        assert (
+            plan.read_nbytes(0)
+            == plan.needed_nbytes
+            == sum(info.nbytes for info in source.tensors.values())
         )
 
 

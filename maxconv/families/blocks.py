@@ -27,26 +27,25 @@ def query_scale(head_dim: int) -> Op:
 
 def ends(d: Dims) -> Iterator[Row]:
     """Embedding table, final norm, and the head unless it is tied."""
-    yield row("token_embedder/embedding", "vocab embed_vocab", _vocab_rows("model.embed_tokens", d))
-    yield row("decoder/decoder_norm/scale", "norm", hf("model.norm.weight"))
+    embedding = hf("model.embed_tokens.weight") >> rearrange("v e -> v e", e=d.emb)
+    yield row("token_embedder/embedding", "vocab embed_vocab", embedding >> fit(0, d.vocab))
+    final = hf("model.norm.weight") >> rearrange("e -> e", e=d.emb)
+    yield row("decoder/decoder_norm/scale", "norm", final)
     if not d.tied:
-        head = _vocab_rows("lm_head", d) >> rearrange("v e -> e v")
+        head = hf("lm_head.weight") >> fit(0, d.vocab) >> rearrange("v e -> e v", e=d.emb)
         yield row("decoder/logits_dense/kernel", "embed_vocab vocab", head)
 
 
-def _vocab_rows(module: str, d: Dims):
-    return hf(f"{module}.weight") >> fit(0, d.vocab)
+def norm(path: str, name: str, n: int, layer: str = LAYER) -> Row:
+    """The scale, (n,), of a norm of each layer."""
+    weight = hf(f"{layer}.{name}.weight") >> rearrange("n -> n", n=n)
+    return row(f"decoder/{{layers}}/{path}/scale", "norm", weight)
 
 
-def norm(path: str, name: str, layer: str = LAYER) -> Row:
-    """The scale of a norm of each layer."""
-    return row(f"decoder/{{layers}}/{path}/scale", "norm", hf(f"{layer}.{name}.weight"))
-
-
-def pre_norms() -> Iterator[Row]:
+def pre_norms(d: Dims) -> Iterator[Row]:
     """The norms before attention and before the MLP."""
-    yield norm("pre_self_attention_layer_norm", "input_layernorm")
-    yield norm("post_self_attention_layer_norm", "post_attention_layernorm")
+    yield norm("pre_self_attention_layer_norm", "input_layernorm", d.emb)
+    yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb)
 
 
 def attention(d: Dims, query: Ops = (), key: Ops = (), bias: bool = False) -> Iterator[Row]:
@@ -57,25 +56,28 @@ def attention(d: Dims, query: Ops = (), key: Ops = (), bias: bool = False) -> It
         ("key", "k", d.kv_heads, "kv_heads kv_head_dim", key),
         ("value", "v", d.kv_heads, "kv_heads kv_head_dim", ()),
     ):
-        kernel = hf(f"{name}.{short}_proj.weight") >> rearrange("(h d) e -> e h d", h=heads)
-        yield row(f"{at}/{part}/kernel", f"embed_attn {axes}", kernel >> ops)
+        sizes = {"h": heads, "d": d.head_dim}
+        split = rearrange("(h d) e -> e h d", e=d.emb, **sizes)
+        kernel = hf(f"{name}.{short}_proj.weight") >> split >> ops
+        yield row(f"{at}/{part}/kernel", f"embed_attn {axes}", kernel)
         if bias:
-            of_heads = hf(f"{name}.{short}_proj.bias") >> rearrange("(h d) -> h d", h=heads)
+            of_heads = hf(f"{name}.{short}_proj.bias") >> rearrange("(h d) -> h d", **sizes)
             yield row(f"{at}/{part}/bias", axes, of_heads)
-    out = hf(f"{name}.o_proj.weight") >> rearrange("e (h d) -> h d e", h=d.heads)
-    yield row(f"{at}/out/kernel", "heads kv embed_attn", out)
+    merge = rearrange("e (h d) -> h d e", e=d.emb, h=d.heads, d=d.head_dim)
+    yield row(f"{at}/out/kernel", "heads kv embed_attn", hf(f"{name}.o_proj.weight") >> merge)
 
 
-def qk_norms() -> Iterator[Row]:
+def qk_norms(d: Dims) -> Iterator[Row]:
     """The norms of queries and keys, one scale for all heads."""
-    yield norm("self_attention/query_norm", "self_attn.q_norm")
-    yield norm("self_attention/key_norm", "self_attn.k_norm")
+    yield norm("self_attention/query_norm", "self_attn.q_norm", d.head_dim)
+    yield norm("self_attention/key_norm", "self_attn.k_norm", d.head_dim)
 
 
-def gated_mlp() -> Iterator[Row]:
+def gated_mlp(d: Dims) -> Iterator[Row]:
     """gate, up and down projections."""
     at, name = "decoder/{layers}/mlp", f"{LAYER}.mlp"
-    transposed = rearrange("o i -> i o")
-    yield row(f"{at}/wi_0/kernel", "embed mlp", hf(f"{name}.gate_proj.weight") >> transposed)
-    yield row(f"{at}/wi_1/kernel", "embed mlp", hf(f"{name}.up_proj.weight") >> transposed)
-    yield row(f"{at}/wo/kernel", "mlp embed", hf(f"{name}.down_proj.weight") >> transposed)
+    inwards = rearrange("m e -> e m", m=d.mlp, e=d.emb)
+    outwards = rearrange("e m -> m e", m=d.mlp, e=d.emb)
+    yield row(f"{at}/wi_0/kernel", "embed mlp", hf(f"{name}.gate_proj.weight") >> inwards)
+    yield row(f"{at}/wi_1/kernel", "embed mlp", hf(f"{name}.up_proj.weight") >> inwards)
+    yield row(f"{at}/wo/kernel", "mlp embed", hf(f"{name}.down_proj.weight") >> outwards)

@@ -14,9 +14,9 @@ from maxconv.families.table import Dims, Family
 def rows(d: Dims):
     return (
         *ends(d),
-        *pre_norms(),
+        *pre_norms(d),
         *attention(d, query=(ROPE_PAIRS, query_scale(d.head_dim)), key=(ROPE_PAIRS,)),
-        *gated_mlp(),
+        *gated_mlp(d),
     )
 
 

@@ -10,9 +10,9 @@ from maxconv.families.table import Dims, Family
 def rows(d: Dims):
     return (
         *ends(d),
-        *pre_norms(),
+        *pre_norms(d),
         *attention(d, query=(query_scale(d.head_dim),)),
-        *gated_mlp(),
+        *gated_mlp(d),
     )
 
 

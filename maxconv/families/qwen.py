@@ -8,11 +8,11 @@ from maxconv.families.table import Dims, Family
 
 
 def qwen2_rows(d: Dims):
-    return (*ends(d), *pre_norms(), *attention(d, bias=True), *gated_mlp())
+    return (*ends(d), *pre_norms(d), *attention(d, bias=True), *gated_mlp(d))
 
 
 def qwen3_rows(d: Dims):
-    return (*ends(d), *pre_norms(), *attention(d), *qk_norms(), *gated_mlp())
+    return (*ends(d), *pre_norms(d), *attention(d), *qk_norms(d), *gated_mlp(d))
 
 
 QWEN2 = Family(

@@ -43,9 +43,7 @@ def open_source(path: str, revision: str | None = None, token: str | None = None
             f"{path} is not a local directory, and reading from the Hugging Face Hub is not "
             f"supported yet; run `hf download {name} --local-dir DIR` first, then give DIR."
         )
+    source = LocalSource(path)
     if revision is not None:
-        raise UserError(
-            f"{path} is a local directory, of which there is no revision {revision!r}; download "
-            "that revision, or leave the revision out."
-        )
-    return LocalSource(path)
+        source.notices = (*source.notices, f"{path} is a directory: revision {revision} is ignored")
+    return source

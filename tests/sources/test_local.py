@@ -497,8 +497,8 @@ def test_open_source_directory(tmp_path, monkeypatch):
     write(tmp_path / "org/name", model={"a": A})
     monkeypatch.chdir(tmp_path)
     assert isinstance(open_source("org/name"), LocalSource)
-    with pytest.raises(UserError, match="of which there is no revision 'main'"):
-        open_source("org/name", revision="main")
+    noticed = open_source("org/name", revision="main").notices
+    assert list(noticed) == ["org/name is a directory: revision main is ignored"]
 
 
 @pytest.mark.parametrize("path", ["org/name", "hf://org/name"])
