@@ -63,6 +63,7 @@ class Recipe:
         lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
         is_local: each device is given just what its part needs. If not, reads are replicated where
             they could not be cut, and the compiler may exchange data between devices.
+        rounded: the dtype that sources are rounded to before anything is computed.
         shape, dtype, sharding: of the leaf that the cell is written into.
     """
 
@@ -71,6 +72,7 @@ class Recipe:
     reads: tuple[CellRead, ...]
     lanes: int | None
     is_local: bool
+    rounded: np.dtype
     shape: Shape
     dtype: np.dtype
     sharding: NamedSharding
@@ -115,7 +117,12 @@ class Step:
 
 
 def steps(
-    expr: Expr, dtypes: Mapping[str, np.dtype], dtype: np.dtype, to: NamedSharding, budget: int
+    expr: Expr,
+    dtypes: Mapping[str, np.dtype],
+    dtype: np.dtype,
+    to: NamedSharding,
+    budget: int,
+    rounded: np.dtype | None = None,
 ) -> list[Step]:
     """The steps that make a leaf, in order.
 
@@ -124,12 +131,14 @@ def steps(
         dtypes: of the tensors, by name.
         dtype, to: of the leaf.
         budget: bytes that a step should read at most in a process; cells are cut down to it.
+        rounded: to which sources are rounded first; default: dtype.
     """
     found = []
     for lanes, offset, cells in _in_lanes(expr, to):
         renamed = [_anonymous(cell) for cell in cells]
         names = [names for _, names in renamed]
-        made = _Cell(renamed[0][0], tuple(dtypes[n] for n in names[0]), expr.shape, dtype, to)
+        kinds = tuple(dtypes[n] for n in names[0])
+        made = _Cell(renamed[0][0], kinds, rounded or dtype, expr.shape, dtype, to)
         found += made.steps(lanes, offset, names, budget)
     return found
 
@@ -140,6 +149,7 @@ class _Cell:
 
     expr: Expr
     dtypes: tuple[np.dtype, ...]
+    rounded: np.dtype
     shape: Shape
     dtype: np.dtype
     to: NamedSharding
@@ -261,7 +271,17 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
             entries = [_entry(cell.to, lanes), *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
         reads.append(CellRead(shape, cell.dtypes[int(read.name)], sharding))
-    return Recipe(cell.expr, box, tuple(reads), lanes, is_local, cell.shape, cell.dtype, cell.to)
+    return Recipe(
+        cell.expr,
+        box,
+        tuple(reads),
+        lanes,
+        is_local,
+        cell.rounded,
+        cell.shape,
+        cell.dtype,
+        cell.to,
+    )
 
 
 def _pulled_back(
@@ -315,6 +335,7 @@ def _cut(read: Read, i: int, parts: Sequence[Sequence[Read]]) -> int | None:
     return axis if not left and [box[axis] for box in boxes] == even else None
 
 
+@cache
 def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
     return trace(expr, box).reads
 

@@ -38,7 +38,15 @@ _MINIMUM = {
     "num_processes": 1,
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,
-} | {key: 1 for key in MODEL_KEYS if key.startswith("base_") or key in ("head_dim", "vocab_size")}
+}
+# -1: what is left, or none.
+_POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
+_SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_interval")
+_MINIMUM |= {
+    key: 1
+    for key in MODEL_KEYS
+    if key in _SIZES or (key.startswith("base_") and key not in _POSITIVE_OR_MINUS_ONE)
+}
 
 
 def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
@@ -55,7 +63,8 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
         if values[key] is not None and values[key] < minimum:
             yield f"{key}={values[key]} is less than {minimum}"
     for key, value in values.items():
-        if (key.endswith("_parallelism") or key == "num_slices") and value < 1 and value != -1:
+        may_be_minus_one = key.endswith("_parallelism") or key in _POSITIVE_OR_MINUS_ONE
+        if may_be_minus_one and value < 1 and value != -1:
             yield f"{key}={value} is neither positive nor -1"
     if (memory := values["max_host_memory_gb"]) is not None and not memory > 0:
         yield f"max_host_memory_gb={memory} is not positive"

@@ -2,24 +2,26 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maxconv.errors import UserError
 from maxconv.families import BY_ARCHITECTURE, Dims, Family
 from maxconv.sources import Source
 
-# Field of Dims, MaxText's key, config.json's key.
-_FACTS = (
-    ("emb", "base_emb_dim", "hidden_size"),
-    ("mlp", "base_mlp_dim", "intermediate_size"),
-    ("heads", "base_num_query_heads", "num_attention_heads"),
-    ("kv_heads", "base_num_kv_heads", "num_key_value_heads"),
-    ("head_dim", "head_dim", "head_dim"),
-    ("layers", "base_num_decoder_layers", "num_hidden_layers"),
-    ("vocab", "vocab_size", "vocab_size"),
-    ("tied", "logits_via_embedding", "tie_word_embeddings"),
-)
+# MaxText's key of each field of Dims.
+_KEYS = {
+    "emb": "base_emb_dim",
+    "mlp": "base_mlp_dim",
+    "heads": "base_num_query_heads",
+    "kv_heads": "base_num_kv_heads",
+    "head_dim": "head_dim",
+    "layers": "base_num_decoder_layers",
+    "vocab": "vocab_size",
+    "tied": "logits_via_embedding",
+    "experts": "num_experts",
+    "moe_mlp": "base_moe_mlp_dim",
+}
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -67,16 +69,18 @@ def resolve(
     words, facts = words or {}, facts or {}
     problems = _block_problems(family, name, facts)
     chosen: dict[str, Any] = {}
-    for field, key, hf_key in _FACTS:
+    for field, key in _KEYS.items():
         theirs, typed = getattr(published, field), key in words
-        ours = words[key] if typed else facts.get(key, theirs)
+        said = words[key] if typed else facts.get(key)
+        ours = theirs if said is None else said * _unit(field, family)
         chosen[field] = ours
         if ours != theirs and not _may_differ(field, ours, theirs, family, typed):
-            said = f"{key}={ours}" + ("" if typed else f" of {name}")
-            mend = f"{key}={theirs}" if typed else f"override_model_config=True {key}={theirs}"
+            fits = theirs // _unit(field, family)
+            mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
-                f"{said} contradicts {hf_key}={theirs} in config.json; if the checkpoint is right, "
-                f"say {mend}."
+                f"{key}={said}{'' if typed else f' of {name}'} contradicts "
+                f"{family.hf_keys()[field][0]}={theirs} in config.json; "
+                f"if the checkpoint is right, say {mend}."
             )
     if problems:
         raise UserError(problems)
@@ -99,9 +103,10 @@ def _published(source: Source, family: Family) -> Dims:
     """The sizes in config.json; UserError when they are none, or not those of the embedding."""
     config = {key: value for key, value in source.config.items() if value is not None}
     problems = [
-        f"{key}={json.dumps(config[key])} is not {'true or false' if is_flag else 'a size'}"
-        for field, _, key in _FACTS
-        if key in config and not _is_sane(config[key], is_flag := field == "tied")
+        f"{key}={json.dumps(config[key])} is not {'true or false' if field == 'tied' else 'a size'}"
+        for field, keys in family.hf_keys().items()
+        for key in keys
+        if key in config and not _is_sane(config[key], field == "tied")
     ]
     if not problems:
         try:
@@ -133,6 +138,11 @@ def _block_problems(family: Family, name: str | None, facts: Mapping[str, Any]) 
     ]
 
 
+def _unit(field: str, family: Family) -> int:
+    """How many of HF's one of MaxText's is."""
+    return family.layers_per_block if field == "layers" else 1
+
+
 def _may_differ(field: str, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:
     match field:
         case "vocab":  # MaxText's own tables pad some families; the user may pad any
@@ -150,7 +160,6 @@ def _notices(dims: Dims, published: Dims):
         yield f"vocabulary cut from {published.vocab} to {dims.vocab} rows, as MaxText does"
     if dims.layers < published.layers:
         yield f"only the first {dims.layers} of {published.layers} layers"
-    assert {f.name for f in fields(dims)} == {field for field, _, _ in _FACTS}
 
 
 def _advice(family: Family, name: str | None):

@@ -132,12 +132,13 @@ def make_plan(
     """
     leaves = _checked_leaves(source, model, scan_axis)
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
-    dtype = np.dtype(save_dtype)
+    rounded = np.dtype(save_dtype)
     planned, notices = [], list(model.notices)
     for leaf in leaves:
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
-        made = tuple(steps(leaf.expr, dtypes, dtype, to, budget))
+        dtype = np.dtype(leaf.dtype or save_dtype)
+        made = tuple(steps(leaf.expr, dtypes, dtype, to, budget, rounded))
         planned.append(LeafPlan(leaf, dtype, to, made, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")
@@ -148,7 +149,7 @@ def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list
     """Every leaf of the model, once all that can be wrong with them is not."""
     shapes = {name: info.shape for name, info in source.tensors.items()}
     rows = model.family.rows(model.dims)
-    leaves, problems = bind_rows(rows, shapes, model.dims.layers, scan_axis)
+    leaves, problems = bind_rows(rows, shapes, scan_axis)
     expressions = {leaf.name: leaf.expr for leaf in leaves}
     if not problems:
         try:

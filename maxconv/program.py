@@ -36,7 +36,7 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
         if moves:
             return _retype(run(reads), recipe.dtype)
         typed = [
-            _rounded(_retype(x, r.dtype), recipe.dtype)
+            _rounded(_retype(x, r.dtype), recipe.rounded)
             for x, r in zip(reads, recipe.reads, strict=True)
         ]
         return jnp.asarray(run(typed)).astype(recipe.dtype)

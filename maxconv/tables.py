@@ -21,6 +21,9 @@ MODEL_KEYS = (
     "logits_via_embedding",
     "attention_bias",
     "use_qk_norm",
+    "num_experts",
+    "base_moe_mlp_dim",
+    "inhomogeneous_layer_cycle_interval",
 )
 """The keys that decide the shapes of a model's weights."""
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from maxconv.algebra.boxes import Box, Shape, join, split, widen
@@ -55,15 +55,23 @@ class Rearrange:
     sizes: Shape
 
     def bind(self, shape: Shape) -> "Rearrange":
-        if tuple(shape) != self._shape(self.lhs):
+        if tuple(shape) != self._in_shape:
             raise AlgebraError(f"{self} does not fit shape {tuple(shape)}")
         return self
 
     def _shape(self, side: Groups) -> Shape:
         return tuple(math.prod(self.sizes[a] for a in group) for group in side)
 
-    def shape(self, s: Shape) -> Shape:
+    @cached_property
+    def _in_shape(self) -> Shape:
+        return self._shape(self.lhs)
+
+    @cached_property
+    def _out_shape(self) -> Shape:
         return self._shape(self.rhs)
+
+    def shape(self, s: Shape) -> Shape:
+        return self._out_shape
 
     def is_identity(self, s: Shape) -> bool:
         return self.lhs == self.rhs
@@ -110,7 +118,7 @@ class Rearrange:
     def resized(self, axis: int, n: int) -> "Rearrange":
         """The same movement where an axis that is kept has another size."""
         (atom,) = self.lhs[axis]
-        return _canonical(self.lhs, self.rhs, [*self.sizes[:atom], n, *self.sizes[atom + 1 :]])
+        return _canonical(self.lhs, self.rhs, (*self.sizes[:atom], n, *self.sizes[atom + 1 :]))
 
     def __str__(self) -> str:
         def side(groups: Groups) -> str:
@@ -161,7 +169,8 @@ def _bind(pattern: Pattern, shape: Shape) -> Rearrange:
     )
 
 
-def _canonical(lhs: Groups, rhs: Groups, sizes: Sequence[int]) -> Rearrange:
+@lru_cache(maxsize=4096)
+def _canonical(lhs: Groups, rhs: Groups, sizes: Shape) -> Rearrange:
     """Drops atoms of size 1, joins atoms that stay neighbours, numbers them as the input does."""
     left, right = ([[a for a in group if sizes[a] != 1] for group in side] for side in (lhs, rhs))
     follows = {(a, b) for g in right for a, b in zip(g, g[1:], strict=False)}
@@ -180,6 +189,7 @@ def _canonical(lhs: Groups, rhs: Groups, sizes: Sequence[int]) -> Rearrange:
     return Rearrange(renumber(left), renumber(right), tuple(merged))
 
 
+@lru_cache(maxsize=4096)
 def _compose(first: Rearrange, second: Rearrange) -> Rearrange | None:
     pieces_1: dict[int, list[int]] = {}
     pieces_2: dict[int, list[int]] = {}
@@ -189,7 +199,7 @@ def _compose(first: Rearrange, second: Rearrange) -> Rearrange | None:
             return None
     lhs = tuple(tuple(p for a in g for p in pieces_1[a]) for g in first.lhs)
     rhs = tuple(tuple(p for a in g for p in pieces_2[a]) for g in second.rhs)
-    return _canonical(lhs, rhs, sizes)
+    return _canonical(lhs, rhs, tuple(sizes))
 
 
 def _refine(

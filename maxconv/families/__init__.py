@@ -1,11 +1,23 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
+from maxconv.families.gemma import GEMMA2
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
-from maxconv.families.qwen import QWEN2, QWEN3
+from maxconv.families.mixtral import MIXTRAL
+from maxconv.families.olmo3 import OLMO3
+from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    GEMMA2,
+    OLMO3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+)
 
 BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 

@@ -8,16 +8,12 @@ from maxconv.families.blocks import (
     pre_norms,
     query_scale,
 )
-from maxconv.families.table import Dims, Family
+from maxconv.families.table import Dims, Family, each, uniform
 
 
 def rows(d: Dims):
-    return (
-        *ends(d),
-        *pre_norms(d),
-        *attention(d, query=(ROPE_PAIRS, query_scale(d.head_dim)), key=(ROPE_PAIRS,)),
-        *gated_mlp(d),
-    )
+    attn = attention(d, query=(ROPE_PAIRS, query_scale(d.head_dim)), key=(ROPE_PAIRS,))
+    return (*ends(d), *each(uniform(d.layers), pre_norms(d), attn, gated_mlp(d)))
 
 
 LLAMA = Family(

@@ -4,16 +4,12 @@ Unlike its llama, MaxText's mistral rotates the halves of a head, as transformer
 """
 
 from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, query_scale
-from maxconv.families.table import Dims, Family
+from maxconv.families.table import Dims, Family, each, uniform
 
 
 def rows(d: Dims):
-    return (
-        *ends(d),
-        *pre_norms(d),
-        *attention(d, query=(query_scale(d.head_dim),)),
-        *gated_mlp(d),
-    )
+    attn = attention(d, query=(query_scale(d.head_dim),))
+    return (*ends(d), *each(uniform(d.layers), pre_norms(d), attn, gated_mlp(d)))
 
 
 MISTRAL = Family(

@@ -1,18 +1,27 @@
-"""Qwen2.5 and dense Qwen3.
+"""Qwen2.5, and Qwen3 dense and with experts.
 
-transformers modeling_qwen2.py, modeling_qwen3.py; MaxText models/qwen2.py, models/qwen3.py.
+transformers modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_moe.py; MaxText models/qwen2.py,
+models/qwen3.py.
 """
 
-from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, qk_norms
-from maxconv.families.table import Dims, Family
+from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, qk_norms, routed_experts
+from maxconv.families.table import Dims, Family, each, uniform
 
 
 def qwen2_rows(d: Dims):
-    return (*ends(d), *pre_norms(d), *attention(d, bias=True), *gated_mlp(d))
+    layer = (pre_norms(d), attention(d, bias=True), gated_mlp(d))
+    return (*ends(d), *each(uniform(d.layers), *layer))
 
 
 def qwen3_rows(d: Dims):
-    return (*ends(d), *pre_norms(d), *attention(d), *qk_norms(d), *gated_mlp(d))
+    layer = (pre_norms(d), attention(d), qk_norms(d), gated_mlp(d))
+    return (*ends(d), *each(uniform(d.layers), *layer))
+
+
+def qwen3_moe_rows(d: Dims):
+    experts = routed_experts(d, "moe_block", "mlp")
+    layer = (pre_norms(d), attention(d), qk_norms(d), experts)
+    return (*ends(d), *each(uniform(d.layers), *layer))
 
 
 QWEN2 = Family(
@@ -20,4 +29,12 @@ QWEN2 = Family(
 )
 QWEN3 = Family(
     architectures=("Qwen3ForCausalLM",), decoder_block="qwen3", rows=qwen3_rows, pads_vocab=True
+)
+QWEN3_MOE = Family(
+    architectures=("Qwen3MoeForCausalLM",),
+    decoder_block="qwen3_moe",
+    rows=qwen3_moe_rows,
+    pads_vocab=True,
+    # What config.json calls intermediate_size is of dense layers, of which there are none.
+    renamed_keys=(("mlp", "moe_intermediate_size"),),
 )

@@ -31,6 +31,12 @@ MISTRAL_REPAIR = (
     "and hooks were lent to it, less adjust_rope: its rotary embedding pairs halves, as in HF"
 )
 
+MIXTRAL_REPAIR = (
+    "MaxText 0.2.5 takes the router kernels of mixtral-8x7b's scanned layers for a list of experts "
+    "and stacks them on axis 0, so that it crashes; they were stacked on param_scan_axis, as the "
+    "model has them"
+)
+
 
 def lend_model_config(model_name: str, config: dict[str, Any]) -> None:
     """MaxText describes the checkpoint by a table of the published models, not by config.json."""
@@ -61,6 +67,46 @@ def _without_adjust_rope(hook: Any) -> Any:
     if not isinstance(hook, list):
         return hook
     return [step for step in hook if step.__name__ != "adjust_rope"]
+
+
+def lend_mixtral_router() -> None:
+    """Repairs the router kernel of scanned mixtral-8x7b.
+
+    `_build_single_axis_stacked_tensor` stacks every leaf with "MoeBlock" in its name on axis 0,
+    which is right only for the experts of an unscanned layer. So the router is mapped as what
+    MaxText calls a composite: a tuple of tensors that the hook makes one leaf of.
+    """
+    import numpy as np
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    router = "params-decoder-layers-MoeBlock_0-gate-kernel"
+    original_mapping = param_mapping.PARAM_MAPPING["mixtral-8x7b"]
+    original_hooks = param_mapping.HOOK_FNS["mixtral-8x7b"]
+
+    def mapping(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = original_mapping(*args, **kwargs)
+        return found | {router: tuple(found[router])}
+
+    def hooks(config: Any, maxtext_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = original_hooks(config, maxtext_config, *args, **kwargs)
+        transpose = found[router]
+
+        def stack(layers: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
+            kernels = [transpose(layer, None) for layer in layers]
+            return np.stack(kernels, axis=maxtext_config.param_scan_axis)
+
+        return found | {router: stack}
+
+    param_mapping.PARAM_MAPPING["mixtral-8x7b"] = mapping
+    param_mapping.HOOK_FNS["mixtral-8x7b"] = hooks
+
+
+# By model and whether layers are scanned: what is repaired, and how.
+REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[], None]]] = {
+    ("mistral-7b", True): (MISTRAL_REPAIR, lend_mistral_mapping),
+    ("mistral-7b", False): (MISTRAL_REPAIR, lend_mistral_mapping),
+    ("mixtral-8x7b", True): (MIXTRAL_REPAIR, lend_mixtral_router),
+}
 
 
 def stand_in_for_torch() -> None:
@@ -100,12 +146,12 @@ def convert(
     checkpoint = tiny.write(case, out / "hf", dtype)
     config = dict(tiny.CASES[case].config)
     # MaxText's mapping asks for as many layers as this says, and refuses another count.
-    config["num_hidden_layers"] = int(
-        overrides.get("base_num_decoder_layers", config["num_hidden_layers"])
-    )
+    if layers := overrides.get("base_num_decoder_layers"):
+        config["num_hidden_layers"] = int(layers) * tiny.CASES[case].architecture.block
     lend_model_config(model_name, config)
-    if model_name == "mistral-7b":
-        lend_mistral_mapping()
+    if (model_name, scan) in REPAIRS:
+        _, repair = REPAIRS[model_name, scan]
+        repair()
     if save_dtype == "bfloat16":
         stand_in_for_torch()
     gc.collect = lambda *_: 0  # MaxText collects once per leaf, 0.4 s each.

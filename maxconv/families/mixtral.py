@@ -1,0 +1,18 @@
+"""Mixtral. transformers modeling_mixtral.py; MaxText models/mixtral.py."""
+
+from maxconv.families.blocks import attention, ends, pre_norms, query_scale, routed_experts
+from maxconv.families.table import Dims, Family, each, uniform
+
+
+def rows(d: Dims):
+    attn = attention(d, query=(query_scale(d.head_dim),))
+    experts = routed_experts(d, "MoeBlock_0", "block_sparse_moe", ("w1", "w3", "w2"))
+    return (*ends(d), *each(uniform(d.layers), pre_norms(d), attn, experts))
+
+
+MIXTRAL = Family(
+    architectures=("MixtralForCausalLM",),
+    decoder_block="mixtral",
+    rows=rows,
+    renamed_keys=(("moe_mlp", "intermediate_size"),),
+)

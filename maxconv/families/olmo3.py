@@ -1,0 +1,25 @@
+"""OLMo 3. transformers modeling_olmo3.py; MaxText models/olmo3.py."""
+
+from maxconv.families.blocks import attention, ends, gated_mlp, norm
+from maxconv.families.table import Dims, Family, cycle, each
+
+CYCLE = 4  # three layers of sliding attention, then one of full attention
+
+
+def rows(d: Dims):
+    yield from ends(d)
+    for layers in cycle(d.layers, CYCLE):
+        yield from each(layers, norms(d), attention(d, at="attention"), gated_mlp(d))
+
+
+def norms(d: Dims):
+    """After attention and MLP; those of queries and keys are over all heads at once."""
+    yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb)
+    yield norm("post_mlp_layer_norm", "post_feedforward_layernorm", d.emb)
+    yield norm("attention/query_norm", "self_attn.q_norm", d.heads * d.head_dim)
+    yield norm("attention/key_norm", "self_attn.k_norm", d.kv_heads * d.head_dim)
+
+
+OLMO3 = Family(
+    architectures=("Olmo3ForCausalLM",), decoder_block="olmo3", rows=rows, pads_vocab=True
+)
