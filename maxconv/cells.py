@@ -134,7 +134,7 @@ def steps(
         rounded: to which sources are rounded first; default: dtype.
     """
     found = []
-    for lanes, offset, cells in _in_lanes(expr, to):
+    for lanes, offset, cells in _in_lanes(expr, dtypes, to):
         renamed = [_anonymous(cell) for cell in cells]
         names = [names for _, names in renamed]
         kinds = tuple(dtypes[n] for n in names[0])
@@ -190,7 +190,9 @@ class _Cell:
         return Step(recipe, offset, tuple(zip(*reads, strict=True)))
 
 
-def _in_lanes(expr: Expr, to: NamedSharding) -> Iterator[tuple[int | None, Offset, Sequence[Expr]]]:
+def _in_lanes(
+    expr: Expr, dtypes: Mapping[str, np.dtype], to: NamedSharding
+) -> Iterator[tuple[int | None, Offset, Sequence[Expr]]]:
     """The cells of a leaf, those of one step together: axis of lanes, offset, a cell a lane."""
     cells = list(_cells(expr, (0,) * len(expr.shape)))
     for axis, n in enumerate(expr.shape):
@@ -200,7 +202,7 @@ def _in_lanes(expr: Expr, to: NamedSharding) -> Iterator[tuple[int | None, Offse
             for at, cell in cells:
                 inner = (*at[:axis], at[axis] % (n // shards), *at[axis + 1 :])
                 groups.setdefault(inner, []).append(cell)
-            if all(len(group) == shards and _alike(group) for group in groups.values()):
+            if all(len(group) == shards and _alike(group, dtypes) for group in groups.values()):
                 yield from ((axis, at, group) for at, group in groups.items())
                 return
     yield from ((None, at, [cell]) for at, cell in cells)
@@ -216,9 +218,10 @@ def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
         yield from _cells(part, (*offset[:axis], offset[axis] + start, *offset[axis + 1 :]))
 
 
-def _alike(cells: Sequence[Expr]) -> bool:
-    first, _ = _anonymous(cells[0])
-    return all(_anonymous(cell)[0] == first for cell in cells[1:])
+def _alike(cells: Sequence[Expr], dtypes: Mapping[str, np.dtype]) -> bool:
+    """Whether one program can make them all: their tensors differ in names only."""
+    kinds = {(cell, tuple(dtypes[n] for n in names)) for cell, names in map(_anonymous, cells)}
+    return len(kinds) == 1
 
 
 def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:

@@ -165,6 +165,24 @@ def test_a_large_cell_is_made_in_slabs(tmp_path):
         )
 
 
+def test_experts_of_several_dtypes(tmp_path):
+    dtypes = [np.float32, np.float16, ml_dtypes.bfloat16, np.float32]
+    tensors = {f"e{i}": RANDOM.standard_normal((8, 4)).astype(t) for i, t in enumerate(dtypes)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with LocalSource(str(tmp_path)) as source:
+        template = hf("e{e}") >> rearrange("m e -> e m")
+        expr = bind(template, {n: (8, 4) for n in tensors}, {"e": Stacked(range(4), 0)})
+        to, dtype = NamedSharding(MESH, P(("x", "y"))), np.dtype(ml_dtypes.bfloat16)
+        made = tuple(steps(expr, {n: t.dtype for n, t in tensors.items()}, dtype, to, 1 << 20))
+        leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
+        plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+        with Engine(plan, source, 1 << 20) as engine:
+            got = np.asarray(engine.make(leaf))
+    want = np.stack([t.astype(np.float32).astype(dtype).T for t in tensors.values()])
+    np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+
+
 def test_nan_payloads_survive(tmp_path):
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     tensors = {f"w{i}": bits.view(ml_dtypes.bfloat16) for i in range(2)}

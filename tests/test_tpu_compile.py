@@ -34,6 +34,7 @@ MIB = 1 << 20
 FSDP_8 = "ici_fsdp_parallelism=8"
 FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
+EXPERT_4 = "ici_expert_parallelism=4 ici_fsdp_parallelism=2"  # an expert in each lane
 TENSOR_8 = "ici_fsdp_parallelism=1 ici_tensor_parallelism=8"  # of 28 and 4 heads: replicated
 
 # What moves data to another chip or to the host, or hides what it does.
@@ -56,6 +57,7 @@ FOREIGN = re.compile(
         ("qwen3-32b", "v5p:4x4x4", f"{FSDP_16} scan_layers=false"),
         ("qwen2.5-7b", "v5e:2x4", TENSOR_8),
         ("qwen3-0.6b", "v5e:16x16", ""),
+        ("qwen3-30b-a3b", "v5e:2x4", EXPERT_4),
     ],
 )
 def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) -> None:
