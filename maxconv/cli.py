@@ -105,15 +105,17 @@ def _matters(record: logging.LogRecord) -> bool:
 
 def convert(words: Sequence[str]) -> None:
     from maxconv import convert as conversion
+    from maxconv.distributed import start
 
-    conversion.run(started(words))
+    conversion.run(start(words))
 
 
 def plan(words: Sequence[str]) -> None:
     from maxconv.convert import prepared
+    from maxconv.distributed import start
     from maxconv.report import plan_text, size
 
-    with prepared(started(words), writes=False) as job:
+    with prepared(start(words), writes=False) as job:
         source = job.source
         total = sum(info.nbytes for info in source.tensors.values())
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
@@ -125,7 +127,7 @@ def verify(words: Sequence[str]) -> None:
 
     if not words or "=" in words[0]:
         raise UserError("Which checkpoint? Say maxconv verify CHECKPOINT.")
-    verify_saved(words[0], words[1:], started)
+    verify_saved(words[0], words[1:])
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -149,21 +151,6 @@ COMMANDS = {
     "inspect": inspect,
     "demo": demo,
 }
-
-
-def started(words: Sequence[str]):
-    """The config of a command line, with JAX started as it says and the user told."""
-    import jax
-
-    from maxconv.config import parse
-    from maxconv.distributed import initialize
-
-    config = parse(words)
-    notices = (*config.notices, *initialize(config))
-    if jax.process_index() == 0:
-        for notice in notices:
-            print(f"note: {notice}", file=sys.stderr)
-    return config
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A conversion from beginning to end: source, plan, checks, save, verification."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -199,24 +200,21 @@ def _window(config: Config) -> int:
     return max(int(config.max_host_memory_gb * 2**30) - BASE, 64 << 20)
 
 
-def verify_saved(
-    checkpoint_path: str, words: Sequence[str], start: Callable[[Sequence[str]], Config]
-) -> None:
+def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:
     """Verifies a checkpoint in full, by the words it was made with and those given now.
 
     Args:
         checkpoint_path: `<out>`, `<out>/0` or `<out>/0/items`.
-        words: they go before those that the conversion left beside the checkpoint.
-        start: parses words and starts JAX.
+        words: they win over those that the conversion left beside the checkpoint.
     """
     saved = _saved_items(checkpoint_path)
-    config = start([*_words_beside(saved), *words, "--verify=full"])
+    config = distributed.start([*_words_beside(saved), *words, "--verify=full"])
     with prepared(config, writes=False) as job:
         _verify(job, str(saved), jax.process_index() == 0)
 
 
 def _saved_items(path: str) -> epath.Path:
-    root = epath.Path(path)
+    root = epath.Path(path if "://" in path else os.path.abspath(path))  # Orbax wants no less
     for items in (root / target.STEP / "items", root / "items", root):
         if (items / "_METADATA").exists():
             return items

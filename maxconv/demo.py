@@ -30,7 +30,8 @@ SHARD_BYTES = 16 << 20
 
 def run(directory: str) -> None:
     """Makes a checkpoint in `directory`, converts it on 8 devices and verifies every bit."""
-    from maxconv import cli, convert
+    from maxconv import convert
+    from maxconv.distributed import start
 
     began = time.monotonic()
     source, target = Path(directory, "hf"), Path(directory, "maxtext")
@@ -50,7 +51,7 @@ def run(directory: str) -> None:
         "--verify=full",
         "--overwrite",
     ]
-    job = convert.run(cli.started(words))
+    job = convert.run(start(words))
     kernel = next(leaf for leaf in job.plan.leaves if "wi_0" in leaf.name)
     print(
         f"\nDone in {time.monotonic() - began:.0f} s. The {job.plan.model.dims.layers} layers are "

@@ -3,16 +3,28 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
 
 import numpy as np
 
-from maxconv.config import Config
+from maxconv.config import Config, parse
 from maxconv.errors import UserError, failure_text
 
 _MESSAGE = 1 << 16  # bytes that a process may say about what is wrong
+
+
+def start(words: Sequence[str]) -> Config:
+    """The config of a command line, with JAX started as it says, and the user told."""
+    config = parse(words)
+    notices = (*config.notices, *initialize(config))
+    import jax
+
+    if jax.process_index() == 0:
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+    return config
 
 
 def initialize(config: Config) -> tuple[str, ...]:

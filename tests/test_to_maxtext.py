@@ -18,7 +18,7 @@ from jobs import CPU, job_words
 from orbax.checkpoint import v1 as ocp
 from test_checkpoint import files, stored
 
-from maxconv import checkpoint, to_maxtext
+from maxconv import checkpoint, cli, to_maxtext
 from maxconv.checkpoint import LazyTensor
 from maxconv.config import parse
 from maxconv.errors import UserError
@@ -183,3 +183,23 @@ def test_names() -> None:
     assert to_maxtext.LazyTensor is LazyTensor
     assert to_maxtext.LazyTensorHandler is checkpoint.LazyTensorHandler
     assert all(hasattr(to_maxtext, name) for name in to_maxtext.__all__)
+
+
+def test_verify_finds_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.write("qwen3-8b", tmp_path / "hf")
+    words = job_words(tmp_path, model, tiny.maxtext_words("qwen3-8b", True), "fsdp4_tp2")
+    assert cli.main(["convert", *words, "--verify=none"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for path in ("out", "out/0", "out/0/items"):
+        assert cli.main(["verify", path]) == 0
+    assert capsys.readouterr().out.count("verified 14 of 14 leaves bit for bit") == 3
+    damaged = max((tmp_path / "out/0/items").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert cli.main(["verify", "out"]) == 1
+    said = capsys.readouterr().err
+    assert "is wrong; do not train from it" in said and "Traceback" not in said
+    assert cli.main(["verify", "hf"]) == 2

@@ -62,9 +62,10 @@ def test_maxtext_says_what_transformers_says(
     columns = made[..., :: int(reference["column_stride"])]
     highest = made.max(axis=-1)
     logsumexp = highest + np.log(np.exp(made - highest[..., None]).sum(axis=-1))
-    # Float32 in a model with activations in the thousands; 4e-4, for the logits go up to 40.
-    tolerance = 1e-5 * abs(reference["logits"]).max()
     for row, start in enumerate(reference["prompt_lengths"]):
+        # In the first prompt activations reach 4,000, where a step of float32 is 2.4e-4: relative
+        # to the logits, which go up to 30, it is held to as much.
+        tolerance = 1e-5 * abs(reference["logits"][row]).max() if row == 0 else 1e-4
         end = start + reference["steps"]
         for name, values in ("logits", columns), ("logsumexp", logsumexp):
             difference = abs(values[row, :end] - reference[name][row, :end]).max()
