@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
+    from maxconv.distributed import leave_together
     from maxconv.errors import failure_text, problems_text
 
     for library in ("absl", "gcsfs"):
@@ -66,13 +67,13 @@ def run(command: Callable[[], None]) -> int:
     with _leaving_at_once():
         try:
             command()
-            return 0
+            return leave_together(0)
         except UserError as error:
             print(problems_text(error.problems), file=sys.stderr)
-            return 2
+            return leave_together(2)
         except VerificationError as error:
             print(problems_text(error.problems), file=sys.stderr)
-            return 1
+            return leave_together(1)
         except Exception as error:
             print(failure_text(error), f"maxconv: {ONLY_SAVED}", sep="\n", file=sys.stderr)
             sys.stderr.flush()

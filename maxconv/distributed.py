@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
@@ -128,6 +129,28 @@ def once(action: Callable[[], None]) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("maxconv: done on process 0")
+
+
+def leave_together(code: int) -> int:
+    """Ends all processes with a code that they all came to; returns it if there is but one.
+
+    A normal exit would shut JAX down behind a barrier of its own, where a process can be left
+    waiting for minutes for a coordinator that is gone. So the first, where it lives, leaves last.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return code
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    assert client is not None
+    # Not a collective: it would be over here while its last bytes are still on their way there.
+    client.wait_at_barrier("maxconv: leaving", timeout_in_ms=60_000)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(1)
+    os._exit(code)
 
 
 @contextmanager
