@@ -32,8 +32,21 @@ class Op(Protocol):
     def inverse(self, s: Shape) -> "Op": ...
 
 
+class _Resizes:
+    """Gives an axis another length."""
+
+    axis: int
+    n: int
+
+    def is_identity(self, s: Shape) -> bool:
+        return self.n == s[self.axis]
+
+    def shape(self, s: Shape) -> Shape:
+        return (*s[: self.axis], self.n, *s[self.axis + 1 :])
+
+
 @dataclass(frozen=True)
-class Slice:
+class Slice(_Resizes):
     """`n` places of an axis from `start`; undone together with its siblings (see `invert`)."""
 
     axis: int
@@ -45,12 +58,6 @@ class Slice:
         if self.start + self.n > shape[bound.axis]:
             raise AlgebraError(f"{self} reaches past shape {shape}")
         return bound
-
-    def is_identity(self, s: Shape) -> bool:
-        return self.n == s[self.axis]
-
-    def shape(self, s: Shape) -> Shape:
-        return (*s[: self.axis], self.n, *s[self.axis + 1 :])
 
     def pull(self, box: Box, s: Shape) -> tuple[Box, Box]:
         lo, hi = box[self.axis]
@@ -64,7 +71,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(_Resizes):
     """Makes an axis `n` long: rows of zeros are added at its end, or the rows past `n` are cut.
 
     `was` is the axis' length in the input, known once bound.
@@ -79,12 +86,6 @@ class Fit:
         if self.was not in (None, shape[axis]):
             raise AlgebraError(f"{self} does not fit shape {shape}")
         return Fit(axis, self.n, shape[axis])
-
-    def is_identity(self, s: Shape) -> bool:
-        return self.n == s[self.axis]
-
-    def shape(self, s: Shape) -> Shape:
-        return (*s[: self.axis], self.n, *s[self.axis + 1 :])
 
     def pull(self, box: Box, s: Shape) -> tuple[Box, Box]:
         lo, hi = box[self.axis]
