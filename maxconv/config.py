@@ -105,6 +105,11 @@ class Config:
     words: tuple[str, ...]
     """What the user typed that decides the checkpoint, without the token: parses to the same."""
 
+    @property
+    def scan_axis(self) -> int | None:
+        """Where layers are stacked; None if they are not."""
+        return self.param_scan_axis if self.scan_layers else None
+
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
     """Reads a command line as MaxText does: defaults, then the `.yml`, then typed words or `M_*`.

@@ -17,6 +17,7 @@ from maxconv import __version__, checkpoint, distributed, target
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
+from maxconv.inspect import find_items
 from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.report import ProgressLine, duration, peak_memory, size
@@ -60,7 +61,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 resolved(config, source),
                 make_mesh(config),
                 config.logical_axis_rules,
-                config.param_scan_axis if config.scan_layers else None,
+                config.scan_axis,
                 config.save_dtype,
                 _window(config) // 8,
             )
@@ -215,10 +216,10 @@ def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:
 
 def _saved_items(path: str) -> epath.Path:
     root = epath.Path(path if "://" in path else os.path.abspath(path))  # Orbax wants no less
-    for items in (root / target.STEP / "items", root / "items", root):
-        if (items / "_METADATA").exists():
-            return items
-    raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+    items = find_items(root / target.STEP) or find_items(root)
+    if len(items) != 1:
+        raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+    return items[0]
 
 
 def _words_beside(items: epath.Path) -> list[str]:

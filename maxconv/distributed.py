@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
+from typing import Any
 
 import numpy as np
 
 from maxconv.config import Config, parse
 from maxconv.errors import UserError, failure_text
-
-_MESSAGE = 1 << 16  # bytes that a process may say about what is wrong
 
 
 def start(words: Sequence[str]) -> Config:
@@ -93,30 +92,23 @@ def same_error_everywhere() -> Iterator[None]:
         yield
     except UserError as error:
         mine = error.problems
-    if problems := next(filter(None, _gathered(mine)), ()):
+    if problems := next(filter(None, gathered(mine)), None):
         raise UserError(problems)
 
 
-def _gathered(problems: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """What each process says, in the order of processes."""
+def gathered(value: Any) -> list[Any]:
+    """What each process has to say, as JSON has it, in the order of processes."""
     import jax
 
     if jax.process_count() == 1:
-        return [problems]
+        return [value]
     from jax.experimental import multihost_utils
 
-    text = json.dumps(problems).encode()[:_MESSAGE]
-    padded = np.zeros(_MESSAGE, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    everyone = multihost_utils.process_allgather(padded)
-    return [_decoded(bytes(row).rstrip(b"\0")) for row in np.asarray(everyone)]
-
-
-def _decoded(text: bytes) -> tuple[str, ...]:
-    try:
-        return tuple(json.loads(text))
-    except ValueError:  # longer than a message may be
-        return (text.decode(errors="replace"),)
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
+    width = -(-longest // 4096) * 4096  # mostly the same: compiled once
+    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 
 
 def once(action: Callable[[], None]) -> None:

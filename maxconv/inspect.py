@@ -14,6 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from maxconv.errors import UserError
+from maxconv.report import size
 from maxconv.sources import Source, open_source
 
 METADATA = "_METADATA"
@@ -262,7 +263,7 @@ def _table(tensors: Iterable[Stored]) -> list[str]:
     for name, same in fold(tensors):
         first, times = same[0], f"{len(same)} x " if len(same) > 1 else ""
         chunk = f"chunk {first.chunk}" if first.chunk is not None else ""
-        nbytes = _size(sum(t.nbytes for t in same))
+        nbytes = size(sum(t.nbytes for t in same))
         rows.append((name, f"{times}{first.shape}", first.dtype, nbytes, first.spec, chunk))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -270,7 +271,7 @@ def _table(tensors: Iterable[Stored]) -> list[str]:
         for row in rows
     ]
     elements = sum(math.prod(t.shape) for t in tensors)
-    total = _size(sum(t.nbytes for t in tensors))
+    total = size(sum(t.nbytes for t in tensors))
     return [*lines, "", f"{len(tensors)} tensors, {elements:,} elements, {total}"]
 
 
@@ -307,11 +308,3 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs.append([n])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
     return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
-
-
-def _size(nbytes: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    size, unit = float(nbytes), 0
-    while size >= 1024 and unit < 4:
-        size, unit = size / 1024, unit + 1
-    return f"{nbytes} B" if unit == 0 else f"{size:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit - 1]}"

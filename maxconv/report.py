@@ -1,5 +1,7 @@
 """What a person reads: the plan, progress while it runs, and what was done."""
 
+from __future__ import annotations
+
 import os
 import resource
 import sys
@@ -7,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
-from maxconv.plan import LeafPlan, Plan
+if TYPE_CHECKING:  # sizes are also told where JAX is not needed, and not imported
+    from maxconv.plan import LeafPlan, Plan
 
 INTERVAL_ON_TERMINALS = 0.5  # seconds between two looks at how far it is
 INTERVAL_IN_LOGS = 10

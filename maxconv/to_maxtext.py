@@ -103,9 +103,8 @@ def get_maxtext_model_info(
     with convert.opened(config) as source:
         model = convert.resolved(config, source)
         shapes = {name: info.shape for name, info in source.tensors.items()}
-        scan_axis = config.param_scan_axis if config.scan_layers else None
         rows = model.family.rows(model.dims)
-        leaves, problems = bind_rows(rows, shapes, scan_axis)
+        leaves, problems = bind_rows(rows, shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
     tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params

@@ -5,7 +5,6 @@ Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by oursel
 leaf and the one that the engine makes again are compared where they live, on the mesh.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,13 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import checkpoint
 from maxconv.algebra import Box, slices
 from maxconv.cells import local_boxes
+from maxconv.distributed import gathered
 from maxconv.engine import Engine
 from maxconv.errors import UserError
 from maxconv.inspect import Item, find_items, open_item, open_store, reason
@@ -234,14 +233,7 @@ def _comparison(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., lis
 
 def _everyones(mine: dict[str, str]) -> dict[str, str]:
     """What the processes found, together: the same on all of them."""
-    if jax.process_count() == 1:
-        return mine
-    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
-    width = -(-longest // 4096) * 4096  # mostly the same: compiled once
-    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
-    theirs = [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
-    return {name: text for found in reversed(theirs) for name, text in found.items()}
+    return {name: why for found in reversed(gathered(mine)) for name, why in found.items()}
 
 
 def _file_problems(items: epath.Path) -> dict[str, str]:

@@ -126,8 +126,7 @@ def plan_of(model_name: str, topology: str, words: str) -> Plan:
     source = published(model_name)
     model = resolve(source, model_name, model_facts(model_name))
     mesh = make_mesh(config, devices(topology))
-    scan_axis = config.param_scan_axis if config.scan_layers else None
-    return make_plan(source, model, mesh, config.logical_axis_rules, scan_axis)
+    return make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
 
 
 @cache
