@@ -8,7 +8,6 @@ from maxconv.tables import MODEL_KEYS, defaults, model_facts
 
 # Keys whose default is the only value that a conversion can serve so far.
 _FIXED_KEYS = (
-    "use_multimodal",
     "use_audio",
     "fused_qkv",
     "fused_mlp",
@@ -39,6 +38,8 @@ _MINIMUM = {
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,
 }
+# What a user chooses of a model, without override_model_config.
+_CHOSEN = ("use_multimodal",)
 # -1: what is left, or none.
 _POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
 _SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_interval")
@@ -83,7 +84,8 @@ def model_problems(
         return
     for key, value in overrides.items():
         fewer_layers = key == "base_num_decoder_layers" and value < facts.get(key, 0)
-        if not may_override and key in facts and value != facts[key] and not fewer_layers:
+        may_differ = may_override or fewer_layers or key in _CHOSEN
+        if key in facts and value != facts[key] and not may_differ:
             yield (
                 f"{key}={value} differs from {name}'s {facts[key]}: take it out, or add "
                 "override_model_config=True"

@@ -2,26 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
+from maxconv.algebra import Expr
 from maxconv.errors import UserError
-from maxconv.families import BY_ARCHITECTURE, Dims, Family
+from maxconv.families import BY_ARCHITECTURE, Dims, Family, stated_sizes
+from maxconv.logical import logical_tensors
 from maxconv.sources import Source
 
-# MaxText's key of each field of Dims.
-_KEYS = {
-    "emb": "base_emb_dim",
-    "mlp": "base_mlp_dim",
-    "heads": "base_num_query_heads",
-    "kv_heads": "base_num_kv_heads",
-    "head_dim": "head_dim",
-    "layers": "base_num_decoder_layers",
-    "vocab": "vocab_size",
-    "tied": "logits_via_embedding",
-    "experts": "num_experts",
-    "moe_mlp": "base_moe_mlp_dim",
-}
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -30,19 +19,24 @@ class Model:
     """A family at its sizes.
 
     `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
-    vocabulary may be padded or cut, its layers may be fewer. `notices` says where they differ.
+    vocabulary may be padded or cut, its layers may be fewer. `tensors` are the checkpoint's, by the
+    names of the family's table. `notices` says where they differ.
     """
 
     family: Family
     dims: Dims
     published: Dims
+    tensors: Mapping[str, Expr]
     notices: tuple[str, ...]
 
     def is_dropped(self, name: str) -> bool:
-        """Whether a tensor is left out on purpose: ignored, tied, or of a layer past the last."""
-        if self.family.ignores(name) or (self.dims.tied and name == "lm_head.weight"):
+        """Whether a tensor is left out on purpose: ignored, tied, or of a layer past the last.
+
+        `name` is that of the family's table.
+        """
+        if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == "lm_head.weight"):
             return True
-        number = name.partition(".layers.")[2].partition(".")[0]
+        number = name.removeprefix("model.layers.").partition(".")[0]
         return number.isdigit() and self.dims.layers <= int(number) < self.published.layers
 
 
@@ -65,28 +59,35 @@ def resolve(
             what MaxText would build, at once.
     """
     family = _family(source)
-    published = _published(source, family)
+    logical = logical_tensors(source, family)
+    published = _published(source, family, logical.tensors)
     words, facts = words or {}, facts or {}
     problems = _block_problems(family, name, facts)
     chosen: dict[str, Any] = {}
-    for field, key in _KEYS.items():
-        theirs, typed = getattr(published, field), key in words
+    for f in fields(published):
+        key, theirs = f.metadata["maxtext"], getattr(published, f.name)
+        typed = key in words
         said = words[key] if typed else facts.get(key)
-        ours = theirs if said is None else said * _unit(field, family)
-        chosen[field] = ours
-        if ours != theirs and not _may_differ(field, ours, theirs, family, typed):
-            fits = theirs // _unit(field, family)
+        if said is None:
+            continue
+        ours = chosen[f.name] = said * _unit(f.name, family)
+        if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
+            fits = theirs // _unit(f.name, family)
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
-                f"{family.hf_keys()[field][0]}={theirs} in config.json; "
+                f"{_entry(source, f)}={theirs} in config.json; "
                 f"if the checkpoint is right, say {mend}."
             )
+    dims = replace(published, **chosen)
+    if dims.multimodal and not family.encoders:
+        problems.append(
+            f"use_multimodal=True, but {family.architectures[0]} has text only: take it out."
+        )
     if problems:
         raise UserError(problems)
-    dims = replace(published, **chosen)
-    notices = [*_notices(dims, published), *_advice(family, name)]
-    return Model(family, dims, published, tuple(notices))
+    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
+    return Model(family, dims, published, logical.tensors, tuple(notices))
 
 
 def _family(source: Source) -> Family:
@@ -99,19 +100,18 @@ def _family(source: Source) -> Family:
     raise UserError(f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}.")
 
 
-def _published(source: Source, family: Family) -> Dims:
+def _published(source: Source, family: Family, tensors: Mapping[str, Expr]) -> Dims:
     """The sizes in config.json; UserError when they are none, or not those of the embedding."""
-    config = {key: value for key, value in source.config.items() if value is not None}
     problems = [
-        f"{key}={json.dumps(config[key])} is not {'true or false' if field == 'tied' else 'a size'}"
-        for field, keys in family.hf_keys().items()
-        for key in keys
-        if key in config and not _is_sane(config[key], field == "tied")
+        f"{key}={json.dumps(value)} is not {'true or false' if f.type is bool else 'a size'}"
+        for f in fields(family.sizes)
+        for key, value in stated_sizes(source.config, f).items()
+        if not _is_sane(value, f)
     ]
     if not problems:
         try:
-            dims = family.dims(config, source.tensors)
-            shape = source.tensors[_EMBEDDING].shape if _EMBEDDING in source.tensors else None
+            dims = family.dims(source.config, tensors)
+            shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
             if shape in (None, (dims.vocab, dims.emb)):
                 return dims
             problems = [
@@ -124,8 +124,13 @@ def _published(source: Source, family: Family) -> Dims:
     )
 
 
-def _is_sane(value: Any, is_flag: bool) -> bool:
-    return type(value) is bool if is_flag else type(value) is int and value > 0
+def _is_sane(value: Any, f: Field) -> bool:
+    return type(value) is f.type and (f.type is not int or value >= f.metadata["least"])
+
+
+def _entry(source: Source, f: Field) -> str:
+    """The entry of config.json that states a field, or would."""
+    return next(iter(stated_sizes(source.config, f)), f.metadata["hf"][0])
 
 
 def _block_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
@@ -143,8 +148,10 @@ def _unit(field: str, family: Family) -> int:
     return family.layers_per_block if field == "layers" else 1
 
 
-def _may_differ(field: str, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:
-    match field:
+def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:
+    if not f.metadata["hf"]:  # config.json has nothing to say
+        return True
+    match f.name:
         case "vocab":  # MaxText's own tables pad some families; the user may pad any
             return family.pads_vocab or (typed and ours > theirs)
         case "layers":  # the first N, as people test

@@ -2,14 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxconv.algebra import AlgebraError, Shape, clip, invert, unused, volume
+from maxconv.algebra import (
+    AlgebraError,
+    Shape,
+    clip,
+    invert,
+    substitute,
+    tensors,
+    unused,
+    volume,
+)
 from maxconv.cells import Recipe, Step, nbytes_read, steps
 from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
@@ -147,9 +156,12 @@ def make_plan(
 
 def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list[Leaf]:
     """Every leaf of the model, once all that can be wrong with them is not."""
-    shapes = {name: info.shape for name, info in source.tensors.items()}
-    rows = model.family.rows(model.dims)
-    leaves, problems = bind_rows(rows, shapes, scan_axis)
+    family = model.family
+    architecture = family.architectures[0]
+    if scan_axis is not None and not family.scans:
+        raise UserError(f"MaxText cannot scan the layers of {architecture}: add scan_layers=False.")
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    leaves, problems = bind_rows(family.rows(model.dims), shapes, scan_axis)
     expressions = {leaf.name: leaf.expr for leaf in leaves}
     if not problems:
         try:
@@ -157,7 +169,8 @@ def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list
         except AlgebraError as error:
             problems += str(error).splitlines()
         left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]
-        problems += [f"{model.family.architectures[0]} has no use for tensor {n}" for n in left]
+        found = [next(tensors(model.tensors[n])).name for n in left]
+        problems += [f"{architecture} has no use for tensor {n}" for n in found]
     if problems:
         raise UserError([f"{source.root}: {p}." for p in problems])
-    return leaves
+    return [replace(leaf, expr=substitute(leaf.expr, model.tensors)) for leaf in leaves]

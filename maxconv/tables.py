@@ -24,6 +24,7 @@ MODEL_KEYS = (
     "num_experts",
     "base_moe_mlp_dim",
     "inhomogeneous_layer_cycle_interval",
+    "use_multimodal",
 )
 """The keys that decide the shapes of a model's weights."""
 

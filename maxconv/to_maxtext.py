@@ -102,9 +102,8 @@ def get_maxtext_model_info(
     """
     with convert.opened(config) as source:
         model = convert.resolved(config, source)
-        shapes = {name: info.shape for name, info in source.tensors.items()}
-        rows = model.family.rows(model.dims)
-        leaves, problems = bind_rows(rows, shapes, config.scan_axis)
+        shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+        leaves, problems = bind_rows(model.family.rows(model.dims), shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
     tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params

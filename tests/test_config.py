@@ -167,7 +167,7 @@ def test_all_problems_at_once() -> None:
         ("=5", "'=5'"),
         ("model_name=qwen3-1.7", "did you mean qwen3-1.7b?"),
         ("model_name=gemma3-4b", "Supported are llama3.1-8b, "),
-        ("use_multimodal=true", "not supported yet"),
+        ("use_audio=true", "not supported yet"),
         ("ici_pipeline_parallelism=2", "not supported yet"),
         ("eager_load_method=transformers", "not supported yet: use safetensors"),
         ("save_dtype=float8_e4m3fn", "not supported yet: use bfloat16 or float32"),

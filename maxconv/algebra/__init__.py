@@ -16,6 +16,7 @@ from maxconv.algebra.expr import (
     free_indices,
     hf,
     stack,
+    substitute,
     tensors,
 )
 from maxconv.algebra.invert import invert, unused
@@ -58,6 +59,7 @@ __all__ = [
     "shift",
     "slices",
     "stack",
+    "substitute",
     "tensors",
     "trace",
     "unused",

@@ -11,7 +11,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Union
+from typing import Any, Union
 
 from maxconv.algebra.boxes import Shape
 from maxconv.algebra.ops import Affine, Op
@@ -97,10 +97,17 @@ def hf(name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A free index that runs over `numbers`, stacked along `axis` (clamped to the part's rank)."""
+    """A free index that runs over `numbers`, stacked along `axis` (clamped to the part's rank).
 
-    numbers: Sequence[int]
+    Numbers that are sequences themselves are stacks, too: their axis comes after the outer one.
+    """
+
+    numbers: Sequence[Any]
     axis: int
+
+    def __iter__(self) -> "Iterator[int | Stacked]":
+        for i in self.numbers:
+            yield i if isinstance(i, int) else Stacked(i, self.axis)
 
 
 def bind(
@@ -121,7 +128,7 @@ def bind(
     indices = {k: v for k, v in (indices or {}).items() if k in used}
     for name, index in indices.items():
         if isinstance(index, Stacked):
-            parts = [bind(template, shapes, {**indices, name: i}) for i in index.numbers]
+            parts = [bind(template, shapes, {**indices, name: i}) for i in index]
             return stack(parts, index.axis)
     return _bind(template, shapes, indices)
 
@@ -178,6 +185,19 @@ def stack(parts: Sequence[Expr], axis: int) -> Expr:
     stacked = Concat(axis, tuple(apply(unit, part) for part in parts))
     _ = stacked.shape  # raises when the parts differ
     return stacked if len(parts) > 1 else stacked.parts[0]
+
+
+def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
+    """A bound expression with other expressions, of the same shapes, in place of its tensors."""
+    match expr:
+        case Tensor(name):
+            return tensors[name]
+        case Fill():
+            return expr
+        case Concat(axis, parts):
+            return Concat(axis, tuple(substitute(part, tensors) for part in parts))
+        case Apply(op, x):
+            return apply(op, substitute(x, tensors))
 
 
 def tensors(expr: Expr) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
 from maxconv.families.olmo3 import OLMO3
 from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row
+from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row, stated_sizes
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -21,4 +21,14 @@ FAMILIES: tuple[Family, ...] = (
 
 BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 
-__all__ = ["BY_ARCHITECTURE", "FAMILIES", "Dims", "Family", "Leaf", "Row", "bind_rows", "row"]
+__all__ = [
+    "BY_ARCHITECTURE",
+    "FAMILIES",
+    "Dims",
+    "Family",
+    "Leaf",
+    "Row",
+    "bind_rows",
+    "row",
+    "stated_sizes",
+]

@@ -1,7 +1,14 @@
 """Mixtral. transformers modeling_mixtral.py; MaxText models/mixtral.py."""
 
+from dataclasses import dataclass
+
 from maxconv.families.blocks import attention, ends, pre_norms, query_scale, routed_experts
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.table import Dims, Family, each, size, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralDims(Dims):
+    moe_mlp: int = size("intermediate_size", maxtext="base_moe_mlp_dim")
 
 
 def rows(d: Dims):
@@ -14,5 +21,5 @@ MIXTRAL = Family(
     architectures=("MixtralForCausalLM",),
     decoder_block="mixtral",
     rows=rows,
-    renamed_keys=(("moe_mlp", "intermediate_size"),),
+    sizes=MixtralDims,
 )

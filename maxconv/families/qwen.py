@@ -4,8 +4,17 @@ transformers modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_moe.py; MaxTex
 models/qwen3.py.
 """
 
+from dataclasses import dataclass
+
 from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, qk_norms, routed_experts
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.table import Dims, Family, each, size, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsOnly(Dims):
+    """What config.json calls intermediate_size is of dense layers, of which there are none."""
+
+    mlp: int = size("moe_intermediate_size", maxtext="base_mlp_dim")
 
 
 def qwen2_rows(d: Dims):
@@ -35,6 +44,5 @@ QWEN3_MOE = Family(
     decoder_block="qwen3_moe",
     rows=qwen3_moe_rows,
     pads_vocab=True,
-    # What config.json calls intermediate_size is of dense layers, of which there are none.
-    renamed_keys=(("mlp", "moe_intermediate_size"),),
+    sizes=ExpertsOnly,
 )

@@ -5,32 +5,56 @@ Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned
 `decoder/layers_0/...`. Nothing else in a family knows the difference.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind
 
+_REQUIRED = object()
 
-@dataclass(frozen=True)
+
+def size(*hf: str, maxtext: str | None = None, default: Any = _REQUIRED, least: int = 1) -> Any:
+    """A field of `Dims`, and where its value comes from.
+
+    Args:
+        hf: the entries of config.json that may state it, best first. A dot leads into a nested
+            entry; the entries of a `text_config` are found without.
+        maxtext: MaxText's key of the same meaning.
+        default: when config.json does not state it, as transformers has it: a value, or a function
+            of the fields before it, by name. Without one the first entry is required.
+        least: of a number.
+    """
+    metadata = {"hf": hf, "maxtext": maxtext, "default": default, "least": least}
+    return field(metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dims:
-    """The sizes of a decoder, in MaxText's terms.
+    """The sizes of a decoder, in MaxText's terms. Families that need more subclass it.
 
     `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
     `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
+    `multimodal`: the other encoders are wanted, too.
     """
 
-    emb: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
-    vocab: int
-    tied: bool
-    experts: int = 1
-    moe_mlp: int = -1
+    emb: int = size("hidden_size", maxtext="base_emb_dim")
+    mlp: int = size("intermediate_size", maxtext="base_mlp_dim")
+    heads: int = size("num_attention_heads", maxtext="base_num_query_heads")
+    kv_heads: int = size(
+        "num_key_value_heads", maxtext="base_num_kv_heads", default=lambda d: d["heads"]
+    )
+    head_dim: int = size("head_dim", maxtext="head_dim", default=lambda d: d["emb"] // d["heads"])
+    layers: int = size("num_hidden_layers", maxtext="base_num_decoder_layers")
+    vocab: int = size("vocab_size", maxtext="vocab_size")
+    tied: bool = size("tie_word_embeddings", maxtext="logits_via_embedding", default=True)
+    experts: int = size("num_experts", "num_local_experts", maxtext="num_experts", default=1)
+    moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
+    multimodal: bool = size(maxtext="use_multimodal", default=False)
+
+
+Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
 
 
 @dataclass(frozen=True)
@@ -38,29 +62,37 @@ class Layers:
     """Layers of the checkpoint that are alike, and where MaxText's tree has them.
 
     Attributes:
-        scanned: path below `decoder`, and the HF layer numbers that are stacked there; one number
-            alone is not stacked.
+        scanned: what `{layers}` stands for, and the HF layer numbers that are stacked there; one
+            number alone is not stacked.
         unscanned: the same when layers stand one by one.
-        axis: logical name of a stacked axis.
+        axes: logical names of the stacked axes, outermost first.
     """
 
-    scanned: tuple[tuple[str, int | tuple[int, ...]], ...]
+    scanned: tuple[tuple[str, Numbers], ...]
     unscanned: tuple[tuple[str, int], ...]
-    axis: str = "layers"
+    axes: tuple[str, ...] = ("layers",)
 
 
-def uniform(count: int) -> Layers:
-    """All layers in one stack, or `layers_0` and so on."""
-    one_by_one = tuple((f"layers_{i}", i) for i in range(count))
-    return Layers((("layers", tuple(range(count))),), one_by_one)
+def uniform(count: int, name: str = "layers", first: int = 0) -> Layers:
+    """`count` layers from HF's `first` in one stack, `name`; or `name_0` and so on."""
+    numbers = range(first, first + count)
+    one_by_one = tuple((f"{name}_{i}", n) for i, n in enumerate(numbers))
+    return Layers(((name, tuple(numbers)),), one_by_one, (name,))
+
+
+def unrolled(count: int, name: str) -> Layers:
+    """Layers that stand one by one in any case: `name_0` and so on."""
+    one_by_one = tuple((f"{name}_{i}", i) for i in range(count))
+    return Layers(one_by_one, one_by_one)
 
 
 @dataclass(frozen=True)
 class Row:
     """One parameter: its path in MaxText's tree, its logical axes, and its template.
 
-    `experts`: how many there are, if it is one of each. `dtype`: if not what is saved. `layers`: of
-    which it is one each, see `each`.
+    `experts`: how many there are, if it is one of each. `dtype`: if not what is saved. `stack`: the
+    axis of stacked layers, if not MaxText's param_scan_axis. `layers`: of which it is one each, see
+    `each`.
     """
 
     path: str
@@ -68,12 +100,20 @@ class Row:
     expr: Expr
     experts: int = 0
     dtype: str | None = None
+    stack: int | None = None
     layers: Layers | None = None
 
 
-def row(path: str, logical: str, expr: Expr, experts: int = 0, dtype: str | None = None) -> Row:
-    """A row; `logical` names the axes, without that of stacked layers; `-` has no name."""
-    return Row(path, tuple(logical.split()), expr, experts, dtype)
+def row(
+    path: str,
+    logical: str,
+    expr: Expr,
+    experts: int = 0,
+    dtype: str | None = None,
+    stack: int | None = None,
+) -> Row:
+    """A row; `logical` names the axes, without those of stacked layers; `-` has no name."""
+    return Row(path, tuple(logical.split()), expr, experts, dtype, stack)
 
 
 def cycle(count: int, n: int) -> list[Layers]:
@@ -103,21 +143,6 @@ def each(layers: Layers, *blocks: Iterable[Row]) -> Iterator[Row]:
     return (replace(r, layers=layers) for block in blocks for r in block)
 
 
-# Which entry of config.json states a field of Dims.
-HF_KEYS: dict[str, tuple[str, ...]] = {
-    "emb": ("hidden_size",),
-    "mlp": ("intermediate_size",),
-    "heads": ("num_attention_heads",),
-    "kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "layers": ("num_hidden_layers",),
-    "vocab": ("vocab_size",),
-    "tied": ("tie_word_embeddings",),
-    "experts": ("num_experts", "num_local_experts"),
-    "moe_mlp": ("moe_intermediate_size",),
-}
-
-
 @dataclass(frozen=True)
 class Family:
     """An architecture: which checkpoints it reads, which MaxText decoder it makes.
@@ -126,21 +151,28 @@ class Family:
         architectures: as `config.json` names them; the first is also what messages call it.
         decoder_block: MaxText's name.
         rows: the table, given the sizes.
+        sizes: the class of these.
+        names: what tensors are called in some checkpoints, and what the table calls them, see
+            `maxconv.naming`.
         ignored: patterns of tensors that MaxText has no parameter for.
+        encoders: patterns of those that it has one for only with use_multimodal.
+        scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
         layers_per_block: HF layers in one of those that base_num_decoder_layers counts.
-        renamed_keys: fields of Dims that config.json states under a name of its own.
     """
 
     architectures: tuple[str, ...]
     decoder_block: str
-    rows: Callable[[Dims], Iterable[Row]]
+    rows: Callable[[Any], Iterable[Row]]
+    sizes: type[Dims] = Dims
+    names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ()
+    scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
     layers_per_block: int = 1
-    renamed_keys: tuple[tuple[str, str], ...] = ()
 
     def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
         """The sizes that config.json states; KeyError names the entry that is missing.
@@ -148,27 +180,38 @@ class Family:
         Absent entries default as transformers' configuration classes do. Whether the table is tied
         is left out of some files: then an lm_head among `names` decides.
         """
-        stated = {
-            field: next(hf_config[key] for key in keys if hf_config.get(key) is not None)
-            for field, keys in self.hf_keys().items()
-            if any(hf_config.get(key) is not None for key in keys)
-        }
-        for field in ("emb", "mlp", "heads", "layers", "vocab"):
-            if field not in stated:
-                raise KeyError(self.hf_keys()[field][0])
-        derived = {
-            "kv_heads": stated["heads"],
-            "head_dim": stated["emb"] // stated["heads"],
-            "tied": "lm_head.weight" not in names,
-        }
-        return Dims(**(derived | stated))
+        found: dict[str, Any] = {}
+        for f in fields(self.sizes):
+            stated = stated_sizes(hf_config, f)
+            if stated:
+                found[f.name] = next(iter(stated.values()))
+            elif f.name == "tied":
+                found[f.name] = "lm_head.weight" not in names
+            elif (default := f.metadata["default"]) is _REQUIRED:
+                raise KeyError(f.metadata["hf"][0])
+            else:
+                found[f.name] = default(found) if callable(default) else default
+        return self.sizes(**found)
 
-    def hf_keys(self) -> dict[str, tuple[str, ...]]:
-        """For each field of Dims, the entries of config.json that may state it, best first."""
-        return HF_KEYS | {field: (key,) for field, key in self.renamed_keys}
+    def leaves_out(self, name: str, dims: Dims) -> bool:
+        """Whether the table has no row for a tensor on purpose."""
+        patterns = self.ignored if dims.multimodal else (*self.ignored, *self.encoders)
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    def ignores(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
+
+def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
+    """The entries of a config.json that state a field of Dims, best first."""
+    view = dict(hf_config)
+    for nested in ("thinker_config", "text_config"):
+        view |= view.get(nested) or {}
+    found = {}
+    for key in f.metadata["hf"]:
+        value: Any = view
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[key] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,6 +274,10 @@ def _instances(
         if isinstance(numbers, int):
             yield at, named, {"l": numbers, **experts}
         else:
-            axis = min(scan_axis or 0, len(named))
-            logical = (*named[:axis], r.layers.axis, *named[axis:])
+            axis = min((scan_axis or 0) if r.stack is None else r.stack, len(named))
+            logical = (*named[:axis], *r.layers.axes[: _depth(numbers)], *named[axis:])
             yield at, logical, {"l": Stacked(numbers, axis), **experts}
+
+
+def _depth(numbers: Numbers) -> int:
+    return 0 if isinstance(numbers, int) else 1 + _depth(numbers[0])

@@ -17,6 +17,7 @@ from maxconv.algebra import (
     hf,
     rearrange,
     scale,
+    substitute,
     tensors,
 )
 
@@ -33,6 +34,25 @@ def test_a_free_index_is_a_number_or_a_stack():
     arrays = {n: np.random.default_rng(i).random((4, 3)) for i, n in enumerate(SHAPES)}
     by_hand = np.stack([arrays[n].T for n in SHAPES], axis=1)
     np.testing.assert_array_equal(evaluate(scanned, arrays), by_hand)
+
+
+def test_stacks_of_stacks_stand_side_by_side():
+    arrays = {f"l{i}": np.random.default_rng(i).random((4, 3)) for i in range(6)}
+    shapes = dict.fromkeys(arrays, (4, 3))
+    blocks = bind(hf("l{l}"), shapes, {"l": Stacked(((0, 1), (2, 3), (4, 5)), 1)})
+    by_hand = np.stack([*arrays.values()]).reshape(3, 2, 4, 3).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(evaluate(blocks, arrays), by_hand)
+
+
+def test_tensors_are_replaced_and_the_result_is_canonical():
+    scanned = bind(GATE, SHAPES, {"l": Stacked(range(2), 1)})
+    halves = Tensor("both", (2, 3, 4))
+    parts = {
+        f"layers.{i}.gate": halves >> Slice(0, i, 1) >> rearrange("1 e m -> m e") for i in range(2)
+    }
+    made = substitute(scanned, {name: bind(x, {"both": (2, 3, 4)}) for name, x in parts.items()})
+    both = np.random.default_rng(0).random((2, 3, 4))
+    np.testing.assert_array_equal(evaluate(made, {"both": both}), both.transpose(1, 0, 2))
 
 
 def test_stacks_nest_in_the_order_given_and_clamp_to_the_rank():
