@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,9 +14,9 @@ from headers import published  # noqa: E402
 SHARD_BYTES = 2 << 30
 
 
-def write(model_name: str, directory: Path, **config: Any) -> int:
+def write(model_name: str, directory: Path, layers: int | None = None) -> int:
     """Writes the checkpoint unless it is there; returns the bytes of its tensors."""
-    source = published(model_name, **config)
+    source = published(model_name, layers=layers)
     total = sum(info.nbytes for info in source.tensors.values())
     index = directory / "model.safetensors.index.json"
     if index.exists():

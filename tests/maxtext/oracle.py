@@ -147,7 +147,8 @@ def convert(
     config = dict(tiny.CASES[case].config)
     # MaxText's mapping asks for as many layers as this says, and refuses another count.
     if layers := overrides.get("base_num_decoder_layers"):
-        config["num_hidden_layers"] = int(layers) * tiny.CASES[case].architecture.block
+        counted = tiny.CASES[case].words["base_num_decoder_layers"]
+        config["num_hidden_layers"] = int(layers) * (config["num_hidden_layers"] // counted)
     lend_model_config(model_name, config)
     if (model_name, scan) in REPAIRS:
         _, repair = REPAIRS[model_name, scan]
