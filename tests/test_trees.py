@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,23 @@ from maxconv.tables import known_models, model_facts
 
 # Exported from MaxText 0.2.5: path, shape, logical axes, and PartitionSpec on each mesh.
 TREES = {p.name.removesuffix(".json.gz"): p for p in Path(__file__).parent.glob("data/trees/*.gz")}
-OURS = [name for name in TREES if name.rsplit(".", 1)[0] in known_models()]
+NAMES = re.compile(r"(.+)\.(scan|unscan)(\.mm)?")  # mm: with use_multimodal
+
+
+def model_of(name):
+    return NAMES.fullmatch(name)[1]
+
+
+OURS = [name for name in TREES if model_of(name) in known_models()]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_plan_is_the_tree_of_maxtext(name):
     tree = json.loads(gzip.decompress(TREES[name].read_bytes()))
-    model_name = name.rsplit(".", 1)[0]
+    model_name = model_of(name)
+    words = {"use_multimodal": True} if name.endswith(".mm") else {}
     source = published(model_name)
-    model = resolve(source, model_name, model_facts(model_name))
+    model = resolve(source, model_name, model_facts(model_name), words)
     config = parse([f"model_name={model_name}", "ici_fsdp_parallelism=8"], {})
     rules = config.logical_axis_rules
     scan_axis = config.param_scan_axis if tree["scan_layers"] else None
@@ -43,11 +52,12 @@ def test_plan_is_the_tree_of_maxtext(name):
         partition_spec(leaf.leaf.logical, leaf.shape, dict(plan.mesh.shape), rules)[0]
         for leaf in plan.leaves
     ]
-    everything = sum(info.nbytes for info in source.tensors.values())
+    read = [t.name for n, t in model.tensors.items() if not model.is_dropped(n)]
+    everything = sum(source.tensors[name].nbytes for name in read)
     assert plan.read_nbytes(0) == plan.needed_nbytes == everything
 
 
 def test_every_model_with_a_tree_is_compared():
-    compared = {name.rsplit(".", 1)[0] for name in OURS}
+    compared = {model_of(name) for name in OURS}
     left = set(known_models()) - compared
     assert left == {"mistral-7b", "llama3.1-70b-Instruct", "qwen3-coder-480b-a35b"}
