@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maxconv.algebra import (
     Apply,
     Box,
+    Combine,
     Concat,
     Expr,
     Read,
@@ -63,7 +64,6 @@ class Recipe:
         lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
         is_local: each device is given just what its part needs. If not, reads are replicated where
             they could not be cut, and the compiler may exchange data between devices.
-        rounded: the dtype that sources are rounded to before anything is computed.
         shape, dtype, sharding: of the leaf that the cell is written into.
     """
 
@@ -72,7 +72,6 @@ class Recipe:
     reads: tuple[CellRead, ...]
     lanes: int | None
     is_local: bool
-    rounded: np.dtype
     shape: Shape
     dtype: np.dtype
     sharding: NamedSharding
@@ -122,7 +121,6 @@ def steps(
     dtype: np.dtype,
     to: NamedSharding,
     budget: int,
-    rounded: np.dtype | None = None,
 ) -> list[Step]:
     """The steps that make a leaf, in order.
 
@@ -131,14 +129,13 @@ def steps(
         dtypes: of the tensors, by name.
         dtype, to: of the leaf.
         budget: bytes that a step should read at most in a process; cells are cut down to it.
-        rounded: to which sources are rounded first; default: dtype.
     """
     found = []
     for lanes, offset, cells in _in_lanes(expr, dtypes, to):
         renamed = [_anonymous(cell) for cell in cells]
         names = [names for _, names in renamed]
         kinds = tuple(dtypes[n] for n in names[0])
-        made = _Cell(renamed[0][0], kinds, rounded or dtype, expr.shape, dtype, to)
+        made = _Cell(renamed[0][0], kinds, expr.shape, dtype, to)
         found += made.steps(lanes, offset, names, budget)
     return found
 
@@ -149,7 +146,6 @@ class _Cell:
 
     expr: Expr
     dtypes: tuple[np.dtype, ...]
-    rounded: np.dtype
     shape: Shape
     dtype: np.dtype
     to: NamedSharding
@@ -236,6 +232,8 @@ def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
                 return Apply(op, rename(x))
             case Concat(axis, parts):
                 return Concat(axis, tuple(rename(part) for part in parts))
+            case Combine(op, parts):
+                return Combine(op, tuple(rename(part) for part in parts))
             case _:
                 return node
 
@@ -280,7 +278,6 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
         tuple(reads),
         lanes,
         is_local,
-        cell.rounded,
         cell.shape,
         cell.dtype,
         cell.to,

@@ -2,7 +2,8 @@
 
 Checkpoints of one architecture come under several names. What is read here as
 `model.layers.0.mlp.up_proj.weight` may lie there as `language_model.model.layers.0...`: the table
-is written once, in names of its own, and a family lists the others.
+is written once, in names of its own, and a family lists the others. What is quantised is decoded
+by its codec.
 """
 
 import re
@@ -10,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from maxconv.algebra import Expr, Tensor
+import numpy as np
+
+from maxconv.algebra import Apply, Cast, Combine, Expr, Tensor, apply, tensors
+from maxconv.codecs import decoded
 from maxconv.errors import UserError
 from maxconv.families import Family
 from maxconv.sources import Source
@@ -18,32 +22,61 @@ from maxconv.sources import Source
 
 @dataclass(frozen=True)
 class Logical:
-    """What a checkpoint holds, by the names of a table; `notices` tell of what was renamed."""
+    """What a checkpoint holds, by the names of a table; `notices` tell how it was read."""
 
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...] = ()
 
 
 def logical_tensors(source: Source, family: Family) -> Logical:
-    """The tensors of a checkpoint by the names of its family's table.
+    """The tensors of a checkpoint by the names of its family's table, dequantised.
 
     Raises:
-        UserError: when two tensors would have the same name.
+        UserError: when two tensors would have the same name, or packed ones do not fit together.
     """
+    stored = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
+    weights, notices = decoded(stored, source.config)
     rename = renamer(family.names)
-    found: dict[str, Tensor] = {}
+    found: dict[str, Expr] = {}
     used: dict[str, str] = {}
     problems = []
-    for name, info in source.tensors.items():
+    for name, weight in weights.items():
         ours, pattern = rename(name)
         if ours in found:
-            problems.append(f"{source.root}: {found[ours].name} and {name} are the same tensor.")
-        found[ours] = Tensor(name, info.shape)
+            other = next(tensors(found[ours])).name
+            problems.append(f"{source.root}: {other} and {name} are the same tensor.")
+        found[ours] = weight
         if pattern:
             used[pattern] = dict(family.names)[pattern]
     if problems:
         raise UserError(problems)
-    return Logical(found, tuple(f"tensors {a}* are read as {b}*" for a, b in used.items()))
+    renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
+    return Logical(found, (*notices, *renamed))
+
+
+def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
+    """A weight in the dtype that is stored: MaxText rounds before it computes, too.
+
+    Args:
+        weight: one of `Logical.tensors`.
+        dtypes: of the stored tensors, by name.
+        to: the dtype. Integers stay what they are.
+    """
+    kinds = {dtypes[t.name] for t in tensors(weight)}
+    is_as_stored = kinds == {to} or all(kind.kind in "iu" for kind in kinds)
+    if is_as_stored and not _is_computed(weight):
+        return weight
+    return apply(Cast(to.name), weight)
+
+
+def _is_computed(expr: Expr) -> bool:
+    match expr:
+        case Combine():
+            return True
+        case Apply(_, x):
+            return _is_computed(x)
+        case _:
+            return False
 
 
 def renamer(names: Sequence[tuple[str, str]]) -> Callable[[str], tuple[str, str | None]]:

@@ -22,6 +22,7 @@ from maxconv.algebra import (
 from maxconv.cells import Recipe, Step, nbytes_read, steps
 from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
+from maxconv.logical import rounded
 from maxconv.model import Model
 from maxconv.sharding import partition_spec
 from maxconv.sources import Source, TensorInfo
@@ -139,15 +140,15 @@ def make_plan(
     Raises:
         UserError: everything that does not fit, at once.
     """
-    leaves = _checked_leaves(source, model, scan_axis)
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
-    rounded = np.dtype(save_dtype)
+    stored = {n: rounded(x, dtypes, np.dtype(save_dtype)) for n, x in model.tensors.items()}
     planned, notices = [], list(model.notices)
-    for leaf in leaves:
+    for logical in _checked_leaves(source, model, scan_axis):
+        leaf = replace(logical, expr=substitute(logical.expr, stored))
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
         dtype = np.dtype(leaf.dtype or save_dtype)
-        made = tuple(steps(leaf.expr, dtypes, dtype, to, budget, rounded))
+        made = tuple(steps(leaf.expr, dtypes, dtype, to, budget))
         planned.append(LeafPlan(leaf, dtype, to, made, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")
@@ -155,7 +156,7 @@ def make_plan(
 
 
 def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list[Leaf]:
-    """Every leaf of the model, once all that can be wrong with them is not."""
+    """Every leaf of the model over its logical tensors, once all is right with them."""
     family = model.family
     architecture = family.architectures[0]
     if scan_axis is not None and not family.scans:
@@ -173,4 +174,4 @@ def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list
         problems += [f"{architecture} has no use for tensor {n}" for n in found]
     if problems:
         raise UserError([f"{source.root}: {p}." for p in problems])
-    return [replace(leaf, expr=substitute(leaf.expr, model.tensors)) for leaf in leaves]
+    return leaves

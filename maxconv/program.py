@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxconv.algebra import Affine, Apply, Concat, Expr, Fill, Shape, trace
+from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, trace
 from maxconv.cells import Recipe
 
 
@@ -35,10 +35,7 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
     def cell(*reads: jax.Array) -> jax.Array:
         if moves:
             return _retype(run(reads), recipe.dtype)
-        typed = [
-            _rounded(_retype(x, r.dtype), recipe.rounded)
-            for x, r in zip(reads, recipe.reads, strict=True)
-        ]
+        typed = [_retype(x, r.dtype) for x, r in zip(reads, recipe.reads, strict=True)]
         return jnp.asarray(run(typed)).astype(recipe.dtype)
 
     def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
@@ -82,19 +79,6 @@ def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
-def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A source in the dtype that is stored: MaxText rounds before it computes, too.
-
-    XLA may drop a rounding that it sees undone by the next operation (excess precision), but not
-    one that is asked for by reduce_precision.
-    """
-    if x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    info = jnp.finfo(dtype)
-    wide = x.astype(jnp.float32)
-    return lax.reduce_precision(wide, info.nexp, info.nmant).astype(dtype)
-
-
 def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
     """Writes a cell into its leaf, in place.
 
@@ -112,11 +96,9 @@ def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Ar
 
 def _only_moves(expr: Expr) -> bool:
     match expr:
-        case Fill() | Apply(Affine(), _):
-            return False
-        case Apply(_, x):
+        case Apply(Rearrange() | Slice() | Fit(), x):
             return _only_moves(x)
         case Concat(_, parts):
             return all(_only_moves(part) for part in parts)
         case _:
-            return True
+            return isinstance(expr, Tensor)

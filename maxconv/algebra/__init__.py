@@ -4,8 +4,10 @@
 """
 
 from maxconv.algebra.boxes import Box, Interval, Shape, clip, dims, full, slices, volume, with_axis
+from maxconv.algebra.decode import Cast, Exp2, Nibbles, Repeat
 from maxconv.algebra.expr import (
     Apply,
+    Combine,
     Concat,
     Expr,
     Fill,
@@ -29,15 +31,20 @@ __all__ = [
     "AlgebraError",
     "Apply",
     "Box",
+    "Cast",
+    "Combine",
     "Concat",
+    "Exp2",
     "Expr",
     "Fill",
     "Fit",
     "Interval",
+    "Nibbles",
     "Op",
     "Pattern",
     "Read",
     "Rearrange",
+    "Repeat",
     "Shape",
     "Slice",
     "Stacked",

@@ -11,13 +11,16 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Union
+from typing import Any, Literal, Union
 
-from maxconv.algebra.boxes import Shape
-from maxconv.algebra.ops import Affine, Op
+import numpy as np
+
+from maxconv.algebra.boxes import Box, Shape
+from maxconv.algebra.decode import Cast
+from maxconv.algebra.ops import Affine, Fit, Op
 from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
 
-Expr = Union["Tensor", "Fill", "Apply", "Concat"]
+Expr = Union["Tensor", "Fill", "Apply", "Concat", "Combine"]
 
 
 class _Node:
@@ -90,6 +93,55 @@ class Concat(_Node):
             at += part.shape[self.axis]
 
 
+@dataclass(frozen=True)
+class Combine(_Node):
+    """Bound expressions, computed with in float32.
+
+    "times" and "plus": of parts of one shape. "matmul": of (n, k) and (k, m).
+    """
+
+    op: Literal["times", "plus", "matmul"]
+    parts: tuple[Expr, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        first, *others = (part.shape for part in self.parts)
+        if self.op == "matmul":
+            if len(first) == len(others[0]) == 2 and first[1] == others[0][0]:
+                return (first[0], others[0][1])
+        elif all(other == first for other in others):
+            return first
+        shapes = " and ".join(str(part.shape) for part in self.parts)
+        raise AlgebraError(f"{_a_name(self.parts[0])}: {self.op} of {shapes}")
+
+    def pull(self, box: Box) -> list[Box]:
+        """The box of each part that a box needs."""
+        if self.op == "matmul":
+            k = (0, self.parts[1].shape[0])
+            return [(box[0], k), (k, box[1])]
+        return [box] * len(self.parts)
+
+    def run(self, xs: Sequence[Any]) -> Any:
+        x, *others = (x.astype(np.float32) for x in xs)
+        for y in others:
+            match self.op:
+                case "times":
+                    x = x * y
+                case "plus":
+                    x = x + y
+                case "matmul":
+                    x = _matmul(x, y)
+        return x
+
+
+def _matmul(x: Any, y: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x @ y
+    from jax import lax
+
+    return lax.dot(x, y, precision=lax.Precision.HIGHEST)  # TPUs would round to bfloat16
+
+
 def hf(name: str) -> Tensor:
     """A tensor of the Hugging Face checkpoint; `{l}`, `{e}` in its name are free indices."""
     return Tensor(name)
@@ -146,6 +198,10 @@ def _bind(node: Expr, shapes: Mapping[str, Shape], numbers: Mapping[str, int | S
             bound = Concat(axis, tuple(_bind(part, shapes, numbers) for part in parts))
             _ = bound.shape  # raises when the parts differ
             return bound
+        case Combine(op, parts):
+            combined = Combine(op, tuple(_bind(part, shapes, numbers) for part in parts))
+            _ = combined.shape
+            return combined
         case Apply(op, x):
             inner = _bind(x, shapes, numbers)
             try:
@@ -165,10 +221,12 @@ def apply(op: Op | Pattern, x: Expr) -> Expr:
     if bound.is_identity(x.shape):
         return x
     if isinstance(x, Apply) and isinstance(x.op, Rearrange):
-        if isinstance(bound, Affine):
+        if isinstance(bound, Affine | Cast):
             return Apply(x.op, apply(bound, x.x))
         if isinstance(bound, Rearrange) and (fused := x.op.then(bound)):
             return x.x if fused.is_identity(x.x.shape) else Apply(fused, x.x)
+    if isinstance(bound, Fit) and isinstance(x, Apply) and isinstance(x.op, Cast):
+        return Apply(x.op, apply(bound, x.x))  # so that it meets the tensor
     if isinstance(bound, Rearrange) and isinstance(x, Concat) and bound.lhs[x.axis]:
         if (axis := bound.axis_kept(x.axis)) is not None:
             sizes = [part.shape[x.axis] for part in x.parts]
@@ -196,6 +254,8 @@ def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
             return expr
         case Concat(axis, parts):
             return Concat(axis, tuple(substitute(part, tensors) for part in parts))
+        case Combine(op, parts):
+            return Combine(op, tuple(substitute(part, tensors) for part in parts))
         case Apply(op, x):
             return apply(op, substitute(x, tensors))
 
@@ -207,7 +267,7 @@ def tensors(expr: Expr) -> Iterator[Tensor]:
             yield expr
         case Apply(_, x):
             yield from tensors(x)
-        case Concat(_, parts):
+        case Concat(_, parts) | Combine(_, parts):
             for part in parts:
                 yield from tensors(part)
 

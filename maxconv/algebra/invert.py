@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from maxconv.algebra.boxes import Shape
-from maxconv.algebra.expr import Apply, Concat, Expr, Fill, Tensor, apply, tensors
+from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, Tensor, apply, tensors
 from maxconv.algebra.ops import Slice
 from maxconv.algebra.rearrange import AlgebraError
 
@@ -49,6 +49,8 @@ def _paths(expr: Expr, above: tuple[_Step, ...]) -> list[tuple[Tensor, tuple[_St
             return []
         case Apply(op, x):
             return _paths(x, ((op, x.shape), *above))
+        case Combine():
+            raise AlgebraError(f"{expr.op} of {expr.parts} cannot be undone")
         case Concat(axis):
             return [
                 path

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from maxconv.algebra.boxes import Box, clip, dims, full, slices, with_axis
-from maxconv.algebra.expr import Apply, Concat, Expr, Fill, Tensor
+from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, Tensor
 from maxconv.algebra.ops import Fit, Op
 from maxconv.algebra.rearrange import Pattern
 
@@ -56,6 +56,10 @@ def _covering(expr: Expr, box: Box, reads: list[Read]) -> tuple[_Fn, Box]:
             return lambda _: np.full(dims(box), value, np.float32), box
         case Concat():
             return _concat(expr, box, reads), box
+        case Combine():
+            boxes = expr.pull(box)
+            runs = [_exact(p, b, reads) for p, b in zip(expr.parts, boxes, strict=True)]
+            return lambda xs: expr.run([run(xs) for run in runs]), box
         case Apply(Fit(), Tensor(name)):  # padding a tensor is reading past its end
             return _read(name, box, reads), box
         case Apply(op, x):

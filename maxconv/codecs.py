@@ -1,0 +1,115 @@
+"""Quantised checkpoints: each weight as an expression over what is stored in its stead.
+
+A codec is a property of the source. Families never see it, and a box of a weight is pulled back
+through it to the packed bytes. Results are float32, unrounded.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from maxconv.algebra import (
+    AlgebraError,
+    Combine,
+    Exp2,
+    Expr,
+    Nibbles,
+    Repeat,
+    Tensor,
+    apply,
+    rearrange,
+)
+from maxconv.errors import UserError
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A format.
+
+    Attributes:
+        name: what messages call it.
+        mark: how the name ends of a tensor that only this format has.
+        parts: how the names of what is decoded end, after the name of the weight.
+        decode: the weight, given these and the checkpoint's `quantization_config`.
+        others: how the names of tensors end that decoding does not need.
+    """
+
+    name: str
+    mark: str
+    parts: tuple[str, str]
+    decode: Callable[[Tensor, Tensor, Mapping[str, Any]], Expr]
+    others: tuple[str, ...] = ()
+
+
+def decoded(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Expr], tuple[str, ...]]:
+    """The tensors with the packed ones replaced by the weights they stand for.
+
+    Args:
+        tensors: all that the checkpoint holds, by name.
+        config: its config.json.
+
+    Returns:
+        The weights, and a sentence for each codec that was used.
+
+    Raises:
+        UserError: naming each packed tensor whose parts do not fit together.
+    """
+    weights: dict[str, Expr] = dict(tensors)
+    counts: dict[str, int] = {}
+    problems = []
+    for codec in CODECS:
+        for mark in [name for name in tensors if name.endswith(codec.mark)]:
+            weight = mark.removesuffix(codec.mark)
+            packed, scale = (tensors.get(weight + end) for end in codec.parts)
+            if packed is None or scale is None:
+                continue
+            for end in (*codec.parts, *codec.others):
+                weights.pop(weight + end, None)
+            try:
+                quantization = config.get("quantization_config") or {}
+                weights[weight] = codec.decode(packed, scale, quantization)
+            except AlgebraError as error:
+                problems.append(f"{packed.name} is not {codec.name}: {error}.")
+            counts[codec.name] = counts.get(codec.name, 0) + 1
+    if problems:
+        raise UserError(problems)
+    return weights, tuple(f"{n} tensors are dequantised from {name}" for name, n in counts.items())
+
+
+def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
+    """Blocks with a scale each, those at the ends ragged (DeepSeek-V3, inference/kernel.py)."""
+    scales: Expr = scale
+    for axis, k in zip((-2, -1), config.get("weight_block_size") or (128, 128), strict=True):
+        scales = apply(Repeat(axis, k, weight.shape[axis]), scales)
+    return _product(weight, scales)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Expr:
+    """32 numbers share an exponent; rows and columns are exchanged (gpt_oss/torch/weights.py)."""
+    numbers = apply(Nibbles(2, "fp4"), blocks)
+    exponents = apply(Exp2(), apply(rearrange("x o g -> x o g 1"), scales))
+    n = numbers.shape[-1]
+    product = _product(numbers, apply(Repeat(-1, n, n), exponents))
+    return apply(rearrange("x o g n -> x (g n) o"), product)
+
+
+def int4(packed: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
+    """Eight numbers an int32, a scale for each group of a row (compressed-tensors)."""
+    numbers = apply(Nibbles(8, "int4"), packed)
+    n = numbers.shape[-1]
+    return _product(numbers, apply(Repeat(-1, n // scale.shape[-1], n), scale))
+
+
+def _product(numbers: Expr, scales: Expr) -> Expr:
+    product = Combine("times", (numbers, scales))
+    _ = product.shape  # raises when the parts differ
+    return product
+
+
+CODECS = (
+    Codec("fp8 with block scales", "_scale_inv", ("", "_scale_inv"), fp8),
+    Codec("MXFP4", "_blocks", ("_blocks", "_scales"), mxfp4),
+    Codec("int4", "_packed", ("_packed", "_scale"), int4, others=("_shape",)),
+)
