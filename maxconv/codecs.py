@@ -87,7 +87,10 @@ def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Expr:
-    """32 numbers share an exponent; rows and columns are exchanged (gpt_oss/torch/weights.py)."""
+    """32 numbers share an exponent; rows and columns are exchanged (gpt_oss/torch/weights.py).
+
+    A device takes numbers below 2^-124, which no model has, for zero.
+    """
     numbers = apply(Nibbles(2, "fp4"), blocks)
     exponents = apply(Exp2(), apply(rearrange("x o g -> x o g 1"), scales))
     n = numbers.shape[-1]

@@ -68,9 +68,8 @@ def test_weights_are_decoded_in_whole_and_in_boxes(made):
         np.testing.assert_array_equal(got, want[slices(box)])
     found = trace(weights["w"])
     compiled = jax.jit(found.run)([parts[read.name] for read in found.reads])
-    smallest = np.finfo(np.float32).tiny  # a device takes less for zero
-    flushed = np.where(np.abs(want) < smallest, 0, want)
-    np.testing.assert_array_equal(np.asarray(compiled), flushed)
+    tiniest = np.abs(want) < 2.0**-124  # a device takes factors below 2^-126 for zero
+    np.testing.assert_array_equal(np.where(tiniest, 0, compiled), np.where(tiniest, 0, want))
 
 
 def test_parts_that_do_not_fit_are_named():
