@@ -34,8 +34,8 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
   maxconv demo [DIR]
       Make a small checkpoint, convert it on 8 simulated devices, verify it.
 
-Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 130 interrupted,
-1 anything else.
+Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 42 worth trying
+again, 130 interrupted, 1 anything else.
 """
 
 ONLY_SAVED = "only what was said to be saved is a checkpoint"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
     from maxconv.distributed import leave_together
-    from maxconv.errors import failure_text, problems_text
+    from maxconv.errors import exit_code, failure_text
 
     for library in ("absl", "gcsfs"):
         logging.getLogger(library).addFilter(_matters)
@@ -68,16 +68,14 @@ def run(command: Callable[[], None]) -> int:
         try:
             command()
             return leave_together(0)
-        except UserError as error:
-            print(problems_text(error.problems), file=sys.stderr)
-            return leave_together(2)
-        except VerificationError as error:
-            print(problems_text(error.problems), file=sys.stderr)
-            return leave_together(1)
+        except (UserError, VerificationError) as error:  # all processes came to it
+            print(failure_text(error), file=sys.stderr)
+            return leave_together(error.exit_code)
         except Exception as error:
             print(failure_text(error), f"maxconv: {ONLY_SAVED}", sep="\n", file=sys.stderr)
             sys.stderr.flush()
-            os._exit(1)  # reads and writes go on in threads, which a normal exit waits for
+            # Not a normal exit: it waits for the threads, in which reads and writes go on.
+            os._exit(exit_code(error))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from maxconv.config import Config, parse
-from maxconv.errors import UserError, failure_text
+from maxconv.errors import UserError, exit_code, failure_text
 
 
 def start(words: Sequence[str]) -> Config:
@@ -159,4 +159,4 @@ def all_or_none() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(failure_text(error), file=sys.stderr, flush=True)
-        os._exit(1)
+        os._exit(exit_code(error))

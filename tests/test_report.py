@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 from jobs import tiny_job
 
-from maxconv.errors import failure_text, problems_text
+from maxconv.errors import (
+    RetryableError,
+    UserError,
+    VerificationError,
+    exit_code,
+    failure_text,
+    problems_text,
+)
 from maxconv.report import ProgressLine, duration, plan_text, size, table
 
 
@@ -77,6 +84,25 @@ def test_failure_text() -> None:
         first, *_, last = failure_text(error).splitlines()
     assert first.startswith("Traceback")
     assert last == "maxconv: failed: ValueError"
+    busy = ExceptionGroup("in a task", [RetryableError("The Hub is busy.")])
+    assert failure_text(busy) == "maxconv: The Hub is busy."
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("Bad word."), 2),
+        (VerificationError("out", ["leaf x differs"]), 1),
+        (RetryableError("The Hub is busy."), 42),
+        (ExceptionGroup("", [ExceptionGroup("", [RetryableError("The Hub is busy.")])]), 42),
+        (ConnectionResetError("by peer"), 42),
+        (TimeoutError(), 42),
+        (OSError(28, "No space left on device"), 1),
+        (ValueError("a bug"), 1),
+    ],
+)
+def test_exit_code(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
 
 
 def test_plan_text(tmp_path: Path) -> None:
