@@ -15,7 +15,6 @@ _FIXED_KEYS = (
     "prefuse_moe_weights",
     "mtp_num_layers",
     "global_parameter_scale",
-    "hf_lora_adapter_path",
     "ici_pipeline_parallelism",
     "dcn_pipeline_parallelism",
 )

@@ -64,6 +64,8 @@ class Config:
     base_output_directory: str
     """An absolute path, or a URL such as gs://bucket/path as it was given."""
     hf_access_token: str | None = field(repr=False)
+    hf_lora_adapter_path: str | None
+    load_parameters_path: str | None
     override_model_config: bool
     overrides: Mapping[str, Any]
     """The `MODEL_KEYS` that the user typed."""
@@ -142,6 +144,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         "model_name": model_name,
         "base_output_directory": _absolute(values["base_output_directory"]),
         "hf_access_token": values["hf_access_token"] or None,
+        "hf_lora_adapter_path": values["hf_lora_adapter_path"] or None,
+        "load_parameters_path": values["load_parameters_path"] or None,
         "skip_jax_distributed_system": values["skip_jax_distributed_system"]
         or values["enable_single_controller"],
         "overrides": overrides,
@@ -242,8 +246,10 @@ def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
 
 
 def _said(yml: str | None, typed: Mapping[str, Any]) -> tuple[str, ...]:
-    path = typed.get("hf_model_path", "")
-    own = {**typed, **({"hf_model_path": _absolute(path)} if os.path.exists(path) else {})}
+    paths = {key: typed[key] for key in ("hf_model_path", "hf_lora_adapter_path") if key in typed}
+    own = dict(typed) | {
+        key: _absolute(path) for key, path in paths.items() if os.path.exists(path)
+    }
     words = [f"{key}={value}" for key, value in own.items() if key not in _OF_ONE_RUN]
     return (*([_absolute(yml)] if yml else []), *words)
 

@@ -22,7 +22,7 @@ from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.sharding import make_mesh
-from maxconv.sources import Source, open_source
+from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.verify import Report, leaves_to_check, verify
 
 WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
@@ -73,12 +73,21 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
 def opened(config: Config) -> Source:
     """The checkpoint that is to be converted."""
     path = config.hf_model_path
+    if config.hf_lora_adapter_path and not (path or config.load_parameters_path):
+        raise UserError(
+            "hf_lora_adapter_path alone, to convert just an adapter, is not supported yet: give "
+            "the base model that it is to be merged into as --hf_model_path."
+        )
     if path is None:
         facts = model_facts(config.model_name)
         if facts is None:
             raise UserError("Say which Hugging Face checkpoint: --hf_model_path=DIR.")
         path = facts["hf_id"]
-    return open_source(path, config.revision, config.hf_access_token)
+    base = open_source(path, config.revision, config.hf_access_token)
+    if (lora := config.hf_lora_adapter_path) is None:
+        return base
+    token = config.hf_access_token
+    return AdaptedSource(base, open_source(lora, None, token, "adapter_config.json"))
 
 
 def resolved(config: Config, source: Source) -> Model:

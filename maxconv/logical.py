@@ -17,6 +17,7 @@ from maxconv.algebra import Apply, Cast, Combine, Expr, Tensor, apply, tensors
 from maxconv.codecs import decoded
 from maxconv.errors import UserError
 from maxconv.families import Family
+from maxconv.lora import merged
 from maxconv.sources import Source
 
 
@@ -29,12 +30,13 @@ class Logical:
 
 
 def logical_tensors(source: Source, family: Family) -> Logical:
-    """The tensors of a checkpoint by the names of its family's table, dequantised.
+    """The tensors of a checkpoint by the names of its family's table, dequantised and adapted.
 
     Raises:
         UserError: when two tensors would have the same name, or packed ones do not fit together.
     """
-    stored = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
+    beside = source.adapter.tensors if source.adapter else ()
+    stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in beside}
     weights, notices = decoded(stored, source.config)
     rename = renamer(family.names)
     found: dict[str, Expr] = {}
@@ -50,6 +52,9 @@ def logical_tensors(source: Source, family: Family) -> Logical:
             used[pattern] = dict(family.names)[pattern]
     if problems:
         raise UserError(problems)
+    if source.adapter is not None:
+        found = merged(found, source.adapter, lambda name: rename(name)[0])
+        notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
     renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
     return Logical(found, (*notices, *renamed))
 

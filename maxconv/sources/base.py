@@ -45,6 +45,7 @@ class Source(ABC):
         config: the content of its config.json.
         tensors: by name.
         notices: sentences about what was found and left out.
+        adapter: a LoRA adapter whose tensors are among these.
         stats: what was read so far.
         block: bytes that one request brings at most when they must be copied to their places.
     """
@@ -54,6 +55,7 @@ class Source(ABC):
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     notices: Sequence[str]
+    adapter: "Source | None" = None
     # Measured on a page cache: the copy still finds the block in the CPU's cache, while more
     # requests of less bytes cost more.
     block: int = 4 << 20

@@ -32,12 +32,13 @@ class LocalSource(Source):
 
     The tensors are those of model.safetensors.index.json, else of model.safetensors, else of all
     *.safetensors. Only headers are read here; a file is opened again by the first read from it.
+    `config` is the file that its `config` comes from.
 
     Raises:
         UserError: with everything that is wrong with the directory.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], config: str = "config.json"):
         super().__init__()
         self.root = os.fspath(directory)
         self._directory = Path(directory)
@@ -50,7 +51,7 @@ class LocalSource(Source):
         names = _list(self._directory)
         problems = _check_downloads(self._directory)
         with _collect(problems):
-            self.config = _read_object(self._directory, "config.json")
+            self.config = _read_object(self._directory, config)
         weight_map: dict[str, str] | None = None
         files: Sequence[str] = []
         with _collect(problems):

@@ -1,0 +1,28 @@
+"""A checkpoint and a LoRA adapter beside it."""
+
+from collections.abc import Sequence
+
+from maxconv.sources.base import Source
+from maxconv.sources.safetensors import TensorInfo
+
+
+class AdaptedSource(Source):
+    """Both as one source: `tensors` holds the adapter's, too, and `adapter` tells them apart."""
+
+    def __init__(self, base: Source, adapter: Source):
+        super().__init__()
+        self.root, self.revision, self.config = base.root, base.revision, base.config
+        self.notices = (*base.notices, *adapter.notices)
+        self.tensors = {**base.tensors, **adapter.tensors}
+        self.adapter = self._adapter = adapter
+        self._base = base
+
+    def _fetch(
+        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
+    ) -> None:
+        owner = self._adapter if info.name in self._adapter.tensors else self._base
+        owner._fetch(info, offsets, nbytes, buffer)
+
+    def close(self) -> None:
+        self._adapter.close()
+        self._base.close()
