@@ -31,6 +31,8 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
       Read a converted checkpoint back, recompute it from its source, compare every bit.
   maxconv inspect PATH
       What an HF or Orbax checkpoint holds: tensors, shapes, dtypes, shardings.
+  maxconv families [--markdown]
+      The models that can be converted.
   maxconv demo [DIR]
       Make a small checkpoint, convert it on 8 simulated devices, verify it.
 
@@ -137,6 +139,14 @@ def inspect(words: Sequence[str]) -> None:
     print(describe(words[0]))
 
 
+def families(words: Sequence[str]) -> None:
+    from maxconv.listing import families_markdown, families_text
+
+    if words not in ([], ["--markdown"]):
+        raise UserError("Say maxconv families, or maxconv families --markdown.")
+    print(families_markdown() if words else families_text())
+
+
 def demo(words: Sequence[str]) -> None:
     from maxconv.demo import run
 
@@ -148,6 +158,7 @@ COMMANDS = {
     "plan": plan,
     "verify": verify,
     "inspect": inspect,
+    "families": families,
     "demo": demo,
 }
 

@@ -62,7 +62,7 @@ def resolve(
     logical = logical_tensors(source, family)
     published = _published(source, family, logical.tensors)
     words, facts = words or {}, facts or {}
-    problems = _block_problems(family, name, facts)
+    problems = _architecture_problems(family, name, facts)
     chosen: dict[str, Any] = {}
     for f in fields(published):
         key, theirs = f.metadata["maxtext"], getattr(published, f.name)
@@ -97,7 +97,10 @@ def _family(source: Source) -> Family:
         if architecture in BY_ARCHITECTURE:
             return BY_ARCHITECTURE[architecture]
     what = ", ".join(named) or "model without an architecture in config.json"
-    raise UserError(f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}.")
+    raise UserError(
+        f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
+        'To teach it another, see "Add a model" in its README.'
+    )
 
 
 def _published(source: Source, family: Family, tensors: Mapping[str, Expr]) -> Dims:
@@ -133,13 +136,13 @@ def _entry(source: Source, f: Field) -> str:
     return next(iter(stated_sizes(source.config, f)), f.metadata["hf"][0])
 
 
-def _block_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
-    block = facts.get("decoder_block", family.decoder_block)
-    if block == family.decoder_block:
+def _architecture_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
+    architecture = facts.get("architecture", family.architectures[0])
+    if architecture in family.architectures:
         return []
     return [
-        f"model_name={name} builds MaxText's {block} decoder, but config.json says "
-        f"{family.architectures[0]}, which is {family.decoder_block}; name the model it is."
+        f"model_name={name} is a {architecture}, but config.json says {family.architectures[0]}; "
+        "name the model it is."
     ]
 
 

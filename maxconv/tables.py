@@ -37,7 +37,7 @@ def config_path(name: str) -> Path:
 
 
 def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
-    """MaxText's facts of a model: its `hf_id` and a value for each of `MODEL_KEYS`."""
+    """Facts of a model: `hf_id`, `architecture`, and a value for each of `MODEL_KEYS`."""
     if model_name is None:
         return None
     models = known_models()

@@ -136,7 +136,8 @@ def test_an_architecture_that_is_not_known(place: Place, architectures: Any) -> 
     place.config(architectures=architectures)
     (problem,) = place.refused()
     assert problem == (
-        f"{place.hf} is a GPT2LMHeadModel; maxconv knows {', '.join(BY_ARCHITECTURE)}."
+        f"{place.hf} is a GPT2LMHeadModel; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
+        'To teach it another, see "Add a model" in its README.'
     )
 
 
@@ -194,7 +195,7 @@ def test_another_model(place: Place) -> None:
         assert f" of llama3.1-8b contradicts {entry} in config.json; " in problem
         assert "say override_model_config=True " in problem
     first, *_, last = place.refused("model_name=qwen3-0.6b")
-    assert first.startswith("model_name=qwen3-0.6b builds MaxText's qwen3 decoder, but config.json")
+    assert first.startswith("model_name=qwen3-0.6b is a Qwen3ForCausalLM, but config.json says")
     assert "logits_via_embedding=True of qwen3-0.6b contradicts tie_word_embeddings" in last
 
 
@@ -279,7 +280,7 @@ def test_all_wrong_words_at_once(place: Place) -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, expected in {
-        ("bogus",): "no command 'bogus'; there are convert, plan, verify, inspect, demo",
+        ("bogus",): "no command 'bogus'; there are convert, plan, verify, inspect, families, demo",
         ("verify",): "Say maxconv verify CHECKPOINT.",
         ("verify", f"{tmp_path}"): "is no MaxText checkpoint: there is no 0/items/_METADATA in it.",
         ("inspect",): "Say maxconv inspect PATH",

@@ -229,7 +229,7 @@ def test_model_facts() -> None:
     assert facts and facts["hf_id"] == "Qwen/Qwen3-1.7B-Base" and facts["base_emb_dim"] == 2048
     for name in known_models():
         facts = model_facts(name)
-        assert facts and facts.keys() == {"hf_id", *MODEL_KEYS}
+        assert facts and facts.keys() == {"hf_id", "architecture", *MODEL_KEYS}
         assert facts["base_num_query_heads"] % facts["base_num_kv_heads"] == 0
     mistral = model_facts("mistral-7b")
     assert mistral and (mistral["decoder_block"], mistral["vocab_size"]) == ("mistral", 32000)

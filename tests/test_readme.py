@@ -4,16 +4,27 @@ import re
 from pathlib import Path
 
 from maxconv.families import BY_ARCHITECTURE
+from maxconv.listing import families_markdown, families_text
 from maxconv.tables import known_models, model_facts
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_of_models_is_that_of_the_tables():
-    rows = re.findall(r"^\| (\w+ForCausalLM) \| (.*) \|$", README, re.MULTILINE)
-    listed = {name: block for block, names in rows for name in names.split(", ")}
-    blocks = {name: family.decoder_block for name, family in BY_ARCHITECTURE.items()}
+    assert families_markdown() in README
+
+
+def test_every_model_is_listed_with_the_family_that_makes_it():
+    listed = {line.split()[0]: line for line in families_text().splitlines()[1:]}
     assert set(listed) == set(known_models())
-    for name, architecture in listed.items():
+    for name, line in listed.items():
         facts = model_facts(name)
-        assert facts is not None and facts["decoder_block"] == blocks[architecture]
+        assert facts is not None and facts["hf_id"] in line
+        family = BY_ARCHITECTURE[facts["architecture"]]
+        assert family.decoder_block == facts["decoder_block"]
+
+
+def test_the_example_of_a_family_is_the_real_one():
+    (example,) = re.findall(r"This is all of Mixtral:\n\n```python\n(.*?)```", README, re.DOTALL)
+    assert example in (ROOT / "maxconv/families/mixtral.py").read_text()
