@@ -45,7 +45,9 @@ _SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_in
 _MINIMUM |= {
     key: 1
     for key in MODEL_KEYS
-    if key in _SIZES or (key.startswith("base_") and key not in _POSITIVE_OR_MINUS_ONE)
+    if key in _SIZES
+    or key.endswith("_for_vit")
+    or (key.startswith("base_") and key not in _POSITIVE_OR_MINUS_ONE)
 }
 
 

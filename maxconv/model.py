@@ -61,10 +61,13 @@ def resolve(
     family = _family(source)
     logical = logical_tensors(source, family)
     published = _published(source, family, logical.tensors)
-    words, facts = words or {}, facts or {}
+    words, facts = dict(words or {}), dict(facts or {})
     problems = _architecture_problems(family, name, facts)
     chosen: dict[str, Any] = {}
+    multimodal = (facts | words).get("use_multimodal", False)
     for f in fields(published):
+        if _is_of_encoder(f) and not multimodal:
+            continue
         key, theirs = f.metadata["maxtext"], getattr(published, f.name)
         typed = key in words
         said = words[key] if typed else facts.get(key)
@@ -144,6 +147,11 @@ def _architecture_problems(family: Family, name: str | None, facts: Mapping[str,
         f"model_name={name} is a {architecture}, but config.json says {family.architectures[0]}; "
         "name the model it is."
     ]
+
+
+def _is_of_encoder(f: Field) -> bool:
+    """Whether a size is one of the other encoders: config.json has it in an entry of theirs."""
+    return any("." in key for key in f.metadata["hf"])
 
 
 def _unit(field: str, family: Family) -> int:

@@ -25,6 +25,13 @@ MODEL_KEYS = (
     "base_moe_mlp_dim",
     "inhomogeneous_layer_cycle_interval",
     "use_multimodal",
+    "hidden_size_for_vit",
+    "intermediate_size_for_vit",
+    "num_hidden_layers_for_vit",
+    "num_attention_heads_for_vit",
+    "num_channels_for_vit",
+    "patch_size_for_vit",
+    "image_size_for_vit",
 )
 """The keys that decide the shapes of a model's weights."""
 

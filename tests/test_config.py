@@ -166,7 +166,7 @@ def test_all_problems_at_once() -> None:
         ("--unheard_of value", "--unheard_of is not a flag"),
         ("=5", "'=5'"),
         ("model_name=qwen3-1.7", "did you mean qwen3-1.7b?"),
-        ("model_name=gemma3-4b", "Supported are llama3.1-8b, "),
+        ("model_name=gpt3-175b", "Supported are llama3.1-8b, "),
         ("use_audio=true", "not supported yet"),
         ("ici_pipeline_parallelism=2", "not supported yet"),
         ("eager_load_method=transformers", "not supported yet: use safetensors"),

@@ -1,6 +1,6 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
-from maxconv.families.gemma import GEMMA2
+from maxconv.families.gemma import GEMMA2, GEMMA3
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
@@ -13,6 +13,7 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     MIXTRAL,
     GEMMA2,
+    GEMMA3,
     OLMO3,
     QWEN2,
     QWEN3,

@@ -6,6 +6,7 @@ normalizations.py); tensor names are those of transformers' modeling files.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,16 @@ from maxconv.families.table import Dims, Row, row
 Ops = Sequence[Op | Pattern]
 
 LAYER = "model.layers.{l}"
+
+
+class Root(NamedTuple):
+    """Where layers lie that are made of the same pieces: in MaxText's tree, in the checkpoint."""
+
+    path: str
+    name: str
+
+
+DECODER = Root("decoder/{layers}", LAYER)
 
 # HF rotates the halves of a head against each other, MaxText's llama neighbours in pairs.
 ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
@@ -38,10 +49,12 @@ def ends(
         yield row("decoder/logits_dense/kernel", "embed_vocab vocab", head)
 
 
-def norm(path: str, name: str, n: int, ops: Ops = (), dtype: str | None = None) -> Row:
+def norm(
+    path: str, name: str, n: int, ops: Ops = (), dtype: str | None = None, root: Root = DECODER
+) -> Row:
     """The scale, (n,), of a norm of each layer."""
-    weight = hf(f"{LAYER}.{name}.weight") >> rearrange("n -> n", n=n) >> ops
-    return row(f"decoder/{{layers}}/{path}/scale", "norm", weight, dtype=dtype)
+    weight = hf(f"{root.name}.{name}.weight") >> rearrange("n -> n", n=n) >> ops
+    return row(f"{root.path}/{path}/scale", "norm", weight, dtype=dtype)
 
 
 def pre_norms(d: Dims) -> Iterator[Row]:
@@ -51,15 +64,35 @@ def pre_norms(d: Dims) -> Iterator[Row]:
 
 
 def attention(
-    d: Dims, query: Ops = (), key: Ops = (), bias: bool = False, at: str = "self_attention"
+    d: Dims,
+    query: Ops = (),
+    key: Ops = (),
+    bias: bool = False,
+    at: str = "self_attention",
+    root: Root = DECODER,
+    parts: str = "qkv",
+    out: str = "o_proj",
 ) -> Iterator[Row]:
-    """Grouped-query attention; `query`, `key`: ops on those kernels, (emb, heads, head_dim)."""
-    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.self_attn"
+    """Grouped-query attention.
+
+    Args:
+        d: the sizes.
+        query: ops on the kernel of the queries, (emb, heads, head_dim).
+        key: ops on that of the keys, (emb, kv_heads, head_dim).
+        bias: queries, keys and values have one.
+        at: its path in a layer.
+        root: where the layers are.
+        parts: those of queries, keys, values that it computes itself.
+        out: what the checkpoint calls the projection of its output.
+    """
+    at, name = f"{root.path}/{at}", f"{root.name}.self_attn"
     for part, short, heads, axes, ops in (
         ("query", "q", d.heads, "q_heads kv", query),
         ("key", "k", d.kv_heads, "kv_heads kv_head_dim", key),
         ("value", "v", d.kv_heads, "kv_heads kv_head_dim", ()),
     ):
+        if short not in parts:
+            continue
         sizes = {"h": heads, "d": d.head_dim}
         split = rearrange("(h d) e -> e h d", e=d.emb, **sizes)
         kernel = hf(f"{name}.{short}_proj.weight") >> split >> ops
@@ -68,18 +101,27 @@ def attention(
             of_heads = hf(f"{name}.{short}_proj.bias") >> rearrange("(h d) -> h d", **sizes)
             yield row(f"{at}/{part}/bias", axes, of_heads)
     merge = rearrange("e (h d) -> h d e", e=d.emb, h=d.heads, d=d.head_dim)
-    yield row(f"{at}/out/kernel", "heads kv embed_attn", hf(f"{name}.o_proj.weight") >> merge)
+    yield row(f"{at}/out/kernel", "heads kv embed_attn", hf(f"{name}.{out}.weight") >> merge)
 
 
-def qk_norms(d: Dims) -> Iterator[Row]:
-    """The norms of queries and keys, one scale for all heads."""
-    yield norm("self_attention/query_norm", "self_attn.q_norm", d.head_dim)
-    yield norm("self_attention/key_norm", "self_attn.k_norm", d.head_dim)
+def qk_norms(
+    d: Dims,
+    ops: Ops = (),
+    dtype: str | None = None,
+    at: str = "self_attention",
+    root: Root = DECODER,
+    parts: str = "qk",
+) -> Iterator[Row]:
+    """The norms of queries and keys, one scale for all heads; `parts`: of which it has one."""
+    for part, short in (("query", "q"), ("key", "k")):
+        if short in parts:
+            name = f"self_attn.{short}_norm"
+            yield norm(f"{at}/{part}_norm", name, d.head_dim, ops, dtype, root)
 
 
-def gated_mlp(d: Dims, at: str = "mlp") -> Iterator[Row]:
+def gated_mlp(d: Dims, at: str = "mlp", root: Root = DECODER) -> Iterator[Row]:
     """gate, up and down projections."""
-    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.mlp"
+    at, name = f"{root.path}/{at}", f"{root.name}.mlp"
     inwards = rearrange("m e -> e m", m=d.mlp, e=d.emb)
     outwards = rearrange("e m -> m e", m=d.mlp, e=d.emb)
     yield row(f"{at}/wi_0/kernel", "embed mlp", hf(f"{name}.gate_proj.weight") >> inwards)

@@ -1,18 +1,31 @@
-"""Gemma 2. transformers modeling_gemma2.py; MaxText models/gemma2.py.
+"""Gemma 2 and 3. transformers modeling_gemma2.py, modeling_gemma3.py; MaxText models/gemma2.py,
+models/gemma3.py.
 
 MaxText's norms multiply by their scale, transformers' by one more: these scales are float32, like
 the sum. Its embedding is not scaled when it is looked up, so the table is.
 """
 
 import math
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from maxconv.algebra import scale, shift
-from maxconv.families.blocks import attention, ends, gated_mlp, norm, query_scale
-from maxconv.families.table import Dims, Family, each, pairs
+from maxconv.families.blocks import (
+    Ops,
+    attention,
+    ends,
+    gated_mlp,
+    norm,
+    qk_norms,
+    query_scale,
+)
+from maxconv.families.table import Dims, Family, cycle, each, pairs, size
+from maxconv.families.vision import VisionDims, siglip
 
 PLUS_ONE = (shift(1),)
+CYCLE = 6  # of Gemma 3: five layers of sliding attention, then one of full attention
 
 
 def gemma2_rows(d: Dims):
@@ -20,10 +33,11 @@ def gemma2_rows(d: Dims):
     yield from ends(d, embedding=(table,), norm=PLUS_ONE, norm_dtype="float32")
     for kind, layers in zip(("local", "global"), pairs(d.layers), strict=True):
         attn = attention(d, query=(query_scale(d.head_dim),), at=f"self_attention_{kind}")
-        yield from each(layers, norms(d, kind), attn, gated_mlp(d, at=f"mlp_{kind}"))
+        four = norms(d, f"_{kind}", PLUS_ONE, "float32")
+        yield from each(layers, four, attn, gated_mlp(d, at=f"mlp_{kind}"))
 
 
-def norms(d: Dims, kind: str):
+def norms(d: Dims, suffix: str = "", ops: Ops = (), dtype: str | None = None):
     """Before and after attention and MLP."""
     for path, name in (
         ("pre_self_attention_norm", "input_layernorm"),
@@ -31,7 +45,29 @@ def norms(d: Dims, kind: str):
         ("pre_ffw_norm", "pre_feedforward_layernorm"),
         ("post_ffw_norm", "post_feedforward_layernorm"),
     ):
-        yield norm(f"{path}_{kind}", name, d.emb, PLUS_ONE, "float32")
+        yield norm(f"{path}{suffix}", name, d.emb, ops, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Dims(VisionDims):
+    """Published files leave out what is as in transformers' Gemma3TextConfig."""
+
+    heads: int = size("num_attention_heads", maxtext="base_num_query_heads", default=8)
+    kv_heads: int = size("num_key_value_heads", maxtext="base_num_kv_heads", default=4)
+    head_dim: int = size("head_dim", maxtext="head_dim", default=256)
+    vocab: int = size("vocab_size", maxtext="vocab_size", default=262_208)
+    vit_image: int = size("vision_config.image_size", maxtext="image_size_for_vit", default=224)
+
+
+def gemma3_rows(d: Gemma3Dims):
+    table = scale(float(ml_dtypes.bfloat16(math.sqrt(d.emb))))
+    yield from ends(d, embedding=(table,), norm=PLUS_ONE, norm_dtype="float32")
+    for layers in cycle(d.layers, CYCLE):
+        qk = qk_norms(d, PLUS_ONE, "float32")
+        four = norms(d, ops=PLUS_ONE, dtype="float32")
+        yield from each(layers, four, attention(d), qk, gated_mlp(d))
+    if d.multimodal:
+        yield from siglip(d, (d.vit_image // d.vit_patch) ** 2, PLUS_ONE, "float32")
 
 
 GEMMA2 = Family(
@@ -40,4 +76,21 @@ GEMMA2 = Family(
     rows=gemma2_rows,
     pads_vocab=True,
     layers_per_block=2,
+)
+GEMMA3 = Family(
+    architectures=("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
+    decoder_block="gemma3",
+    rows=gemma3_rows,
+    sizes=Gemma3Dims,
+    names=(
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+        ("model.vision_tower.vision_model.", "vision_tower."),
+        ("model.vision_tower.", "vision_tower."),
+        ("vision_tower.vision_model.", "vision_tower."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    ),
+    encoders=("vision_tower.*", "multi_modal_projector.*"),
+    pads_vocab=True,
 )
