@@ -47,7 +47,7 @@ _MINIMUM |= {
     for key in MODEL_KEYS
     if key in _SIZES
     or key.endswith("_for_vit")
-    or (key.startswith("base_") and key not in _POSITIVE_OR_MINUS_ONE)
+    or (key.startswith(("base_", "gdn_")) and key not in _POSITIVE_OR_MINUS_ONE)
 }
 
 

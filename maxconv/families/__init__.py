@@ -6,6 +6,7 @@ from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
 from maxconv.families.olmo3 import OLMO3
 from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row, stated_sizes
 
 FAMILIES: tuple[Family, ...] = (
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
 )
 
 BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}

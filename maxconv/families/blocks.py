@@ -50,11 +50,17 @@ def ends(
 
 
 def norm(
-    path: str, name: str, n: int, ops: Ops = (), dtype: str | None = None, root: Root = DECODER
+    path: str,
+    name: str,
+    n: int,
+    ops: Ops = (),
+    dtype: str | None = None,
+    root: Root = DECODER,
+    axis: str = "norm",
 ) -> Row:
     """The scale, (n,), of a norm of each layer."""
     weight = hf(f"{root.name}.{name}.weight") >> rearrange("n -> n", n=n) >> ops
-    return row(f"{root.path}/{path}/scale", "norm", weight, dtype=dtype)
+    return row(f"{root.path}/{path}/scale", axis, weight, dtype=dtype)
 
 
 def pre_norms(d: Dims) -> Iterator[Row]:
@@ -119,9 +125,9 @@ def qk_norms(
             yield norm(f"{at}/{part}_norm", name, d.head_dim, ops, dtype, root)
 
 
-def gated_mlp(d: Dims, at: str = "mlp", root: Root = DECODER) -> Iterator[Row]:
+def gated_mlp(d: Dims, at: str = "mlp", root: Root = DECODER, name: str = "mlp") -> Iterator[Row]:
     """gate, up and down projections."""
-    at, name = f"{root.path}/{at}", f"{root.name}.mlp"
+    at, name = f"{root.path}/{at}", f"{root.name}.{name}"
     inwards = rearrange("m e -> e m", m=d.mlp, e=d.emb)
     outwards = rearrange("e m -> m e", m=d.mlp, e=d.emb)
     yield row(f"{at}/wi_0/kernel", "embed mlp", hf(f"{name}.gate_proj.weight") >> inwards)

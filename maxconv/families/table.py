@@ -116,19 +116,19 @@ def row(
     return Row(path, tuple(logical.split()), expr, experts, dtype, stack)
 
 
-def cycle(count: int, n: int) -> list[Layers]:
-    """Layers of `n` kinds in turn: `layers/layers_k` stacks the kth of each cycle.
+def cycle(count: int, n: int, name: str = "layers") -> list[Layers]:
+    """Layers of `n` kinds in turn: `layers/{name}_k` stacks the kth of each cycle.
 
-    Those of a last cycle that is not whole are `layers_remainder/layers_k`, not stacked.
+    Those of a last cycle that is not whole are `layers_remainder/{name}_k`, not stacked.
     """
     whole = count - count % n
     kinds = []
     for k in range(n):
         stacks: list[tuple[str, Numbers]] = []
         if whole:
-            stacks.append((f"layers/layers_{k}", tuple(range(k, whole, n))))
+            stacks.append((f"layers/{name}_{k}", tuple(range(k, whole, n))))
         if whole + k < count:
-            stacks.append((f"layers_remainder/layers_{k}", whole + k))
+            stacks.append((f"layers_remainder/{name}_{k}", whole + k))
         one_by_one = tuple((f"layers_{i}", i) for i in range(k, count, n))
         kinds.append(Layers(tuple(stacks), one_by_one))
     return kinds
