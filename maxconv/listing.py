@@ -45,7 +45,9 @@ def _layers(family: Family) -> str:
 
 
 def _notes(family: Family) -> str:
-    return "other encoders with use_multimodal=True" if family.encoders else ""
+    keys = [("use_multimodal", family.encoders), ("use_audio", family.hearing)]
+    words = " and ".join(f"{key}=True" for key, patterns in keys if patterns)
+    return words and f"other encoders with {words}"
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

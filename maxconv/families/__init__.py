@@ -6,6 +6,9 @@ from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
 from maxconv.families.olmo3 import OLMO3
 from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from maxconv.families.qwen3_5 import QWEN3_5_MOE
+from maxconv.families.qwen_next import QWEN3_NEXT
+from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
 from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row, stated_sizes
 
 FAMILIES: tuple[Family, ...] = (
@@ -18,6 +21,12 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN3_OMNI_MOE,
+    WEAVER,
 )
 
 BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}

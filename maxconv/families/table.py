@@ -36,7 +36,7 @@ class Dims:
 
     `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
     `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
-    `multimodal`: the other encoders are wanted, too.
+    `multimodal`, `audio`: the encoders of images and of sound are wanted, too.
     """
 
     emb: int = size("hidden_size", maxtext="base_emb_dim")
@@ -52,6 +52,7 @@ class Dims:
     experts: int = size("num_experts", "num_local_experts", maxtext="num_experts", default=1)
     moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
     multimodal: bool = size(maxtext="use_multimodal", default=False)
+    audio: bool = size(maxtext="use_audio", default=False)
 
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
@@ -116,19 +117,19 @@ def row(
     return Row(path, tuple(logical.split()), expr, experts, dtype, stack)
 
 
-def cycle(count: int, n: int) -> list[Layers]:
-    """Layers of `n` kinds in turn: `layers/layers_k` stacks the kth of each cycle.
+def cycle(count: int, n: int, name: str = "layers") -> list[Layers]:
+    """Layers of `n` kinds in turn: `layers/{name}_k` stacks the kth of each cycle.
 
-    Those of a last cycle that is not whole are `layers_remainder/layers_k`, not stacked.
+    Those of a last cycle that is not whole are `layers_remainder/{name}_k`, not stacked.
     """
     whole = count - count % n
     kinds = []
     for k in range(n):
         stacks: list[tuple[str, Numbers]] = []
         if whole:
-            stacks.append((f"layers/layers_{k}", tuple(range(k, whole, n))))
+            stacks.append((f"layers/{name}_{k}", tuple(range(k, whole, n))))
         if whole + k < count:
-            stacks.append((f"layers_remainder/layers_{k}", whole + k))
+            stacks.append((f"layers_remainder/{name}_{k}", whole + k))
         one_by_one = tuple((f"layers_{i}", i) for i in range(k, count, n))
         kinds.append(Layers(tuple(stacks), one_by_one))
     return kinds
@@ -163,6 +164,7 @@ class Family:
             `maxconv.naming`.
         ignored: patterns of tensors that MaxText has no parameter for.
         encoders: patterns of those that it has one for only with use_multimodal.
+        hearing: and only with use_audio.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
@@ -176,6 +178,7 @@ class Family:
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ()
+    hearing: tuple[str, ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
@@ -202,15 +205,19 @@ class Family:
 
     def leaves_out(self, name: str, dims: Dims) -> bool:
         """Whether the table has no row for a tensor on purpose."""
-        patterns = self.ignored if dims.multimodal else (*self.ignored, *self.encoders)
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
+        unwanted = (
+            *self.ignored,
+            *(() if dims.multimodal else self.encoders),
+            *(() if dims.audio else self.hearing),
+        )
+        return any(fnmatchcase(name, pattern) for pattern in unwanted)
 
 
 def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
     """The entries of a config.json that state a field of Dims, best first."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
-        view |= view.get(nested) or {}
+        view = dict(view.get(nested) or {}) | view  # the outer entry wins: tie_word_embeddings
     found = {}
     for key in f.metadata["hf"]:
         value: Any = view

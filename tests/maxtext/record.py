@@ -80,8 +80,7 @@ def runs() -> dict[str, Run]:
     """All runs to record, by name."""
     every = [
         Run(case, scan, save_dtype=save_dtype)
-        for case in tiny.CASES
-        for scan in (True, False)
+        for case, scan in tiny.LAYERS
         for save_dtype in ("bfloat16", "float32")
     ]
     every += [
