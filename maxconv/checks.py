@@ -8,7 +8,6 @@ from maxconv.tables import MODEL_KEYS, defaults, model_facts
 
 # Keys whose default is the only value that a conversion can serve so far.
 _FIXED_KEYS = (
-    "use_audio",
     "fused_qkv",
     "fused_mlp",
     "share_kv_projections",
@@ -38,7 +37,7 @@ _MINIMUM = {
     "jax_distributed_initialization_timeout": 1,
 }
 # What a user chooses of a model, without override_model_config.
-_CHOSEN = ("use_multimodal",)
+_CHOSEN = ("use_multimodal", "use_audio")
 # -1: what is left, or none.
 _POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
 _SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_interval")
@@ -46,7 +45,7 @@ _MINIMUM |= {
     key: 1
     for key in MODEL_KEYS
     if key in _SIZES
-    or key.endswith("_for_vit")
+    or (key.endswith(("_for_vit", "_for_audio")) and key != "deepstack_visual_indexes_for_vit")
     or (key.startswith(("base_", "gdn_")) and key not in _POSITIVE_OR_MINUS_ONE)
 }
 

@@ -11,7 +11,14 @@ import yaml
 
 from maxconv.checks import is_rule, model_problems, value_problems
 from maxconv.errors import UserError
-from maxconv.tables import MODEL_KEYS, config_path, defaults, maxtext_keys, model_facts
+from maxconv.tables import (
+    MODEL_KEYS,
+    config_path,
+    defaults,
+    known_models,
+    maxtext_keys,
+    model_facts,
+)
 from maxconv.words import convert, did_you_mean, load_yaml, shown, split
 
 __all__ = ["Config", "LogicalAxisRules", "config_path", "model_facts", "parse"]
@@ -123,6 +130,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)
     values = dict(defaults()) | {name: default for name, (_, default) in _FLAGS.items()}
+    named = known_models().get(typed.get("model_name", ""), {})
+    values["scan_layers"] = named.get("scan_layers", values["scan_layers"])
     if words.yml:
         values |= _typed(_read_yml(words.yml, problems, notices), problems, words.yml)
     rules = _merge_rules(values, typed)

@@ -64,9 +64,9 @@ def resolve(
     words, facts = dict(words or {}), dict(facts or {})
     problems = _architecture_problems(family, name, facts)
     chosen: dict[str, Any] = {}
-    multimodal = (facts | words).get("use_multimodal", False)
+    wanted = facts | words
     for f in fields(published):
-        if _is_of_encoder(f) and not multimodal:
+        if not wanted.get(_encoder(f), True):
             continue
         key, theirs = f.metadata["maxtext"], getattr(published, f.name)
         typed = key in words
@@ -75,7 +75,8 @@ def resolve(
             continue
         ours = chosen[f.name] = said * _unit(f.name, family)
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            fits = theirs // _unit(f.name, family)
+            unit = _unit(f.name, family)
+            fits = theirs // unit if unit > 1 else theirs
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
@@ -83,10 +84,14 @@ def resolve(
                 f"if the checkpoint is right, say {mend}."
             )
     dims = replace(published, **chosen)
-    if dims.multimodal and not family.encoders:
-        problems.append(
-            f"use_multimodal=True, but {family.architectures[0]} has text only: take it out."
-        )
+    for key, wants, has in (
+        ("use_multimodal", dims.multimodal, family.encoders),
+        ("use_audio", dims.audio, family.hearing),
+    ):
+        if wants and not has:
+            problems.append(
+                f"{key}=True, but {family.architectures[0]} has no such encoder: take it out."
+            )
     if problems:
         raise UserError(problems)
     notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
@@ -97,8 +102,9 @@ def _family(source: Source) -> Family:
     entry = source.config.get("architectures") or []
     named = [entry] if isinstance(entry, str) else [str(name) for name in entry]
     for architecture in named:
-        if architecture in BY_ARCHITECTURE:
-            return BY_ARCHITECTURE[architecture]
+        for family in BY_ARCHITECTURE.get(architecture, ()):
+            if family.fits(source.config):
+                return family
     what = ", ".join(named) or "model without an architecture in config.json"
     raise UserError(
         f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
@@ -149,9 +155,10 @@ def _architecture_problems(family: Family, name: str | None, facts: Mapping[str,
     ]
 
 
-def _is_of_encoder(f: Field) -> bool:
-    """Whether a size is one of the other encoders: config.json has it in an entry of theirs."""
-    return any("." in key for key in f.metadata["hf"])
+def _encoder(f: Field) -> str:
+    """MaxText's key of the encoder that a size is of: config.json has it in an entry of its own."""
+    entry = next(iter(f.metadata["hf"]), "").partition(".")[0]
+    return {"vision_config": "use_multimodal", "audio_config": "use_audio"}.get(entry, "")
 
 
 def _unit(field: str, family: Family) -> int:

@@ -30,7 +30,7 @@ OURS = [name for name in TREES if model_of(name) in known_models()]
 def test_plan_is_the_tree_of_maxtext(name):
     tree = json.loads(gzip.decompress(TREES[name].read_bytes()))
     model_name = model_of(name)
-    words = {"use_multimodal": name.endswith(".mm")}
+    words = {key: tree.get(key, False) for key in ("use_multimodal", "use_audio")}
     source = published(model_name)
     model = resolve(source, model_name, model_facts(model_name), words)
     config = parse([f"model_name={model_name}", "ici_fsdp_parallelism=8"], {})

@@ -37,17 +37,22 @@ class Case:
         config: the checkpoint's `config.json`.
         tensors: shapes of all tensors, in the order of the shards; before a shape, the dtype that
             a tensor has in any case.
+        scans: MaxText can stack the layers of such a model.
     """
 
     model_name: str
     words: Mapping[str, Any]
     config: Mapping[str, Any]
     tensors: Mapping[str, list[Any]]
+    scans: bool = True
 
 
 CASES: dict[str, Case] = {
     path.stem: Case(**shapes.load(path)) for path in sorted((shapes.DATA / "tiny").glob("*.json"))
 }
+
+# Each case with its layers scanned, and not.
+LAYERS = [(case, scan) for case in CASES for scan in (True, False) if CASES[case].scans or not scan]
 
 
 def tensors(case: str) -> dict[str, tuple[int, ...]]:

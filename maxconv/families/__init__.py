@@ -1,12 +1,15 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
 from maxconv.families.gemma import GEMMA2, GEMMA3
+from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
 from maxconv.families.olmo3 import OLMO3
 from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from maxconv.families.qwen3_5 import QWEN3_5_MOE
 from maxconv.families.qwen_next import QWEN3_NEXT
+from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
 from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, row, stated_sizes
 
 FAMILIES: tuple[Family, ...] = (
@@ -15,14 +18,24 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     GEMMA2,
     GEMMA3,
+    GEMMA4_SMALL,
+    GEMMA4,
     OLMO3,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
     QWEN3_NEXT,
+    QWEN3_5_MOE,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    QWEN3_OMNI_MOE,
+    WEAVER,
 )
 
-BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+BY_ARCHITECTURE: dict[str, list[Family]] = {}
+for _family in FAMILIES:
+    for _name in _family.architectures:
+        BY_ARCHITECTURE.setdefault(_name, []).append(_family)
 
 __all__ = [
     "BY_ARCHITECTURE",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maxconv.algebra import Op, Pattern, fit, hf, rearrange, scale
+from maxconv.algebra import Op, Pattern, Slice, fit, hf, rearrange, scale
 from maxconv.families.table import Dims, Row, row
 
 Ops = Sequence[Op | Pattern]
@@ -135,13 +135,39 @@ def gated_mlp(d: Dims, at: str = "mlp", root: Root = DECODER, name: str = "mlp")
     yield row(f"{at}/wo/kernel", "mlp embed", hf(f"{name}.down_proj.weight") >> outwards)
 
 
+def router(d: Dims, at: str, name: str) -> Row:
+    """What chooses the experts of a token."""
+    gate = hf(f"{LAYER}.{name}.gate.weight") >> rearrange("x e -> e x", x=d.experts, e=d.emb)
+    return row(f"decoder/{{layers}}/{at}/gate/kernel", "embed -", gate)
+
+
+def fused_experts(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
+    """A router and `fused_kernels`."""
+    yield router(d, at, name)
+    yield from fused_kernels(d, at, f"{name}.experts", inwards, outwards)
+
+
+def fused_kernels(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
+    """Experts in two tensors: gate and up as halves of one, and down.
+
+    `inwards`: the axes of each half: x experts, m of the MLP, e embedding; `outwards`: of down.
+    """
+    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}"
+    sizes = {"x": d.experts, "m": d.moe_mlp, "e": d.emb}
+    for i in range(2):
+        half = Slice(inwards.split().index("m"), i * d.moe_mlp, d.moe_mlp)
+        kernel = hf(f"{name}.gate_up_proj") >> half >> rearrange(f"{inwards} -> x e m", **sizes)
+        yield row(f"{at}/wi_{i}", "exp embed_moe mlp_moe", kernel)
+    down = hf(f"{name}.down_proj") >> rearrange(f"{outwards} -> x m e", **sizes)
+    yield row(f"{at}/wo", "exp mlp_moe embed_moe", down)
+
+
 def routed_experts(
     d: Dims, at: str, name: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> Iterator[Row]:
     """A router and its experts, each a gated MLP; `parts` are the names of gate, up and down."""
+    yield router(d, at, name)
     at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}"
-    router = hf(f"{name}.gate.weight") >> rearrange("x e -> e x", x=d.experts, e=d.emb)
-    yield row(f"{at}/gate/kernel", "embed -", router)
     gate, up, down = (hf(f"{name}.experts.{{e}}.{part}.weight") for part in parts)
     inwards = rearrange("m e -> e m", m=d.moe_mlp, e=d.emb)
     outwards = rearrange("e m -> m e", m=d.moe_mlp, e=d.emb)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -35,6 +36,16 @@ MIXTRAL_REPAIR = (
     "MaxText 0.2.5 takes the router kernels of mixtral-8x7b's scanned layers for a list of experts "
     "and stacks them on axis 0, so that it crashes; they were stacked on param_scan_axis, as the "
     "model has them"
+)
+
+GEMMA3_REPAIR = (
+    "MaxText 0.2.5 reads gemma3 by the names that transformers gives its tensors in memory; its "
+    "mapping was given those of the published files"
+)
+
+GEMMA4_REPAIR = (
+    "MaxText 0.2.5 maps the layers after gemma4's last whole block one by one, but its model "
+    "stacks them, so that it crashes; they were mapped as a stack"
 )
 
 
@@ -101,26 +112,81 @@ def lend_mixtral_router() -> None:
     param_mapping.HOOK_FNS["mixtral-8x7b"] = hooks
 
 
+def lend_names(model_name: str, names: dict[str, str]) -> None:
+    """Gives the mapping of a model other names of tensors: how each begins, instead of how."""
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    original = param_mapping.PARAM_MAPPING[model_name]
+
+    def renamed(tensor: Any) -> Any:
+        if isinstance(tensor, list):
+            return [renamed(one) for one in tensor]
+        return next(
+            (b + tensor[len(a) :] for a, b in names.items() if tensor.startswith(a)), tensor
+        )
+
+    def mapping(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {key: renamed(tensor) for key, tensor in original(*args, **kwargs).items()}
+
+    param_mapping.PARAM_MAPPING[model_name] = mapping
+
+
+def lend_gemma3_names() -> None:
+    """Repairs the names of gemma3, so that the very checkpoint that maxconv reads is converted."""
+    names = {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    lend_names("gemma3-4b", names)
+
+
+def lend_gemma4_remainder() -> None:
+    """Repairs the layers of scanned gemma4 that make no whole block (none, at published sizes)."""
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    def stacked(original: Callable[..., Any]) -> Callable[..., Any]:
+        def gathered(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in original(*args, **kwargs).items():
+                name, layers = re.subn(r"(layers_remainder)-layers_\d+", r"\1-local_layers", key)
+                is_tensor = layers and isinstance(value, str)
+                found[name] = [*found.get(name, []), value] if is_tensor else value
+            return found
+
+        return gathered
+
+    for table in (param_mapping.PARAM_MAPPING, param_mapping.HOOK_FNS):
+        table["gemma4-31b"] = stacked(table["gemma4-31b"])
+
+
 # By model and whether layers are scanned: what is repaired, and how.
 REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[], None]]] = {
     ("mistral-7b", True): (MISTRAL_REPAIR, lend_mistral_mapping),
     ("mistral-7b", False): (MISTRAL_REPAIR, lend_mistral_mapping),
     ("mixtral-8x7b", True): (MIXTRAL_REPAIR, lend_mixtral_router),
+    ("gemma3-4b", True): (GEMMA3_REPAIR, lend_gemma3_names),
+    ("gemma3-4b", False): (GEMMA3_REPAIR, lend_gemma3_names),
+    ("gemma4-31b", True): (GEMMA4_REPAIR, lend_gemma4_remainder),
 }
 
 
-def stand_in_for_torch() -> None:
+def stand_in_for_torch(save_dtype: str) -> None:
     """Rounds tensors to bfloat16 while they are read, as MaxText does where torch is installed.
 
     Without torch (gigabytes of CUDA for one cast) `_convert_tensor_to_numpy` returns arrays as
-    they are. With torch it is `tensor.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)`.
+    they are. With torch it is `tensor.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)`. Files
+    that MaxText opens for torch, without lazy loading, are opened for numpy.
     """
     import numpy as np
     import safetensors
 
     class RoundingFile:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._file = original(*args, **kwargs)
+            self._file = original(*args, **kwargs | {"framework": "np"})
+
+        def keys(self) -> list[str]:
+            return self._file.keys()
 
         def __enter__(self) -> RoundingFile:
             self._file.__enter__()
@@ -130,8 +196,8 @@ def stand_in_for_torch() -> None:
             self._file.__exit__(*args)
 
         def get_tensor(self, name: str) -> np.ndarray:
-            tensor = self._file.get_tensor(name)
-            return tensor.astype(np.float32).astype(tiny.DTYPES["bfloat16"])
+            tensor = self._file.get_tensor(name).astype(np.float32)
+            return tensor.astype(tiny.DTYPES[save_dtype])
 
     original: Callable[..., Any] = safetensors.safe_open
     safetensors.safe_open = RoundingFile  # type: ignore[assignment, misc]
@@ -153,8 +219,7 @@ def convert(
     if (model_name, scan) in REPAIRS:
         _, repair = REPAIRS[model_name, scan]
         repair()
-    if save_dtype == "bfloat16":
-        stand_in_for_torch()
+    stand_in_for_torch(save_dtype)
     gc.collect = lambda *_: 0  # MaxText collects once per leaf, 0.4 s each.
 
     sys.argv = [
@@ -169,6 +234,8 @@ def convert(
         "max_target_length=32",
         f"--hf_model_path={checkpoint}",
         f"--save_dtype={save_dtype}",
+        # MaxText refuses to load the tensors of multimodal models lazily.
+        f"--lazy_load_tensors={'use_multimodal' not in tiny.CASES[case].words}",
     ]
     runpy.run_module(
         "maxtext.checkpoint_conversion.to_maxtext", run_name="__main__", alter_sys=True

@@ -80,8 +80,7 @@ def runs() -> dict[str, Run]:
     """All runs to record, by name."""
     every = [
         Run(case, scan, save_dtype=save_dtype)
-        for case in tiny.CASES
-        for scan in (True, False)
+        for case, scan in tiny.LAYERS
         for save_dtype in ("bfloat16", "float32")
     ]
     every += [
@@ -95,11 +94,16 @@ def runs() -> dict[str, Run]:
         Run("qwen2.5-1.5b", True, words=("param_scan_axis=0",)),
         Run("qwen3-8b", True, words=("base_num_decoder_layers=2",)),
         Run("llama3.1-8b", False, words=("base_num_decoder_layers=2",)),
+        # Rows of the vocabulary are cut.
+        Run("gemma3-4b", True, words=("vocab_size=250",)),
     ]
     # Nothing is rounded to bfloat16: the hooks work on all bits of float32.
     every += [
         Run(case, True, dtype="float32", save_dtype="float32")
-        for case in ("qwen3-30b-a3b", "mixtral-8x7b", "olmo3-7b", "gemma2-2b")
+        for case in (
+            *("qwen3-30b-a3b", "mixtral-8x7b", "olmo3-7b", "gemma2-2b"),
+            *("gemma3-4b+vision", "gemma4-26b+vision"),
+        )
     ]
     return {run.name: run for run in every}
 

@@ -1,0 +1,66 @@
+"""Qwen3.5 with experts: Qwen3-Next, with other tensors for the same, and with vision.
+
+transformers modeling_qwen3_5_moe.py; MaxText models/qwen3_5.py.
+"""
+
+from dataclasses import dataclass
+
+from maxconv.algebra import Concat, Expr, Slice, hf, rearrange
+from maxconv.families.blocks import LAYER, ends, fused_experts
+from maxconv.families.qwen_next import (
+    HybridDims,
+    delta_net,
+    gated_attention,
+    norms,
+    shared_expert,
+)
+from maxconv.families.table import Family, cycle, each
+from maxconv.families.vision import QwenVisionDims, qwen_vision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims(HybridDims, QwenVisionDims):
+    """Of the text, and of the vision encoder."""
+
+
+def rows(d: Dims):
+    yield from ends(d)
+    experts = fused_experts(d, "mlp/routed_experts", "mlp", inwards="x m e", outwards="x e m")
+    layer = (*norms(d), *shared_expert(d), *experts)
+    *local, full = cycle(d.layers, d.cycle, "layer")
+    for layers in local:
+        yield from each(layers, layer, delta_net(d, qkvz(d), ba(d)))
+    yield from each(full, layer, gated_attention(d))
+    if d.multimodal:
+        yield from qwen_vision(d, "Qwen3_5Moe")
+
+
+def qkvz(d: Dims) -> Expr:
+    """For each key head its query and key, and the values and gates that go with it."""
+    name = f"{LAYER}.linear_attn"
+    keys, values = d.delta_keys * d.key_dim, d.delta_values * d.value_dim
+    qkv = hf(f"{name}.in_proj_qkv.weight")
+    query, key = (qkv >> Slice(0, start, keys) for start in (0, keys))
+    return woven(d, query, key, qkv >> Slice(0, 2 * keys, values), hf(f"{name}.in_proj_z.weight"))
+
+
+def ba(d: Dims) -> Expr:
+    """For each key head the rates of its values."""
+    return woven(d, *(hf(f"{LAYER}.linear_attn.in_proj_{part}.weight") for part in "ba"))
+
+
+def woven(d: Dims, *parts: Expr) -> Expr:
+    """Parts, (heads x width, emb) each, side by side within each key head: (emb, ...)."""
+    of_heads = rearrange("(h j) e -> h j e", h=d.delta_keys, e=d.emb)
+    return Concat(1, tuple(part >> of_heads for part in parts)) >> rearrange("h j e -> e (h j)")
+
+
+QWEN3_5_MOE = Family(
+    architectures=("Qwen3_5MoeForConditionalGeneration",),
+    decoder_block="qwen3_5",
+    rows=rows,
+    sizes=Dims,
+    names=(("model.language_model.", "model."),),
+    ignored=("mtp.*",),
+    encoders=("model.visual.*",),
+)
