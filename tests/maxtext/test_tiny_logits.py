@@ -22,7 +22,7 @@ from test_smollm2 import run  # noqa: E402
 # What a run of MaxText must be told beside the sizes, and how much its logits may differ.
 CASES: dict[str, tuple[list[str], float]] = {
     # Its logits are computed with the embedding table rounded to bfloat16.
-    "gemma3-4b+64": ([], 2e-2),
+    "gemma3-4b+64": ([], 3e-3),
 }
 
 
