@@ -18,6 +18,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import load_logits  # noqa: E402
 import smollm2  # noqa: E402
 
+REFERENCE = HERE.parent / "data" / "smollm2_reference.npz"
+
 
 def run(*command: str | Path) -> None:
     """Runs a Python program in a process of its own: each needs another set of devices."""
@@ -56,9 +58,12 @@ def test_maxtext_says_what_transformers_says(
     items, scan = converted
     out = tmp_path / "logits.npy"
     layers = "--scan" if scan else "--no-scan"
-    run(HERE / "load_logits.py", items, "--loader", loader, layers, "--out", out)
+    run(
+        *(HERE / "load_logits.py", items, *smollm2.MAXTEXT_WORDS, *smollm2.MAXTEXT_RUN_WORDS),
+        *("--tokens", REFERENCE, "--loader", loader, layers, "--out", out),
+    )
 
-    made, reference = np.load(out), np.load(load_logits.REFERENCE)
+    made, reference = np.load(out), np.load(REFERENCE)
     columns = made[..., :: int(reference["column_stride"])]
     highest = made.max(axis=-1)
     logsumexp = highest + np.log(np.exp(made - highest[..., None]).sum(axis=-1))
