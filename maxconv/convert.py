@@ -135,14 +135,15 @@ def _with_target(job: Job) -> Job:
     else:
         differs = resume.problem(directory, there, job.identity)
         is_same = differs is None
-    if (epath.Path(directory) / target.STEP).exists():
+    if target.is_there(directory):
         if is_same:
             return replace(job, there="finished")
     elif differs is not None:
         problems = [differs]
     if problems:
         raise UserError(problems)
-    return replace(job, there="unfinished" if is_same else "nothing")
+    can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
+    return replace(job, there="unfinished" if is_same and can_move else "nothing")
 
 
 def _begin(job: Job, speaks: bool) -> dict[str, Any]:

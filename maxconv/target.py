@@ -23,6 +23,12 @@ def items(directory: str) -> str:
     return f"{directory.rstrip('/')}/{STEP}/items"
 
 
+def is_there(directory: str) -> bool:
+    """Whether there is a finished step, or on disks anything in its place."""
+    step = epath.Path(directory) / STEP
+    return ((step / _COMMITTED) if "://" in directory else step).exists()
+
+
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
     """What stands in the way of writing `nbytes` there, in sentences."""
     check = _bucket_problems if "://" in directory else _local_problems
