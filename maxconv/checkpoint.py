@@ -9,10 +9,11 @@ this uses private parts of that release, which is why it is pinned.
 import asyncio
 import contextvars
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
 from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handler
 from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
 
-from maxconv import together
+from maxconv import resume, together
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
@@ -119,6 +120,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 
     window: int
     progress: Progress
+    kept: Mapping[str, Any]
 
     async def serialize(
         self,
@@ -156,6 +158,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     ) -> None:
         room = asyncio.Condition()
         metadata: dict[int, Any] = {}
+        await infos[0].await_path_creation()
+        use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
+        journal = resume.Journal(infos[0].parent_dir, self.kept.values(), use_ocdbt)
 
         async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
             try:
@@ -165,6 +170,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 self.progress.hold(-cost)
                 async with room:
                     room.notify_all()
+            journal.add(metadata[i])
             self.progress.written += cost
             self.progress.leaves += 1
 
@@ -172,6 +178,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
             async with asyncio.TaskGroup() as writes:
                 for i, value in enumerate(values):
+                    if infos[i].name in self.kept:
+                        metadata[i] = self.kept[infos[i].name]
+                        continue
                     cost = value.local_nbytes
                     async with room:
                         await room.wait_for(lambda cost=cost: self._has_room(cost))
@@ -182,6 +191,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     values[i] = None
                     writes.create_task(write(i, array, cost))
                     del array
+        journal.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
                 checkpoint_dir=infos[0].parent_dir,
@@ -229,6 +239,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
 
     window = 512 << 20
     progress = Progress()
+    kept: Mapping[str, Any] = {}
 
     def __init__(self, *, context: ocp.Context | None = None):
         super().__init__(context=context)
@@ -246,6 +257,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
         )
         self._handler_impl.window = self.window
         self._handler_impl.progress = self.progress
+        self._handler_impl.kept = self.kept
 
 
 class _AbstractLazyTensor:
@@ -254,11 +266,10 @@ class _AbstractLazyTensor:
     _maxconv_lazy_tensor: bool
 
 
-def _tree_handler(window: int, progress: Progress) -> type:
+def _tree_handler(window: int, progress: Progress, kept: Mapping[str, Any]) -> type:
     """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
-    leaf_handler: Any = type(
-        "LazyTensorHandler", (LazyTensorHandler,), {"window": window, "progress": progress}
-    )
+    own = {"window": window, "progress": progress, "kept": kept}
+    leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
 
     class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
         def __init__(self, **kwargs: Any):
@@ -316,16 +327,18 @@ def save(
     window: int,
     progress: Progress,
     ctx: ocp.Context | None = None,
+    kept: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
 
-    `window` in bytes per process. Returns when everything is durable; until then nothing there
-    reads as a checkpoint.
+    `window` in bytes per process. `kept`: what `resume.finished` says of leaves that are not to be
+    made, as an attempt before this one wrote them. Returns when everything is durable; until then
+    nothing there reads as a checkpoint.
     """
     ctx = ctx or context()
     ctx.memory.write_concurrent_bytes = window
     handlers = ocp.handlers.local_registry()
-    handlers.add(_tree_handler(window, progress), checkpointable_name="items")
+    handlers.add(_tree_handler(window, progress, kept), checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
         saving = checkpointer.save_checkpointables_async(
@@ -333,3 +346,5 @@ def save(
         )
         assert saving is not None
         saving.result()
+    if jax.process_index() == 0:
+        resume.clear(directory)

@@ -21,6 +21,7 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
         --save_dtype=bfloat16           or float32
         --verify=sample                 none, sample or full: read back and compare bits
         --overwrite                     replace DIR/0
+        --resume                        go on with a conversion that was cut off
   maxconv plan [the same words]
       What a conversion would do, without reading a tensor.
   maxconv verify CHECKPOINT [the words of the conversion]

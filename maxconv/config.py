@@ -34,6 +34,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "use_compression": (bool, False),
     "verify": (str, "sample"),
     "overwrite": (bool, False),
+    "resume": (bool, False),
     "coordinator_address": (str, None),
     "num_processes": (int, None),
     "process_id": (int, None),
@@ -46,6 +47,7 @@ _OF_ONE_RUN = (
     "base_output_directory",
     "hf_access_token",
     "overwrite",
+    "resume",
     "verify",
     "coordinator_address",
     "num_processes",
@@ -104,6 +106,7 @@ class Config:
     use_compression: bool
     verify: str
     overwrite: bool
+    resume: bool
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None

@@ -4,16 +4,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TextIO
+from typing import Any, Literal, TextIO
 
 import jax
 from etils import epath
 
-from maxconv import __version__, checkpoint, distributed, target, together
+from maxconv import __version__, checkpoint, distributed, resume, target, together
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
@@ -37,6 +37,9 @@ class Job:
     source: Source
     plan: Plan
     window: int
+    identity: Mapping[str, str]
+    there: Literal["nothing", "unfinished", "finished"] = "nothing"
+    """What the target holds of this very conversion, if it is to be gone on with."""
 
     @property
     def items(self) -> str:
@@ -65,9 +68,13 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.save_dtype,
                 _window(config) // 8,
             )
-            if writes and (found := _target_problems(config, plan)):
-                raise UserError(found)
-        yield Job(config, source, plan, _window(config))
+        # That of process 0: a copy of the source on another host has other times.
+        same = distributed.gathered(resume.identity(config, source, plan))[0]
+        job = Job(config, source, plan, _window(config), same)
+        with distributed.same_error_everywhere():
+            if writes:
+                job = _with_target(job)
+        yield job
 
 
 def opened(config: Config) -> Source:
@@ -108,24 +115,68 @@ def run(config: Config) -> Job:
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
                 print(f"note: {notice}", file=sys.stderr)
-        distributed.once(partial(target.clear, config.base_output_directory))
         with together.all_or_none():
-            _save(job, speaks)
-        took = time.monotonic() - started
+            if job.there != "finished":
+                _save(job, _begin(job, speaks), speaks)
+            if speaks:
+                _finish(job)
         if speaks:
-            print(_summary(job, took), flush=True)
-            _leave_words(config)
+            print(_summary(job, time.monotonic() - started), flush=True)
         _verify(job, job.items, speaks)
     return job
 
 
-def _save(job: Job, speaks: bool) -> None:
+def _with_target(job: Job) -> Job:
+    """The job, once its target was looked at; UserError when something is in the way there."""
+    config, directory = job.config, job.config.base_output_directory
+    problems = target.problems(directory, job.plan.output_nbytes, config.overwrite)
+    if not config.resume or (there := resume.recorded(directory)) is None:
+        is_same, differs = False, None
+    else:
+        differs = resume.problem(directory, there, job.identity)
+        is_same = differs is None
+    if target.is_there(directory):
+        if is_same:
+            return replace(job, there="finished")
+    elif differs is not None:
+        problems = [differs]
+    if problems:
+        raise UserError(problems)
+    can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
+    return replace(job, there="unfinished" if is_same and can_move else "nothing")
+
+
+def _begin(job: Job, speaks: bool) -> dict[str, Any]:
+    """Makes the target ready; returns the leaves that an attempt before this one finished."""
+    directory, kept = job.config.base_output_directory, dict[str, Any]()
+    if job.there == "unfinished":
+        distributed.once(partial(resume.keep, directory))
+        kept = resume.finished(directory)
+        if speaks and kept:
+            print(f"note: {len(kept)} of {len(job.plan.leaves)} leaves are there", file=sys.stderr)
+    if not kept:
+        distributed.once(partial(target.clear, directory))
+        distributed.once(partial(_leave_words, job, target.UNFINISHED_WORDS))
+    return kept
+
+
+def _finish(job: Job) -> None:
+    """Turns what was left for another attempt into words about the checkpoint."""
+    directory = job.config.base_output_directory
+    _leave_words(job, target.WORDS)
+    (epath.Path(directory) / target.UNFINISHED_WORDS).unlink(missing_ok=True)
+    resume.clear(directory)
+
+
+def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
+    """Saves the leaves; those that were `kept` are there already."""
     config, plan = job.config, job.plan
-    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in plan.leaves))
-    with Engine(plan, job.source, job.window) as engine:
+    left = tuple(leaf for leaf in plan.leaves if resume.name_of(leaf) not in kept)
+    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
+    with Engine(replace(plan, leaves=left), job.source, job.window) as engine:
 
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
-            if not config.lazy_load_tensors:
+            if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
                 return engine.make(planned)
             return checkpoint.LazyTensor(
                 partial(engine.make, planned),
@@ -147,6 +198,7 @@ def _save(job: Job, speaks: bool) -> None:
                     config.checkpoint_storage_use_zarr3,
                     config.use_compression,
                 ),
+                kept,
             )
 
 
@@ -185,6 +237,8 @@ def _told(speaks: bool) -> TextIO | None:
 
 def _summary(job: Job, took: float) -> str:
     plan, read = job.plan, job.source.stats.bytes_read
+    if job.there == "finished":
+        return f"saved before: {job.items}"
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}, and held "
@@ -193,15 +247,12 @@ def _summary(job: Job, took: float) -> str:
     )
 
 
-def _leave_words(config: Config) -> None:
-    """Says beside the checkpoint where it came from, for `maxconv verify` and for people."""
-    said = {"maxconv": __version__, "words": list(config.words)}
-    path = epath.Path(config.base_output_directory) / target.WORDS
-    path.write_text(json.dumps(said, indent=2) + "\n")
-
-
-def _target_problems(config: Config, plan: Plan) -> list[str]:
-    return target.problems(config.base_output_directory, plan.output_nbytes, config.overwrite)
+def _leave_words(job: Job, name: str) -> None:
+    """Says beside the checkpoint where it came from: for verify, --resume and people."""
+    words = {"maxconv": __version__, "words": list(job.config.words), "identity": job.identity}
+    directory = epath.Path(job.config.base_output_directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(json.dumps(words, indent=2) + "\n")
 
 
 def _window(config: Config) -> int:

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 LINGER = 25  # seconds for the others to notice that process 0 is gone
+LEAVE = 3  # seconds for those to leave that know that the job has ended
 
 
 class Service:
@@ -35,9 +37,11 @@ class Service:
             raise OSError(f"JAX's coordination service cannot listen on port {port}")
 
     def shutdown(self) -> None:
-        """Ends the service; all processes are done with it."""
-        self._process.kill()
-        self._process.wait()
+        """Ends the service soon; all processes are done with it."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is gone already
+            self._process.stdin.write(b"done")
+            self._process.stdin.close()
 
 
 def serve(address: str, num_nodes: int) -> None:
@@ -47,8 +51,8 @@ def serve(address: str, num_nodes: int) -> None:
     _wait_until_free(int(address.rpartition(":")[2]))
     service = _jax.get_distributed_runtime_service(address, num_nodes)
     print("ready", flush=True)
-    sys.stdin.buffer.read()
-    time.sleep(LINGER)
+    sys.stdout.close()
+    time.sleep(LEAVE if sys.stdin.buffer.read() else LINGER)
     del service
     os._exit(0)
 

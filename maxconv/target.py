@@ -12,7 +12,8 @@ from maxconv.report import size
 
 STEP = "0"  # MaxText's converter writes step 0
 WORDS = "maxconv.json"  # beside the step: how it was made
-_UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # how Orbax' names of an unfinished step 0 begin
+UNFINISHED_WORDS = "maxconv.unfinished.json"  # the same, of one that is not there yet
+UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # how Orbax' names of an unfinished step 0 begin
 _COMMITTED = "commit_success.txt"  # makes a directory in a bucket, which has no renames, complete
 _MARKS = {"_CHECKPOINT_METADATA", "items"}  # what a checkpoint of MaxText has
 
@@ -20,6 +21,12 @@ _MARKS = {"_CHECKPOINT_METADATA", "items"}  # what a checkpoint of MaxText has
 def items(directory: str) -> str:
     """Where MaxText finds the weights: its load_parameters_path."""
     return f"{directory.rstrip('/')}/{STEP}/items"
+
+
+def is_there(directory: str) -> bool:
+    """Whether there is a finished step, or on disks anything in its place."""
+    step = epath.Path(directory) / STEP
+    return ((step / _COMMITTED) if "://" in directory else step).exists()
 
 
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
@@ -34,15 +41,16 @@ def clear(directory: str) -> None:
     Whenever it is interrupted, what remains is either the whole checkpoint or none.
     """
     root = epath.Path(directory)
-    for path in root.glob(f"{_UNFINISHED}*"):
+    for path in root.glob(f"{UNFINISHED}*"):
         path.rmtree()
     step = root / STEP
     if step.exists():
         if "://" in directory:
             (step / _COMMITTED).unlink(missing_ok=True)
         else:
-            step = step.rename(root / _UNFINISHED)
-    (root / WORDS).unlink(missing_ok=True)
+            step = step.rename(root / UNFINISHED)
+    for words in (WORDS, UNFINISHED_WORDS):
+        (root / words).unlink(missing_ok=True)
     if step.exists():
         step.rmtree()
 
@@ -55,7 +63,7 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
         return
     try:
         tempfile.TemporaryFile(dir=there).close()  # has no name: nobody ever sees it
-        old = [path for path in (step, *step.parent.glob(f"{_UNFINISHED}*")) if path.exists()]
+        old = [path for path in (step, *step.parent.glob(f"{UNFINISHED}*")) if path.exists()]
         free = shutil.disk_usage(there).free + sum(map(_nbytes, old))
     except OSError as error:
         yield f"{there} cannot be written to ({error.strerror}); name another directory."

@@ -23,6 +23,10 @@ class AdaptedSource(Source):
         owner = self._adapter if info.name in self._adapter.tensors else self._base
         owner._fetch(info, offsets, nbytes, buffer)
 
+    def versions(self) -> dict[str, str]:
+        adapter = {f"{name} of the adapter": v for name, v in self._adapter.versions().items()}
+        return self._base.versions() | adapter
+
     def close(self) -> None:
         self._adapter.close()
         self._base.close()

@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -97,6 +98,15 @@ class LocalSource(Source):
         except OSError as error:
             error.add_note(f"while tensor {info.name!r} was read from {info.file} in {self.root}")
             raise
+
+    def versions(self) -> dict[str, str]:
+        """Size and time of every file that has tensors."""
+        files = sorted({info.file for info in self.tensors.values()})
+        stats = {file: (self._directory / file).stat() for file in files}
+        return {
+            file: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime)}"
+            for file, stat in stats.items()
+        }
 
     def _open(self, file: str) -> int:
         with self._lock:
