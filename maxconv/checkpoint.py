@@ -26,6 +26,8 @@ from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
 from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handler
 from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
 
+from maxconv import together
+
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
 
@@ -138,6 +140,15 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         ]
 
     async def _stream(
+        self,
+        values: list[Any],
+        infos: Sequence[types_v0.ParamInfo],
+        args: Sequence[types_v0.SaveArgs],
+    ) -> None:
+        with together.all_or_none():  # Orbax would wait for the others first, and they for this one
+            await self._make_and_write(values, infos, args)
+
+    async def _make_and_write(
         self,
         values: list[Any],
         infos: Sequence[types_v0.ParamInfo],

@@ -1,12 +1,8 @@
 """The command `maxconv`."""
 
 import logging
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from maxconv import __version__
 from maxconv.errors import UserError, VerificationError
@@ -40,8 +36,6 @@ Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 42
 again, 130 interrupted, 1 anything else.
 """
 
-ONLY_SAVED = "only what was said to be saved is a checkpoint"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
@@ -61,42 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: Callable[[], None]) -> int:
     """Runs something, and tells a person what went wrong; returns the exit code."""
-    from maxconv.distributed import leave_together
-    from maxconv.errors import exit_code, failure_text
+    from maxconv import together
+    from maxconv.errors import failure_text
 
     for library in ("absl", "gcsfs"):
         logging.getLogger(library).addFilter(_matters)
-    with _leaving_at_once():
+    with together.leaving_at_once():
         try:
             command()
-            return leave_together(0)
+            return together.leave(0)
         except (UserError, VerificationError) as error:  # all processes came to it
             print(failure_text(error), file=sys.stderr)
-            return leave_together(error.exit_code)
+            return together.leave(error.exit_code)
         except Exception as error:
-            print(failure_text(error), f"maxconv: {ONLY_SAVED}", sep="\n", file=sys.stderr)
-            sys.stderr.flush()
-            # Not a normal exit: it waits for the threads, in which reads and writes go on.
-            os._exit(exit_code(error))
-
-
-@contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """Makes Ctrl-C end the process: an exception would wait for what the threads have to do."""
-
-    def leave(*_: object) -> None:
-        start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the line of progress
-        os.write(2, f"{start}maxconv: interrupted; {ONLY_SAVED}\n".encode())
-        os._exit(130)
-
-    if threading.current_thread() is not threading.main_thread():  # has no say in signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+            together.fail(error)
 
 
 def _matters(record: logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ from typing import TextIO
 import jax
 from etils import epath
 
-from maxconv import __version__, checkpoint, distributed, target
+from maxconv import __version__, checkpoint, distributed, target, together
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
@@ -109,7 +109,7 @@ def run(config: Config) -> Job:
             for notice in (*job.source.notices, *job.plan.notices):
                 print(f"note: {notice}", file=sys.stderr)
         distributed.once(partial(target.clear, config.base_output_directory))
-        with distributed.all_or_none():
+        with together.all_or_none():
             _save(job, speaks)
         took = time.monotonic() - started
         if speaks:
@@ -164,7 +164,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
         report = now
 
     with (
-        distributed.all_or_none(),
+        together.all_or_none(),
         Engine(checked, job.source, job.window) as engine,
         ProgressLine("verified", lambda: (report.nbytes, checked.output_nbytes), _told(speaks)),
     ):

@@ -3,16 +3,21 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from glob import glob
 from typing import Any
 
 import numpy as np
 
+from maxconv import coordinator, together
 from maxconv.config import Config, parse
-from maxconv.errors import UserError, exit_code, failure_text
+from maxconv.errors import RetryableError, UserError
+from maxconv.report import duration
+
+PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
 
 def start(words: Sequence[str]) -> Config:
@@ -63,25 +68,127 @@ def _use_cpu(num_devices: int) -> None:
         pass  # the backend runs: its devices stay
 
 
-def _connect(config: Config, platform: str) -> None:
-    """Joins the other processes: those of the flags, or on a TPU those that JAX finds."""
-    import jax
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job: where their coordinator listens, how many, and which this one is."""
 
-    if config.skip_jax_distributed_system or jax.distributed.is_initialized():
-        return
-    timeout = config.jax_distributed_initialization_timeout
+    address: str
+    n: int
+    mine: int
+
+
+def find_processes(
+    config: Config, platform: str, environ: Mapping[str, str] = os.environ
+) -> Processes | None:
+    """The processes that the flags name, else those that the environment does; None: just this.
+
+    Raises:
+        UserError: the environment says that there are others, but not which.
+    """
+    if config.skip_jax_distributed_system:
+        return None
     if config.coordinator_address is not None:
-        if platform == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            coordinator_address=config.coordinator_address,
-            num_processes=config.num_processes,
-            process_id=config.process_id,
-            cluster_detection_method="deactivate",
-            initialization_timeout=timeout,
-        )
+        assert config.num_processes is not None and config.process_id is not None
+        found = Processes(config.coordinator_address, config.num_processes, config.process_id)
     elif platform == "tpu":
-        jax.distributed.initialize(initialization_timeout=timeout)
+        found = _on_tpus(config.jax_distributed_initialization_timeout)
+    elif "JAX_COORDINATOR_ADDRESS" in environ:
+        found = _in_cpu_pool(environ)
+    else:
+        return None
+    if found is None or found.n == 1:
+        return None
+    host, colon, port = found.address.rpartition(":")
+    with_port = found.address if colon and port.isdigit() else f"{found.address}:{PORT}"
+    return replace(found, address=with_port)
+
+
+def _on_tpus(timeout: int) -> Processes | None:
+    """What JAX reads of GKE's environment or the TPU VM's metadata; slices follow each other."""
+    from jax._src import clusters
+
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        address, count, mine, _ = detect(None, None, None, None, None, timeout)
+    except Exception as error:  # of the network, of a library that is missing, of odd metadata
+        raise UserError(
+            f"JAX cannot tell which processes share this TPU ({error}); give "
+            "--coordinator_address, --num_processes and --process_id, or "
+            "skip_jax_distributed_system=true if there is one."
+        ) from error
+    if address is None or count is None or mine is None:
+        return None
+    return Processes(address, count, mine)
+
+
+def _in_cpu_pool(environ: Mapping[str, str]) -> Processes:
+    """What xpk sets in the pods of a pool of CPU nodes; JAX reads no more than the address."""
+    names = ("JAX_PROCESS_COUNT", "JOB_INDEX", "PROCESSES_IN_JOB", "JOB_COMPLETION_INDEX")
+    try:
+        count, job, in_job, mine = (int(environ[name]) for name in names)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS is set, but not all of {', '.join(names)} are numbers; give "
+            "--coordinator_address, --num_processes and --process_id, or unset it."
+        ) from None
+    return Processes(environ["JAX_COORDINATOR_ADDRESS"], count, job * in_job + mine)
+
+
+def _connect(config: Config, platform: str) -> None:
+    """Joins the other processes, if there are any."""
+    import jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
+        return
+    if platform == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    timeout = config.jax_distributed_initialization_timeout
+    stock = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = coordinator.Service
+    try:
+        with _patience(to, timeout):
+            jax.distributed.initialize(
+                to.address,
+                to.n,
+                to.mine,
+                cluster_detection_method="deactivate",
+                initialization_timeout=2 * timeout + 60,  # JAX's own would abort the process
+            )
+    finally:
+        _jax.get_distributed_runtime_service = stock
+    together.watch()
+
+
+@contextmanager
+def _patience(to: Processes, seconds: int) -> Iterator[None]:
+    """Says whom this process waits for; ends it, with the usual mistake, when nobody comes."""
+    others = f"{to.n - 1} other process(es)" if to.mine == 0 else "process 0"
+    where = f"at {to.address}" if to.mine else f"to come to {to.address}"
+    print(
+        f"note: process {to.mine} of {to.n} waits for {others} {where}; started on one worker "
+        "only? Start it on all: gcloud takes --worker=all",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def give_up() -> None:
+        together.fail(
+            RetryableError(
+                f"Process {to.mine} of {to.n} waited {duration(seconds)} in vain for {others} "
+                f"{where}; start the same command on all workers (gcloud takes --worker=all), and "
+                f"see that port {to.address.rpartition(':')[2]} is open between them."
+            )
+        )
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -121,42 +228,3 @@ def once(action: Callable[[], None]) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("maxconv: done on process 0")
-
-
-def leave_together(code: int) -> int:
-    """Ends all processes with a code that they all came to; returns it if there is but one.
-
-    A normal exit would shut JAX down behind a barrier of its own, where a process can be left
-    waiting for minutes for a coordinator that is gone. So the first, where it lives, leaves last.
-    """
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return code
-    from jax._src import distributed
-
-    client = distributed.global_state.client
-    assert client is not None
-    # Not a collective: it would be over here while its last bytes are still on their way there.
-    client.wait_at_barrier("maxconv: leaving", timeout_in_ms=60_000)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:
-        time.sleep(1)
-    os._exit(code)
-
-
-@contextmanager
-def all_or_none() -> Iterator[None]:
-    """Ends this process at once when the work inside fails and others take part in it.
-
-    They wait for it, in a collective or at a barrier; when it is gone, JAX ends them too.
-    """
-    import jax
-
-    try:
-        yield
-    except BaseException as error:
-        if jax.process_count() == 1:
-            raise
-        print(failure_text(error), file=sys.stderr, flush=True)
-        os._exit(exit_code(error))

@@ -14,7 +14,7 @@ def families_text() -> str:
         (name, hf_id, architecture, _layers(family), _notes(family))
         for family in FAMILIES
         for architecture in family.architectures
-        for name, hf_id in _models(architecture)
+        for name, hf_id in _models(family, architecture)
     ]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
     lines = (
@@ -28,16 +28,20 @@ def families_markdown() -> str:
     """The README's table: a line for each architecture."""
     head = ("architecture in `config.json`", "`model_name`", "layers", "notes")
     rows = (
-        (architecture, ", ".join(n for n, _ in _models(architecture)), _layers(f), _notes(f))
-        for architecture, f in BY_ARCHITECTURE.items()
+        (architecture, ", ".join(n for n, _ in _models(f, architecture)), _layers(f), _notes(f))
+        for architecture, families in BY_ARCHITECTURE.items()
+        for f in families
     )
     return "\n".join(map(_markdown_row, [head, ["---"] * len(head), *rows]))
 
 
-def _models(architecture: str) -> Iterable[tuple[str, str]]:
-    """MaxText's names of the models of an architecture, and where they are published."""
+def _models(family: Family, architecture: str) -> Iterable[tuple[str, str]]:
+    """MaxText's names of a family's models of an architecture, and where they are published."""
+    made = (architecture, family.decoder_block)
     models = known_models().items()
-    return [(name, f["hf_id"]) for name, f in models if f["architecture"] == architecture]
+    return [
+        (name, f["hf_id"]) for name, f in models if (f["architecture"], f["decoder_block"]) == made
+    ]
 
 
 def _layers(family: Family) -> str:

@@ -102,8 +102,9 @@ def _family(source: Source) -> Family:
     entry = source.config.get("architectures") or []
     named = [entry] if isinstance(entry, str) else [str(name) for name in entry]
     for architecture in named:
-        if architecture in BY_ARCHITECTURE:
-            return BY_ARCHITECTURE[architecture]
+        for family in BY_ARCHITECTURE.get(architecture, ()):
+            if family.fits(source.config):
+                return family
     what = ", ".join(named) or "model without an architecture in config.json"
     raise UserError(
         f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "

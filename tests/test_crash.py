@@ -122,7 +122,7 @@ def test_interrupted(place: Place) -> None:
         code, said = ended(process)
     assert time.monotonic() - began < 10
     assert code == 130
-    assert said == "maxconv: interrupted; only what was said to be saved is a checkpoint\n"
+    assert said == "maxconv: interrupted\nmaxconv: only what was said to be saved is a checkpoint\n"
     assert place.unfinished and place.has_none()
     place.converts()
 
@@ -130,7 +130,7 @@ def test_interrupted(place: Place) -> None:
 def test_interrupted_at_the_first_read(place: Place) -> None:
     with started(place.words, INTERRUPT_AT=1, SLOW=SLOW) as process:
         code, said = ended(process)
-    assert code == 130 and said.count("\n") == 1
+    assert code == 130 and said.count("\n") == 2
     assert place.has_none()
 
 

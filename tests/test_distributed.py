@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from maxconv.config import parse
+from maxconv.distributed import Processes, find_processes
+from maxconv.errors import UserError
+
 PROGRAM = """
 import sys
 from maxconv import distributed
@@ -47,10 +51,61 @@ def test_cpu(line: str, environ: dict[str, str], expected: str) -> None:
     assert result(start(line, **environ)) == expected
 
 
-def test_processes() -> None:
+def test_processes_of_a_cpu_pool() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    line = f"hardware=cpu simulated_cpu_devices_count=2 coordinator_address={address}"
-    both = [start(f"{line} --num_processes=2 --process_id={i}") for i in range(2)]
+    line = "hardware=cpu simulated_cpu_devices_count=2"
+    both = [start(line, **pool(address, jobs=1, in_job=2, job=0, mine=i)) for i in range(2)]
     assert [result(process) for process in both] == ["cpu 2 4 0"] * 2
+
+
+def pool(address: str, jobs: int, in_job: int, job: int, mine: int) -> dict[str, str]:
+    """What xpk sets in a pod of a pool of CPU nodes."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_PROCESS_COUNT": str(jobs * in_job),
+        "PROCESSES_IN_JOB": str(in_job),
+        "JOB_INDEX": str(job),
+        "JOB_COMPLETION_INDEX": str(mine),
+    }
+
+
+def test_finds_the_processes_of_a_cpu_pool() -> None:
+    environ = pool("head.pod", jobs=3, in_job=4, job=2, mine=1)
+    cpu = parse(["hardware=cpu"], {})
+    assert find_processes(cpu, "cpu", environ) == Processes("head.pod:1234", 12, 9)
+    assert find_processes(cpu, "cpu", {}) is None
+    assert find_processes(parse(["skip_jax_distributed_system=true"], {}), "cpu", environ) is None
+    with pytest.raises(UserError, match="JAX_PROCESS_COUNT.*--num_processes"):
+        find_processes(cpu, "cpu", {"JAX_COORDINATOR_ADDRESS": "head.pod"})
+
+
+GKE = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.2,127.0.0.3,127.0.0.4", "TPU_WORKER_ID": "3"}
+NO_SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "", "MEGASCALE_NUM_SLICES": ""}
+SLICES = {
+    "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.9:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        (GKE | NO_SLICES | {"MEGASCALE_SLICE_ID": ""}, Processes("127.0.0.1:8482", 4, 3)),
+        (GKE | SLICES, Processes("127.0.0.9:8482", 8, 7)),
+        (GKE | SLICES | {"JAX_COORDINATOR_PORT": "99"}, Processes("127.0.0.9:99", 8, 7)),
+    ],
+)
+def test_finds_the_processes_of_slices(
+    environ: dict[str, str], found: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX looks for them only where it found chips: it is told that it did."""
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert find_processes(parse([], {}), "tpu") == found
+    one = ["--coordinator_address=h:1", "--num_processes=2", "--process_id=1"]
+    assert find_processes(parse(one, {}), "tpu") == Processes("h:1", 2, 1)

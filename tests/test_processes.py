@@ -24,8 +24,9 @@ def free_port():
 
 
 @contextmanager
-def processes(n, words, log_directory):
+def processes(n, words, log_directory, program=None, environ=()):
     """`n` processes of one conversion; killed if they are still there at the end."""
+    command = ["-c", program] if program else ["-m", "maxconv.to_maxtext"]
     address = f"127.0.0.1:{free_port()}"
     log_directory.mkdir(parents=True, exist_ok=True)
     running = []
@@ -34,10 +35,10 @@ def processes(n, words, log_directory):
         with (log_directory / f"{i}.log").open("w") as log:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "maxconv.to_maxtext", *words, *flags],
+                    [sys.executable, *command, *words, *flags],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", **dict(environ)},
                 )
             )
     try:
@@ -49,9 +50,10 @@ def processes(n, words, log_directory):
 
 
 def said(log_directory):
-    """What each process printed, apart from gloo's greetings."""
+    """What each process printed, apart from gloo's greetings and whom it waited for."""
     logs = (path.read_text().splitlines() for path in sorted(log_directory.iterdir()))
-    return ["\n".join(line for line in log if not line.startswith("[Gloo]")) for log in logs]
+    greetings = ("[Gloo]", "note: process")
+    return ["\n".join(line for line in log if not line.startswith(greetings)) for log in logs]
 
 
 def stored(out: Path):

@@ -1,6 +1,7 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
 from maxconv.families.gemma import GEMMA2, GEMMA3
+from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
@@ -17,6 +18,8 @@ FAMILIES: tuple[Family, ...] = (
     MIXTRAL,
     GEMMA2,
     GEMMA3,
+    GEMMA4_SMALL,
+    GEMMA4,
     OLMO3,
     QWEN2,
     QWEN3,
@@ -29,7 +32,10 @@ FAMILIES: tuple[Family, ...] = (
     WEAVER,
 )
 
-BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+BY_ARCHITECTURE: dict[str, list[Family]] = {}
+for _family in FAMILIES:
+    for _name in _family.architectures:
+        BY_ARCHITECTURE.setdefault(_name, []).append(_family)
 
 __all__ = [
     "BY_ARCHITECTURE",

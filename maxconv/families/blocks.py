@@ -142,12 +142,17 @@ def router(d: Dims, at: str, name: str) -> Row:
 
 
 def fused_experts(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
-    """A router and experts in two tensors: gate and up as halves of one, and down.
+    """A router and `fused_kernels`."""
+    yield router(d, at, name)
+    yield from fused_kernels(d, at, f"{name}.experts", inwards, outwards)
+
+
+def fused_kernels(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
+    """Experts in two tensors: gate and up as halves of one, and down.
 
     `inwards`: the axes of each half: x experts, m of the MLP, e embedding; `outwards`: of down.
     """
-    yield router(d, at, name)
-    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}.experts"
+    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}"
     sizes = {"x": d.experts, "m": d.moe_mlp, "e": d.emb}
     for i in range(2):
         half = Slice(inwards.split().index("m"), i * d.moe_mlp, d.moe_mlp)

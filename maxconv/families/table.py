@@ -66,7 +66,7 @@ class Layers:
         scanned: what `{layers}` stands for, and the HF layer numbers that are stacked there; one
             number alone is not stacked.
         unscanned: the same when layers stand one by one.
-        axes: logical names of the stacked axes, outermost first.
+        axes: logical names of the stacked axes, outermost first; of a stack with fewer, the last.
     """
 
     scanned: tuple[tuple[str, Numbers], ...]
@@ -158,11 +158,14 @@ class Family:
     Attributes:
         architectures: as `config.json` names them; the first is also what messages call it.
         decoder_block: MaxText's name.
+        marked_by: an entry of config.json, not 0 there, that tells this family from one of the same
+            architectures that comes after it.
         rows: the table, given the sizes.
         sizes: the class of these.
         names: what tensors are called in some checkpoints, and what the table calls them, see
             `maxconv.naming`.
         ignored: patterns of tensors that MaxText has no parameter for.
+        spare: more of these, given the sizes.
         encoders: patterns of those that it has one for only with use_multimodal.
         hearing: and only with use_audio.
         scans: MaxText can stack its layers.
@@ -177,12 +180,18 @@ class Family:
     sizes: type[Dims] = Dims
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    spare: Callable[[Any], Iterable[str]] = lambda d: ()
     encoders: tuple[str, ...] = ()
     hearing: tuple[str, ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
     layers_per_block: int = 1
+    marked_by: str = ""
+
+    def fits(self, hf_config: Mapping[str, Any]) -> bool:
+        """Whether a config.json, of one of the architectures, is of this family."""
+        return not self.marked_by or any(stated(hf_config, [self.marked_by]).values())
 
     def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
         """The sizes that config.json states; KeyError names the entry that is missing.
@@ -207,6 +216,7 @@ class Family:
         """Whether the table has no row for a tensor on purpose."""
         unwanted = (
             *self.ignored,
+            *self.spare(dims),
             *(() if dims.multimodal else self.encoders),
             *(() if dims.audio else self.hearing),
         )
@@ -215,11 +225,16 @@ class Family:
 
 def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
     """The entries of a config.json that state a field of Dims, best first."""
+    return stated(hf_config, f.metadata["hf"])
+
+
+def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Those of some entries, see `size`, that a config.json has."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
         view = dict(view.get(nested) or {}) | view  # the outer entry wins: tie_word_embeddings
     found = {}
-    for key in f.metadata["hf"]:
+    for key in keys:
         value: Any = view
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -289,7 +304,7 @@ def _instances(
             yield at, named, {"l": numbers, **experts}
         else:
             axis = min((scan_axis or 0) if r.stack is None else r.stack, len(named))
-            logical = (*named[:axis], *r.layers.axes[: _depth(numbers)], *named[axis:])
+            logical = (*named[:axis], *r.layers.axes[-_depth(numbers) :], *named[axis:])
             yield at, logical, {"l": Stacked(numbers, axis), **experts}
 
 

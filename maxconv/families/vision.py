@@ -1,10 +1,12 @@
-"""Vision encoders. transformers modeling_siglip.py; MaxText models/gemma3.py."""
+"""Vision encoders. transformers modeling_siglip.py, modeling_gemma4.py; MaxText models/gemma3.py,
+models/gemma4_vision.py.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from maxconv.algebra import Slice, hf, rearrange
-from maxconv.families.blocks import Ops, Root, attention
+from maxconv.families.blocks import Ops, Root, attention, gated_mlp, norm, qk_norms
 from maxconv.families.table import Dims, Row, each, row, size, unrolled
 
 
@@ -35,8 +37,8 @@ class VisionDims(Dims):
         return replace(self, emb=self.vit_emb, mlp=self.vit_mlp, layers=self.vit_layers, **sizes)
 
 
-def siglip(d: VisionDims, positions: int, norm: Ops, norm_dtype: str) -> Iterator[Row]:
-    """SigLIP and the projection of its patches to tokens; `norm`: ops on the norm between."""
+def siglip(d: VisionDims, positions: int, ops: Ops, dtype: str) -> Iterator[Row]:
+    """SigLIP and the projection of its patches to tokens; `ops`, `dtype`: of the norm between."""
     at, name, v = "vision_encoder/Gemma3VisionEncoderLayer_0", "vision_tower", d.vit
     square = {"o": v.emb, "i": d.vit_channels, "y": d.vit_patch, "x": d.vit_patch}
     patches = hf(f"{name}.embeddings.patch_embedding.weight")
@@ -56,8 +58,8 @@ def siglip(d: VisionDims, positions: int, norm: Ops, norm_dtype: str) -> Iterato
     at, name = "vision_encoder/VisionEmbedder_0", "multi_modal_projector"
     kernel = hf(f"{name}.mm_input_projection_weight") >> rearrange("v e -> v e", v=v.emb, e=d.emb)
     yield row(f"{at}/mm_input_projection/w", "- -", kernel)
-    scale = hf(f"{name}.mm_soft_emb_norm.weight") >> rearrange("v -> v", v=v.emb) >> norm
-    yield row(f"{at}/mm_soft_embedding_norm/scale", "norm", scale, dtype=norm_dtype)
+    scale = hf(f"{name}.mm_soft_emb_norm.weight") >> rearrange("v -> v", v=v.emb) >> ops
+    yield row(f"{at}/mm_soft_embedding_norm/scale", "norm", scale, dtype=dtype)
 
 
 def _siglip_layer(v: Dims, root: Root) -> Iterator[Row]:
@@ -179,3 +181,37 @@ def _merger(at: str, name: str, norm: int, token: int, out: int) -> Iterator[Row
     yield from layer_norm(f"{at}/ln_q", f"{name}.norm", norm)
     yield from dense(f"{at}/mlp_0", f"{name}.linear_fc1", token, token)
     yield from dense(f"{at}/mlp_2", f"{name}.linear_fc2", token, out)
+
+
+def gemma4_vit(d: VisionDims, positions: int) -> Iterator[Row]:
+    """The vision transformer of Gemma 4, and the projection of its patches to tokens."""
+    at, name, v = "vision_encoder/Gemma4VisionEncoderLayer_0", "vision_tower", d.vit
+    pixels = d.vit_channels * d.vit_patch**2
+    kernel = hf(f"{name}.patch_embedder.input_proj.weight") >> rearrange(
+        "o i -> i o", o=v.emb, i=pixels
+    )
+    yield row(f"{at}/vision_entry/input_projection/kernel", "- -", kernel)
+    table = hf(f"{name}.patch_embedder.position_embedding_table")
+    by_position = rearrange("a n e -> n a e", a=2, n=positions, e=v.emb)
+    yield row(f"{at}/vision_entry/pos_emb_param", "- - -", table >> by_position)
+    root = Root(f"{at}/{{layers}}", f"{name}.encoder.layers.{{l}}")
+    yield from each(unrolled(v.layers, "layer"), _gemma4_vit_layer(v, root))
+    yield vector(f"{at}/std_scale", f"{name}.std_scale", v.emb)
+    yield vector(f"{at}/std_bias", f"{name}.std_bias", v.emb)
+    kernel = hf("embed_vision.embedding_projection.weight") >> rearrange(
+        "e v -> v e", v=v.emb, e=d.emb
+    )
+    yield row("vision_encoder/Gemma4VisionProjector_0/projection/kernel", "embed mlp", kernel)
+
+
+def _gemma4_vit_layer(v: Dims, root: Root) -> Iterator[Row]:
+    yield from attention(v, at="attention", root=root)
+    yield from qk_norms(v, at="attention", root=root)
+    for path, name in (
+        ("pre_attention_norm", "input_layernorm"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("pre_ffw_norm", "pre_feedforward_layernorm"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+    ):
+        yield norm(path, name, v.emb, root=root)
+    yield from gated_mlp(v, root=root)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -40,6 +41,11 @@ MIXTRAL_REPAIR = (
 GEMMA3_REPAIR = (
     "MaxText 0.2.5 reads gemma3 by the names that transformers gives its tensors in memory; its "
     "mapping was given those of the published files"
+)
+
+GEMMA4_REPAIR = (
+    "MaxText 0.2.5 maps the layers after gemma4's last whole block one by one, but its model "
+    "stacks them, so that it crashes; they were mapped as a stack"
 )
 
 
@@ -135,6 +141,25 @@ def lend_gemma3_names() -> None:
     lend_names("gemma3-4b", names)
 
 
+def lend_gemma4_remainder() -> None:
+    """Repairs the layers of scanned gemma4 that make no whole block (none, at published sizes)."""
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    def stacked(original: Callable[..., Any]) -> Callable[..., Any]:
+        def gathered(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in original(*args, **kwargs).items():
+                name, layers = re.subn(r"(layers_remainder)-layers_\d+", r"\1-local_layers", key)
+                is_tensor = layers and isinstance(value, str)
+                found[name] = [*found.get(name, []), value] if is_tensor else value
+            return found
+
+        return gathered
+
+    for table in (param_mapping.PARAM_MAPPING, param_mapping.HOOK_FNS):
+        table["gemma4-31b"] = stacked(table["gemma4-31b"])
+
+
 # By model and whether layers are scanned: what is repaired, and how.
 REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[], None]]] = {
     ("mistral-7b", True): (MISTRAL_REPAIR, lend_mistral_mapping),
@@ -142,6 +167,7 @@ REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[], None]]] = {
     ("mixtral-8x7b", True): (MIXTRAL_REPAIR, lend_mixtral_router),
     ("gemma3-4b", True): (GEMMA3_REPAIR, lend_gemma3_names),
     ("gemma3-4b", False): (GEMMA3_REPAIR, lend_gemma3_names),
+    ("gemma4-31b", True): (GEMMA4_REPAIR, lend_gemma4_remainder),
 }
 
 

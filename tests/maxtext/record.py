@@ -100,7 +100,10 @@ def runs() -> dict[str, Run]:
     # Nothing is rounded to bfloat16: the hooks work on all bits of float32.
     every += [
         Run(case, True, dtype="float32", save_dtype="float32")
-        for case in ("qwen3-30b-a3b", "mixtral-8x7b", "olmo3-7b", "gemma2-2b", "gemma3-4b+vision")
+        for case in (
+            *("qwen3-30b-a3b", "mixtral-8x7b", "olmo3-7b", "gemma2-2b"),
+            *("gemma3-4b+vision", "gemma4-26b+vision"),
+        )
     ]
     return {run.name: run for run in every}
 

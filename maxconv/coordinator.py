@@ -1,0 +1,72 @@
+"""JAX's coordination service in a process of its own, beside process 0.
+
+JAX runs it inside process 0, and aborts all others with a stack trace when that one is killed. Here
+it outlives process 0 for long enough that they find out who is gone, say so, and end in order.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+LINGER = 25  # seconds for the others to notice that process 0 is gone
+
+
+class Service:
+    """What JAX takes for its service: the process in which it runs.
+
+    Args:
+        address: `HOST:PORT` to listen on.
+        num_nodes: number of processes.
+        options: of JAX's service; none that it waits for is in our interest.
+    """
+
+    def __init__(self, address: str, num_nodes: int, **options: Any):
+        command = [sys.executable, "-P", __file__, address, str(num_nodes)]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            port = address.rpartition(":")[2]
+            raise OSError(f"JAX's coordination service cannot listen on port {port}")
+
+    def shutdown(self) -> None:
+        """Ends the service; all processes are done with it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(address: str, num_nodes: int) -> None:
+    """Runs the service until some time after the process at the other end of stdin is gone."""
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    _wait_until_free(int(address.rpartition(":")[2]))
+    service = _jax.get_distributed_runtime_service(address, num_nodes)
+    print("ready", flush=True)
+    sys.stdin.buffer.read()
+    time.sleep(LINGER)
+    del service
+    os._exit(0)
+
+
+def _wait_until_free(port: int) -> None:
+    """Waits for the service of an attempt before this one: two could share a port unnoticed."""
+    until = time.monotonic() + LINGER + 5
+    while True:
+        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))
