@@ -39,6 +39,8 @@ def test_plan_is_the_tree_of_maxtext(name):
     plan = make_plan(source, model, make_mesh(config), rules, scan_axis, budget=1 << 40)
     ours = {leaf.leaf.path[1:]: leaf for leaf in plan.leaves}
     theirs = {tuple(leaf["path"]): leaf for leaf in tree["leaves"]}
+    if model_name.endswith("-fp8"):  # MaxText keeps the scales, with which ours are dequantised
+        theirs = {path: leaf for path, leaf in theirs.items() if not path[-1].endswith("_scale")}
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
         assert list(ours[path].shape) == leaf["shape"], path
