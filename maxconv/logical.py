@@ -10,10 +10,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import numpy as np
 
-from maxconv.algebra import Apply, Cast, Combine, Expr, Tensor, apply, tensors
+from maxconv.algebra import (
+    AlgebraError,
+    Apply,
+    Cast,
+    Combine,
+    Concat,
+    Expr,
+    Tensor,
+    apply,
+    stack,
+    tensors,
+)
 from maxconv.codecs import decoded
 from maxconv.errors import UserError
 from maxconv.families import Family
@@ -55,8 +67,30 @@ def logical_tensors(source: Source, family: Family) -> Logical:
     if source.adapter is not None:
         found = merged(found, source.adapter, lambda name: rename(name)[0])
         notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
+    try:
+        found = joined(found, family)
+    except AlgebraError as error:
+        raise UserError(f"{source.root}: {error}.") from None
     renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
     return Logical(found, (*notices, *renamed))
+
+
+def joined(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, those of single experts as the tensors of all that the table has."""
+    found = dict(weights)
+    for whole, pieces in family.joined:
+        first = pieces[0].format(e=0)
+        for layer in [name.removesuffix(first) for name in weights if name.endswith(first)]:
+            experts: list[Expr] = []
+            for e in count():
+                names = [layer + piece.format(e=e) for piece in pieces]
+                if not found.keys() >= set(names):
+                    break
+                parts = [found.pop(name) for name in names]
+                experts.append(Concat(0, tuple(parts)) if len(parts) > 1 else parts[0])
+            if experts:
+                found[layer + whole] = stack(experts, 0)
+    return found
 
 
 def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
@@ -80,6 +114,8 @@ def _is_computed(expr: Expr) -> bool:
             return True
         case Apply(_, x):
             return _is_computed(x)
+        case Concat(_, parts):
+            return any(map(_is_computed, parts))
         case _:
             return False
 

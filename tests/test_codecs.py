@@ -101,8 +101,38 @@ def test_a_checkpoint_in_fp8_converts_like_the_one_it_stands_for(mesh, tmp_path)
         np.testing.assert_array_equal(ours[name].view(np.uint16), theirs[name].view(np.uint16))
 
 
-def leaves(directory, model, mesh):
-    words = job_words(directory, model, tiny.maxtext_words("qwen3-8b", True), mesh)
+def test_experts_in_fp8_one_by_one_convert_like_those_in_one_tensor(tmp_path):
+    plain = tiny.write("qwen3.5-35b-a3b", tmp_path / "plain", shard_bytes=None)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    random, pieces, quantization = np.random.default_rng(2), {}, {}
+    fused = load_file(plain / "model.safetensors")
+    for name, weight in fused.items():
+        layer, found, kind = name.partition("experts.")
+        if not found:
+            pieces[name] = weight
+            continue
+        for e, expert in enumerate(weight):
+            parts = {"down_proj": expert}
+            if kind == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), np.split(expert, 2), strict=True))
+            for part, piece in parts.items():
+                made, want, quantization = fp8_parts(random, piece.shape)
+                of = f"{layer}experts.{e}.{part}.weight"
+                pieces |= {of + suffix.removeprefix("w"): x for suffix, x in made.items()}
+                piece[...] = want.astype(BF16)
+    config = json.loads((plain / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | quantization))
+    save_file(pieces, packed / "model.safetensors")
+    save_file(fused, plain / "model.safetensors")
+    ours, theirs = (leaves(tmp_path, x, "fsdp8", "qwen3.5-35b-a3b") for x in (packed, plain))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name].view(np.uint16), theirs[name].view(np.uint16))
+
+
+def leaves(directory, model, mesh, case="qwen3-8b"):
+    words = job_words(directory, model, tiny.maxtext_words(case, True), mesh)
     with prepared(parse(words)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
         made = {leaf.name: np.asarray(engine.make(leaf)) for leaf in job.plan.leaves}
         assert job.source.stats.bytes_read == job.plan.read_nbytes(0)

@@ -247,3 +247,10 @@ def test_yaml_1_1_numbers_and_copies() -> None:
     assert convert(float, "1e-06") == 1e-06 and convert(float, 2) == 2.0
     config = read("model_name=llama3.1-70b-Instruct hf_access_token=x")
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_model_may_say_that_its_layers_are_not_scanned() -> None:
+    words = ["model_name=qwen3-vl-30b-a3b"]
+    assert parse(words, {}).scan_layers is False
+    assert parse([*words, "scan_layers=true"], {}).scan_layers is True
+    assert parse(["model_name=qwen3-30b-a3b"], {}).scan_layers is True

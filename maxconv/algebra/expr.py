@@ -17,7 +17,7 @@ import numpy as np
 
 from maxconv.algebra.boxes import Box, Shape
 from maxconv.algebra.decode import Cast
-from maxconv.algebra.ops import Affine, Fit, Op
+from maxconv.algebra.ops import Affine, Fit, Op, Slice
 from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
 
 Expr = Union["Tensor", "Fill", "Apply", "Concat", "Combine"]
@@ -214,8 +214,9 @@ def apply(op: Op | Pattern, x: Expr) -> Expr:
     """`op` of a bound expression, in canonical form.
 
     Identities vanish, neighbouring movements become one, arithmetic happens before movement (so
-    that it runs over the tensor as it was read, in one pass), and movement within the parts of a
-    stack. So expressions that say the same are equal, and a cell has as few steps as it can.
+    that it runs over the tensor as it was read, in one pass), and movement and cuts within the
+    parts of a stack. So expressions that say the same are equal, and a cell has as few steps as
+    it can.
     """
     bound = op.bind(x.shape)
     if bound.is_identity(x.shape):
@@ -227,12 +228,28 @@ def apply(op: Op | Pattern, x: Expr) -> Expr:
             return x.x if fused.is_identity(x.x.shape) else Apply(fused, x.x)
     if isinstance(bound, Fit) and isinstance(x, Apply) and isinstance(x.op, Cast):
         return Apply(x.op, apply(bound, x.x))  # so that it meets the tensor
+    if isinstance(x, Concat) and isinstance(bound, Cast):
+        return Concat(x.axis, tuple(apply(bound, part) for part in x.parts))
+    if isinstance(x, Concat) and isinstance(bound, Slice):
+        return _sliced(x, bound)
     if isinstance(bound, Rearrange) and isinstance(x, Concat) and bound.lhs[x.axis]:
         if (axis := bound.axis_kept(x.axis)) is not None:
             sizes = [part.shape[x.axis] for part in x.parts]
             parts = zip(x.parts, sizes, strict=True)
             return Concat(axis, tuple(apply(bound.resized(x.axis, n), p) for p, n in parts))
     return Apply(bound, x)
+
+
+def _sliced(x: Concat, cut: Slice) -> Expr:
+    """What is left of each part, without those of which nothing is."""
+    if cut.axis != x.axis:
+        return Concat(x.axis, tuple(apply(cut, part) for part in x.parts))
+    parts = []
+    for part, start, stop in x.placed():
+        lo, hi = max(cut.start, start), min(cut.start + cut.n, stop)
+        if lo < hi:
+            parts.append(apply(Slice(cut.axis, lo - start, hi - lo), part))
+    return parts[0] if len(parts) == 1 else Concat(x.axis, tuple(parts))
 
 
 def stack(parts: Sequence[Expr], axis: int) -> Expr:

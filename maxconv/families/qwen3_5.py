@@ -63,4 +63,8 @@ QWEN3_5_MOE = Family(
     names=(("model.language_model.", "model."),),
     ignored=("mtp.*",),
     encoders=("model.visual.*",),
+    joined=(
+        (".experts.gate_up_proj", (".experts.{e}.gate_proj.weight", ".experts.{e}.up_proj.weight")),
+        (".experts.down_proj", (".experts.{e}.down_proj.weight",)),
+    ),
 )

@@ -168,6 +168,8 @@ class Family:
         spare: more of these, given the sizes.
         encoders: patterns of those that it has one for only with use_multimodal.
         hearing: and only with use_audio.
+        joined: how names end of tensors of all experts; and of those, one of each expert `{e}`,
+            that some checkpoints hold in their stead, to be joined on the first axis.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
@@ -183,6 +185,7 @@ class Family:
     spare: Callable[[Any], Iterable[str]] = lambda d: ()
     encoders: tuple[str, ...] = ()
     hearing: tuple[str, ...] = ()
+    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""

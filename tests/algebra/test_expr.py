@@ -106,3 +106,16 @@ def test_apply_refuses_what_is_already_bound_to_another_shape():
     bound = rearrange("a b -> b a").bind((2, 3))
     with pytest.raises(AlgebraError, match="does not fit shape"):
         apply(bound, Tensor("x", (4, 5)))
+
+
+@pytest.mark.parametrize("cut", [Slice(0, 0, 4), Slice(0, 2, 4), Slice(0, 4, 3), Slice(1, 1, 2)])
+def test_what_is_cut_from_parts_side_by_side_reads_no_others(cut):
+    a, b = np.arange(12).reshape(4, 3), np.arange(12, 21).reshape(3, 3)
+    both = Concat(0, (Tensor("a", a.shape), Tensor("b", b.shape)))
+    got = apply(cut, both)
+    whole = np.concatenate([a, b])
+    want = whole[:, 1:] if cut.axis else whole[cut.start : cut.start + cut.n]
+    np.testing.assert_array_equal(evaluate(got, {"a": a, "b": b}), want)
+    assert not isinstance(got, Apply)
+    assert apply(Slice(0, 0, 4), both) == both.parts[0]
+    assert apply(Slice(0, 4, 3), both) == both.parts[1]
