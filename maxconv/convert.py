@@ -130,20 +130,19 @@ def _with_target(job: Job) -> Job:
     """The job, once its target was looked at; UserError when something is in the way there."""
     config, directory = job.config, job.config.base_output_directory
     problems = target.problems(directory, job.plan.output_nbytes, config.overwrite)
-    if not config.resume or (there := resume.recorded(directory)) is None:
-        is_same, differs = False, None
-    else:
-        differs = resume.problem(directory, there, job.identity)
-        is_same = differs is None
-    if target.is_there(directory):
-        if is_same:
+    there = "nothing"
+    if config.resume and (recorded := resume.recorded(directory)) is not None:
+        differs = resume.problem(directory, recorded, job.identity)
+        finished = target.is_there(directory)
+        if finished and differs is None:
             return replace(job, there="finished")
-    elif differs is not None:
-        problems = [differs]
+        if differs is not None and not finished:
+            problems = [differs]
+        can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
+        there = "unfinished" if differs is None and can_move else "nothing"
     if problems:
         raise UserError(problems)
-    can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
-    return replace(job, there="unfinished" if is_same and can_move else "nothing")
+    return replace(job, there=there)
 
 
 def _begin(job: Job, speaks: bool) -> dict[str, Any]:

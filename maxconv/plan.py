@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from maxconv.algebra import (
     AlgebraError,
     Shape,
+    check_covered,
     clip,
-    invert,
     substitute,
     tensors,
     unused,
@@ -166,7 +166,7 @@ def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list
     expressions = {leaf.name: leaf.expr for leaf in leaves}
     if not problems:
         try:
-            invert(expressions)  # only a table whose slices tile can be turned round
+            check_covered(expressions)  # only a table whose slices tile can be turned round
         except AlgebraError as error:
             problems += str(error).splitlines()
         left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]

@@ -21,7 +21,7 @@ from maxconv.algebra.expr import (
     substitute,
     tensors,
 )
-from maxconv.algebra.invert import invert, unused
+from maxconv.algebra.invert import check_covered, invert, unused
 from maxconv.algebra.ops import Affine, Fit, Op, Slice, fit, scale, shift
 from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
 from maxconv.algebra.trace import Read, Trace, evaluate, read_box, trace
@@ -52,6 +52,7 @@ __all__ = [
     "Trace",
     "apply",
     "bind",
+    "check_covered",
     "clip",
     "dims",
     "evaluate",

@@ -20,18 +20,39 @@ def invert(rules: Mapping[str, Expr]) -> dict[str, Expr]:
     Raises:
         AlgebraError: naming every tensor, axis and rows that no leaf takes, or two leaves take.
     """
-    paths: dict[str, list[_Path]] = {}
-    shapes: dict[str, Shape] = {}
+    return _inverse(_all_paths(rules))
+
+
+def check_covered(rules: Mapping[str, Expr]) -> None:
+    """Whether `rules` can be inverted, without doing it: only slices can leave something out.
+
+    Raises:
+        AlgebraError: as `invert` does.
+    """
+    sliced = {
+        tensor: paths
+        for tensor, paths in _all_paths(rules).items()
+        if any(type(op) is Slice for steps, _ in paths for op, _ in steps)
+    }
+    _inverse(sliced)
+
+
+def _all_paths(rules: Mapping[str, Expr]) -> dict[Tensor, list[_Path]]:
+    found: dict[Tensor, list[_Path]] = {}
     for leaf, expr in rules.items():
+        to = Tensor(leaf, expr.shape)
         for tensor, steps in _paths(expr, ()):
-            paths.setdefault(tensor.name, []).append((steps, Tensor(leaf, expr.shape)))
-            shapes[tensor.name] = tensor.shape
+            found.setdefault(tensor, []).append((steps, to))
+    return found
+
+
+def _inverse(paths: Mapping[Tensor, list[_Path]]) -> dict[str, Expr]:
     inverse, problems = {}, []
-    for name, found in paths.items():
+    for tensor, found in paths.items():
         try:
-            inverse[name] = _give_back(found, shapes[name])
+            inverse[tensor.name] = _give_back(found, tensor.shape)
         except AlgebraError as error:
-            problems.append(f"tensor {name}: {error}")
+            problems.append(f"tensor {tensor.name}: {error}")
     if problems:
         raise AlgebraError("\n".join(problems))
     return inverse
