@@ -102,7 +102,12 @@ def runs() -> dict[str, Run]:
         Run(case, True, dtype="float32", save_dtype="float32")
         for case in (
             *("qwen3-30b-a3b", "mixtral-8x7b", "olmo3-7b", "gemma2-2b"),
-            *("gemma3-4b+vision", "gemma4-26b+vision"),
+            *(
+                "gemma3-4b+vision",
+                "gemma4-26b+vision",
+                "qwen3-next-80b-a3b",
+                "qwen3.5-35b-a3b+vision",
+            ),
         )
     ]
     return {run.name: run for run in every}
