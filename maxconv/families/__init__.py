@@ -2,6 +2,7 @@
 
 from maxconv.families.gemma import GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
+from maxconv.families.gpt_oss import GPT_OSS
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
@@ -16,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    GPT_OSS,
     GEMMA2,
     GEMMA3,
     GEMMA4_SMALL,
