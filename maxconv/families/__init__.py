@@ -1,5 +1,7 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
+from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
+from maxconv.families.deepseek4 import DEEPSEEK_V4
 from maxconv.families.gemma import GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.gpt_oss import GPT_OSS
@@ -18,6 +20,10 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     MIXTRAL,
     GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    DEEPSEEK_V4,
     GEMMA2,
     GEMMA3,
     GEMMA4_SMALL,
