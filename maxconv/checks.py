@@ -12,7 +12,6 @@ _FIXED_KEYS = (
     "fused_mlp",
     "share_kv_projections",
     "prefuse_moe_weights",
-    "mtp_num_layers",
     "global_parameter_scale",
     "ici_pipeline_parallelism",
     "dcn_pipeline_parallelism",
@@ -37,7 +36,7 @@ _MINIMUM = {
     "jax_distributed_initialization_timeout": 1,
 }
 # What a user chooses of a model, without override_model_config.
-_CHOSEN = ("use_multimodal", "use_audio")
+_CHOSEN = ("use_multimodal", "use_audio", "mtp_num_layers")
 # -1: what is left, or none.
 _POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
 _SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_interval")

@@ -30,14 +30,20 @@ class Model:
     notices: tuple[str, ...]
 
     def is_dropped(self, name: str) -> bool:
-        """Whether a tensor is left out on purpose: ignored, tied, or of a layer past the last.
+        """Whether a tensor is left out on purpose: ignored, tied, or of a layer not wanted.
 
         `name` is that of the family's table.
         """
         if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == "lm_head.weight"):
             return True
         number = name.removeprefix("model.layers.").partition(".")[0]
-        return number.isdigit() and self.dims.layers <= int(number) < self.published.layers
+        return number.isdigit() and any(
+            first <= int(number) < end
+            for first, end in (
+                (self.dims.layers, self.published.layers),
+                (self.published.layers + self.dims.mtp, self.published.layers + self.published.mtp),
+            )
+        )
 
 
 def resolve(
@@ -61,7 +67,8 @@ def resolve(
     family = _family(source)
     logical = logical_tensors(source, family)
     published = _published(source, family, logical.tensors)
-    words, facts = dict(words or {}), dict(facts or {})
+    # Layers of multi-token prediction are there if they are asked for.
+    words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
     problems = _architecture_problems(family, name, facts)
     chosen: dict[str, Any] = {}
     wanted = facts | words
@@ -92,6 +99,11 @@ def resolve(
             problems.append(
                 f"{key}=True, but {family.architectures[0]} has no such encoder: take it out."
             )
+    if dims.mtp and dims.layers < published.layers:
+        problems.append(
+            f"mtp_num_layers={dims.mtp} needs all {published.layers} layers before: "
+            "take base_num_decoder_layers out."
+        )
     if problems:
         raise UserError(problems)
     notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
@@ -174,6 +186,8 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
             return family.pads_vocab or (typed and ours > theirs)
         case "layers":  # the first N, as people test
             return typed and 0 < ours < theirs
+        case "mtp":
+            return ours < theirs
         case _:
             return False
 
@@ -185,6 +199,11 @@ def _notices(dims: Dims, published: Dims):
         yield f"vocabulary cut from {published.vocab} to {dims.vocab} rows, as MaxText does"
     if dims.layers < published.layers:
         yield f"only the first {dims.layers} of {published.layers} layers"
+    if dims.mtp < published.mtp:
+        yield (
+            f"the layers of multi-token prediction are left out: mtp_num_layers={published.mtp} "
+            "would take them, too"
+        )
 
 
 def _advice(family: Family, name: str | None):

@@ -76,6 +76,8 @@ def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any
 
 
 def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    if dtype.kind in "iu" and dtype.itemsize == 8:  # JAX keeps the lower half: all that is used
+        dtype = np.dtype(f"{dtype.kind}4")
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 

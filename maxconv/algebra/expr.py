@@ -176,8 +176,10 @@ def bind(
     Raises:
         AlgebraError: naming the tensor that is missing or does not fit.
     """
-    used = free_indices(template)
-    indices = {k: v for k, v in (indices or {}).items() if k in used}
+    if any(tensors(template)):  # a constant is stacked as what is beside it
+        used = free_indices(template)
+        indices = {k: v for k, v in (indices or {}).items() if k in used}
+    indices = indices or {}
     for name, index in indices.items():
         if isinstance(index, Stacked):
             parts = [bind(template, shapes, {**indices, name: i}) for i in index]

@@ -1,7 +1,10 @@
 """The registry of families. A new one is a file here and a line in FAMILIES."""
 
+from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
+from maxconv.families.deepseek4 import DEEPSEEK_V4
 from maxconv.families.gemma import GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
+from maxconv.families.gpt_oss import GPT_OSS
 from maxconv.families.llama import LLAMA
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
@@ -16,6 +19,11 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    DEEPSEEK_V4,
     GEMMA2,
     GEMMA3,
     GEMMA4_SMALL,

@@ -27,6 +27,8 @@ class Root(NamedTuple):
 
 DECODER = Root("decoder/{layers}", LAYER)
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+
 # HF rotates the halves of a head against each other, MaxText's llama neighbours in pairs.
 ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 
@@ -63,10 +65,20 @@ def norm(
     return row(f"{root.path}/{path}/scale", axis, weight, dtype=dtype)
 
 
-def pre_norms(d: Dims) -> Iterator[Row]:
+def projection(path: str, axes: str, name: str, i: int, *o: int, root: Root = DECODER) -> Row:
+    """The kernel, (i, *o), of a projection of each layer; `o`: its width, or heads and theirs."""
+    weight = hf(f"{root.name}.{name}.weight")
+    if len(o) == 1:
+        weight = weight >> rearrange("o i -> i o", i=i, o=o[0])
+    else:
+        weight = weight >> rearrange("(h d) i -> i h d", i=i, h=o[0], d=o[1])
+    return row(f"{root.path}/{path}/kernel", axes, weight)
+
+
+def pre_norms(d: Dims, root: Root = DECODER) -> Iterator[Row]:
     """The norms before attention and before the MLP."""
-    yield norm("pre_self_attention_layer_norm", "input_layernorm", d.emb)
-    yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb)
+    yield norm("pre_self_attention_layer_norm", "input_layernorm", d.emb, root=root)
+    yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb, root=root)
 
 
 def attention(
@@ -125,20 +137,27 @@ def qk_norms(
             yield norm(f"{at}/{part}_norm", name, d.head_dim, ops, dtype, root)
 
 
-def gated_mlp(d: Dims, at: str = "mlp", root: Root = DECODER, name: str = "mlp") -> Iterator[Row]:
-    """gate, up and down projections."""
+def gated_mlp(
+    d: Dims,
+    at: str = "mlp",
+    root: Root = DECODER,
+    name: str = "mlp",
+    parts: tuple[str, str, str] = GATED,
+) -> Iterator[Row]:
+    """gate, up and down projections; `parts` are their names."""
     at, name = f"{root.path}/{at}", f"{root.name}.{name}"
     inwards = rearrange("m e -> e m", m=d.mlp, e=d.emb)
     outwards = rearrange("e m -> m e", m=d.mlp, e=d.emb)
-    yield row(f"{at}/wi_0/kernel", "embed mlp", hf(f"{name}.gate_proj.weight") >> inwards)
-    yield row(f"{at}/wi_1/kernel", "embed mlp", hf(f"{name}.up_proj.weight") >> inwards)
-    yield row(f"{at}/wo/kernel", "mlp embed", hf(f"{name}.down_proj.weight") >> outwards)
+    gate, up, down = (hf(f"{name}.{part}.weight") for part in parts)
+    yield row(f"{at}/wi_0/kernel", "embed mlp", gate >> inwards)
+    yield row(f"{at}/wi_1/kernel", "embed mlp", up >> inwards)
+    yield row(f"{at}/wo/kernel", "mlp embed", down >> outwards)
 
 
-def router(d: Dims, at: str, name: str) -> Row:
-    """What chooses the experts of a token."""
-    gate = hf(f"{LAYER}.{name}.gate.weight") >> rearrange("x e -> e x", x=d.experts, e=d.emb)
-    return row(f"decoder/{{layers}}/{at}/gate/kernel", "embed -", gate)
+def router(d: Dims, at: str, name: str, root: Root = DECODER, axis: str = "embed") -> Row:
+    """What chooses the experts of a token; `axis` is that of its input."""
+    gate = hf(f"{root.name}.{name}.gate.weight") >> rearrange("x e -> e x", x=d.experts, e=d.emb)
+    return row(f"{root.path}/{at}/gate/kernel", f"{axis} -", gate)
 
 
 def fused_experts(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
@@ -163,11 +182,19 @@ def fused_kernels(d: Dims, at: str, name: str, inwards: str, outwards: str) -> I
 
 
 def routed_experts(
-    d: Dims, at: str, name: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    d: Dims,
+    at: str,
+    name: str,
+    parts: tuple[str, str, str] = GATED,
+    root: Root = DECODER,
+    axis: str = "embed",
 ) -> Iterator[Row]:
-    """A router and its experts, each a gated MLP; `parts` are the names of gate, up and down."""
-    yield router(d, at, name)
-    at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}"
+    """A router and its experts, each a gated MLP.
+
+    `parts` are the names of gate, up and down; `axis` is that of the router's input.
+    """
+    yield router(d, at, name, root, axis)
+    at, name = f"{root.path}/{at}", f"{root.name}.{name}"
     gate, up, down = (hf(f"{name}.experts.{{e}}.{part}.weight") for part in parts)
     inwards = rearrange("m e -> e m", m=d.moe_mlp, e=d.emb)
     outwards = rearrange("e m -> m e", m=d.moe_mlp, e=d.emb)

@@ -36,7 +36,8 @@ class Dims:
 
     `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
     `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
-    `multimodal`, `audio`: the encoders of images and of sound are wanted, too.
+    `multimodal`, `audio`: the encoders of images and of sound are wanted, too. `mtp`: layers after
+    the last, each of which predicts one token more.
     """
 
     emb: int = size("hidden_size", maxtext="base_emb_dim")
@@ -53,6 +54,7 @@ class Dims:
     moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
     multimodal: bool = size(maxtext="use_multimodal", default=False)
     audio: bool = size(maxtext="use_audio", default=False)
+    mtp: int = size("num_nextn_predict_layers", maxtext="mtp_num_layers", default=0, least=0)
 
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
@@ -78,7 +80,7 @@ def uniform(count: int, name: str = "layers", first: int = 0) -> Layers:
     """`count` layers from HF's `first` in one stack, `name`; or `name_0` and so on."""
     numbers = range(first, first + count)
     one_by_one = tuple((f"{name}_{i}", n) for i, n in enumerate(numbers))
-    return Layers(((name, tuple(numbers)),), one_by_one, (name,))
+    return Layers(((name, tuple(numbers)),) if count else (), one_by_one, (name,))
 
 
 def unrolled(count: int, name: str) -> Layers:

@@ -32,10 +32,15 @@ MISTRAL_REPAIR = (
     "and hooks were lent to it, less adjust_rope: its rotary embedding pairs halves, as in HF"
 )
 
-MIXTRAL_REPAIR = (
-    "MaxText 0.2.5 takes the router kernels of mixtral-8x7b's scanned layers for a list of experts "
-    "and stacks them on axis 0, so that it crashes; they were stacked on param_scan_axis, as the "
-    "model has them"
+STACKING_REPAIR = (
+    "MaxText 0.2.5 takes routers and shared experts of scanned layers for lists of experts and "
+    "stacks them on axis 0, so that it crashes; they were stacked on param_scan_axis, as the model "
+    "has them"
+)
+
+BIAS_REPAIR = (
+    "MaxText 0.2.5 maps the routed bias to a parameter of the decoder, but the model has it in the "
+    "collection MoEBiasVar, so that the converter crashes; it was mapped to that"
 )
 
 GEMMA3_REPAIR = (
@@ -56,7 +61,7 @@ def lend_model_config(model_name: str, config: dict[str, Any]) -> None:
     hf_model_configs.HF_MODEL_CONFIGS[model_name] = SimpleNamespace(to_dict=lambda: config)
 
 
-def lend_mistral_mapping() -> None:
+def lend_mistral_mapping(model_name: str) -> None:
     """Repairs the missing mapping of mistral-7b.
 
     MaxText's mistral layer equals its llama2 layer, which llama3.1 uses too: it does not scale the
@@ -70,8 +75,8 @@ def lend_mistral_mapping() -> None:
         llama = param_mapping.LLAMA31_MAXTEXT_TO_HF_PARAM_HOOK_FN(*args, **kwargs)
         return {key: _without_adjust_rope(hook) for key, hook in llama.items()}
 
-    param_mapping.PARAM_MAPPING["mistral-7b"] = param_mapping.LLAMA31_MAXTEXT_TO_HF_PARAM_MAPPING
-    param_mapping.HOOK_FNS["mistral-7b"] = hooks
+    param_mapping.PARAM_MAPPING[model_name] = param_mapping.LLAMA31_MAXTEXT_TO_HF_PARAM_MAPPING
+    param_mapping.HOOK_FNS[model_name] = hooks
 
 
 def _without_adjust_rope(hook: Any) -> Any:
@@ -80,36 +85,65 @@ def _without_adjust_rope(hook: Any) -> Any:
     return [step for step in hook if step.__name__ != "adjust_rope"]
 
 
-def lend_mixtral_router() -> None:
-    """Repairs the router kernel of scanned mixtral-8x7b.
+def repair_stacking(model_name: str) -> None:
+    """Repairs the router and shared experts of scanned layers.
 
     `_build_single_axis_stacked_tensor` stacks every leaf with "MoeBlock" in its name on axis 0,
-    which is right only for the experts of an unscanned layer. So the router is mapped as what
+    which is right only for the experts of an unscanned layer. So the others are mapped as what
     MaxText calls a composite: a tuple of tensors that the hook makes one leaf of.
     """
     import numpy as np
     from maxtext.checkpoint_conversion.utils import param_mapping
 
-    router = "params-decoder-layers-MoeBlock_0-gate-kernel"
-    original_mapping = param_mapping.PARAM_MAPPING["mixtral-8x7b"]
-    original_hooks = param_mapping.HOOK_FNS["mixtral-8x7b"]
+    original_mapping = param_mapping.PARAM_MAPPING[model_name]
+    original_hooks = param_mapping.HOOK_FNS[model_name]
+
+    def is_wrong(key: Any, tensors: Any) -> bool:
+        is_stack = isinstance(tensors, list) and isinstance(tensors[0], str)
+        return is_stack and "MoeBlock" in key and not key.startswith("MoEBiasVar")
 
     def mapping(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = original_mapping(*args, **kwargs)
-        return found | {router: tuple(found[router])}
+        return {key: tuple(x) if is_wrong(key, x) else x for key, x in found.items()}
 
     def hooks(config: Any, maxtext_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = original_hooks(config, maxtext_config, *args, **kwargs)
-        transpose = found[router]
+        tensors = original_mapping(config, maxtext_config, scan_layers=True)
 
-        def stack(layers: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
-            kernels = [transpose(layer, None) for layer in layers]
-            return np.stack(kernels, axis=maxtext_config.param_scan_axis)
+        def stacking(hook: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+            def stack(layers: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
+                axis = maxtext_config.param_scan_axis
+                kernels = [hook(layer, (*shape[:axis], *shape[axis + 1 :])) for layer in layers]
+                return np.stack(kernels, axis=axis)
 
-        return found | {router: stack}
+            return stack
 
-    param_mapping.PARAM_MAPPING["mixtral-8x7b"] = mapping
-    param_mapping.HOOK_FNS["mixtral-8x7b"] = hooks
+        wrong = {key for key, x in tensors.items() if is_wrong(key, x)}
+        return {key: stacking(hook) if key in wrong else hook for key, hook in found.items()}
+
+    param_mapping.PARAM_MAPPING[model_name] = mapping
+    param_mapping.HOOK_FNS[model_name] = hooks
+
+
+def repair_bias(model_name: str) -> None:
+    """Repairs the names of the routed biases."""
+    from maxtext.checkpoint_conversion.utils import param_mapping
+
+    original = param_mapping.PARAM_MAPPING[model_name]
+
+    def mapping(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {
+            key.replace("params-", "MoEBiasVar-") if key.endswith("-gate-bias") else key: tensors
+            for key, tensors in original(*args, **kwargs).items()
+        }
+
+    param_mapping.PARAM_MAPPING[model_name] = mapping
+
+
+def repair_bias_and_stacking(model_name: str) -> None:
+    """Repairs scanned DeepSeek-V3: both of the above."""
+    repair_bias(model_name)
+    repair_stacking(model_name)
 
 
 def lend_names(model_name: str, names: dict[str, str]) -> None:
@@ -131,17 +165,17 @@ def lend_names(model_name: str, names: dict[str, str]) -> None:
     param_mapping.PARAM_MAPPING[model_name] = mapping
 
 
-def lend_gemma3_names() -> None:
+def lend_gemma3_names(model_name: str) -> None:
     """Repairs the names of gemma3, so that the very checkpoint that maxconv reads is converted."""
     names = {
         "model.language_model.": "language_model.model.",
         "model.vision_tower.": "vision_tower.",
         "model.multi_modal_projector.": "multi_modal_projector.",
     }
-    lend_names("gemma3-4b", names)
+    lend_names(model_name, names)
 
 
-def lend_gemma4_remainder() -> None:
+def lend_gemma4_remainder(model_name: str) -> None:
     """Repairs the layers of scanned gemma4 that make no whole block (none, at published sizes)."""
     from maxtext.checkpoint_conversion.utils import param_mapping
 
@@ -157,17 +191,22 @@ def lend_gemma4_remainder() -> None:
         return gathered
 
     for table in (param_mapping.PARAM_MAPPING, param_mapping.HOOK_FNS):
-        table["gemma4-31b"] = stacked(table["gemma4-31b"])
+        table[model_name] = stacked(table[model_name])
 
 
 # By model and whether layers are scanned: what is repaired, and how.
-REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[], None]]] = {
+REPAIRS: dict[tuple[str, bool], tuple[str, Callable[[str], None]]] = {
     ("mistral-7b", True): (MISTRAL_REPAIR, lend_mistral_mapping),
     ("mistral-7b", False): (MISTRAL_REPAIR, lend_mistral_mapping),
-    ("mixtral-8x7b", True): (MIXTRAL_REPAIR, lend_mixtral_router),
     ("gemma3-4b", True): (GEMMA3_REPAIR, lend_gemma3_names),
     ("gemma3-4b", False): (GEMMA3_REPAIR, lend_gemma3_names),
     ("gemma4-31b", True): (GEMMA4_REPAIR, lend_gemma4_remainder),
+    ("mixtral-8x7b", True): (STACKING_REPAIR, repair_stacking),
+    ("deepseek2-16b", True): (STACKING_REPAIR, repair_stacking),
+    ("deepseek3-671b", True): (f"{BIAS_REPAIR}. {STACKING_REPAIR}", repair_bias_and_stacking),
+    ("deepseek3-671b", False): (BIAS_REPAIR, repair_bias),
+    ("deepseek3.2-671b", True): (f"{BIAS_REPAIR}. {STACKING_REPAIR}", repair_bias_and_stacking),
+    ("deepseek3.2-671b", False): (BIAS_REPAIR, repair_bias),
 }
 
 
@@ -218,7 +257,7 @@ def convert(
     lend_model_config(model_name, config)
     if (model_name, scan) in REPAIRS:
         _, repair = REPAIRS[model_name, scan]
-        repair()
+        repair(model_name)
     stand_in_for_torch(save_dtype)
     gc.collect = lambda *_: 0  # MaxText collects once per leaf, 0.4 s each.
 
