@@ -20,12 +20,11 @@ _FIXED_KEYS = (
 _CHOICES = {
     "save_dtype": ("bfloat16", "float32"),
     "verify": ("none", "sample", "full"),
-    "eager_load_method": ("safetensors",),
+    "eager_load_method": ("safetensors", "transformers"),
     "hardware": ("tpu", "cpu"),
 }
 _NOT_YET = {
     "save_dtype": ("float8_e4m3fn",),
-    "eager_load_method": ("transformers",),
     "hardware": ("gpu", "gpu_multiprocess"),
 }
 _MINIMUM = {

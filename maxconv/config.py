@@ -150,6 +150,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
     if "simulated_cpu_devices_count" not in typed:
         values["simulated_cpu_devices_count"] = _devices(values, parallelism)
+    if values["eager_load_method"] != "safetensors" and values["lazy_load_tensors"]:
+        notices.append("eager_load_method does nothing without --lazy_load_tensors=False.")
     if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
         notices.append("ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText.")
     values |= {

@@ -23,6 +23,7 @@ from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.sharding import make_mesh
 from maxconv.sources import AdaptedSource, Source, open_source
+from maxconv.sources.transformers import TransformersSource
 from maxconv.verify import Report, leaves_to_check, verify
 
 WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
@@ -90,7 +91,10 @@ def opened(config: Config) -> Source:
         if facts is None:
             raise UserError("Say which Hugging Face checkpoint: --hf_model_path=DIR.")
         path = facts["hf_id"]
-    base = open_source(path, config.revision, config.hf_access_token)
+    if config.eager_load_method == "transformers" and not config.lazy_load_tensors:
+        base = TransformersSource(path, config.revision, config.hf_access_token)
+    else:
+        base = open_source(path, config.revision, config.hf_access_token)
     if (lora := config.hf_lora_adapter_path) is None:
         return base
     token = config.hf_access_token

@@ -394,6 +394,16 @@ def test_no_room_on_a_real_disk(place: Place, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_what_transformers_would_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    words = ("--lazy_load_tensors=False", "--eager_load_method=transformers")
+    (problem,) = place.refused(*words)
+    assert problem == (
+        "--eager_load_method=transformers needs torch: pip install 'maxconv[transformers]', or "
+        "leave it out to read the safetensors themselves."
+    )
+
+
 def test_a_target_of_another_kind(place: Place) -> None:
     (problem,) = place.refused("base_output_directory=s3://bucket/x")
     assert problem == (

@@ -1,0 +1,74 @@
+"""A checkpoint as transformers loads it: the whole model in memory, under the names of its classes.
+
+For what only transformers can read. It needs torch and transformers, and RAM for the model on each
+host.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module  # neither torch nor transformers is a dependency
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from maxconv.errors import UserError
+from maxconv.sources.base import Source
+from maxconv.sources.safetensors import TensorInfo
+
+_NUMPY = {"torch.bfloat16": ml_dtypes.bfloat16, "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+
+
+class TransformersSource(Source):
+    """The state of a model that transformers made from a directory or a model on the Hub.
+
+    Raises:
+        UserError: when the libraries are not installed, or transformers cannot load it.
+    """
+
+    def __init__(self, path: str, revision: str | None = None, token: str | None = None):
+        super().__init__()
+        self.root, self.revision, self.notices = path, revision, ()
+        model = _loaded(path, revision, token)
+        self.config = model.config.to_dict()
+        self._arrays = {name: _array(tensor) for name, tensor in model.state_dict().items()}
+        self.tensors = {
+            name: TensorInfo(name, array.dtype, array.shape, "", 0)
+            for name, array in self._arrays.items()
+        }
+
+    def _fetch(
+        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
+    ) -> None:
+        raw = self._arrays[info.name].reshape(-1).view(np.uint8).data
+        for i, offset in enumerate(offsets):
+            buffer[i * nbytes : (i + 1) * nbytes] = raw[offset : offset + nbytes]
+
+    def close(self) -> None:
+        pass
+
+
+def _loaded(path: str, revision: str | None, token: str | None) -> Any:
+    try:
+        import_module("torch")
+        transformers: Any = import_module("transformers")
+    except ImportError as error:
+        raise UserError(
+            f"--eager_load_method=transformers needs {error.name}: pip install "
+            "'maxconv[transformers]', or leave it out to read the safetensors themselves."
+        ) from None
+    words: Mapping[str, Any] = {"revision": revision, "token": token, "dtype": "auto"}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision, token=token)
+        kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+        return kind.from_pretrained(path, **words)
+    except (AttributeError, OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"transformers cannot load {path}: {why}") from None
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """A torch tensor's memory as an array, without a copy."""
+    torch: Any = import_module("torch")
+    flat = tensor.detach().cpu().contiguous()
+    dtype = np.dtype(_NUMPY.get(str(flat.dtype)) or str(flat.dtype).removeprefix("torch."))
+    return flat.view(torch.uint8).numpy().reshape(-1).view(dtype).reshape(tuple(tensor.shape))
