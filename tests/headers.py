@@ -54,3 +54,21 @@ def published(model_name: str, dtype: str = "BF16", layers: int | None = None) -
         infos.append(TensorInfo(name, own or DTYPES[dtype], shape, "model.safetensors", offset))
         offset += infos[-1].nbytes
     return HeaderSource(content["hf_id"], config, infos)
+
+
+def quantised(source: HeaderSource) -> HeaderSource:
+    """The same model as DeepSeek (block fp8) and OpenAI (MXFP4) publish theirs."""
+    infos: list[TensorInfo] = []
+    are_fused = any(name.endswith("experts.gate_up_proj") for name in source.tensors)
+    for name, info in source.tensors.items():
+        if not are_fused and re.search(r"_proj(_with_mqa)?\.weight$", name):
+            grid = tuple(-(-n // 128) for n in info.shape)
+            parts = {"": ("F8_E4M3", info.shape), "_scale_inv": ("F32", grid)}
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, outer = info.shape
+            groups = (experts, outer, inner // 32)
+            parts = {"_blocks": ("U8", (*groups, 16)), "_scales": ("U8", groups)}
+        else:
+            parts = {"": ("BF16", info.shape)}
+        infos += [TensorInfo(name + e, DTYPES[t], s, info.file, 0) for e, (t, s) in parts.items()]
+    return HeaderSource(source.root, source.config, infos)
