@@ -18,7 +18,7 @@ from maxconv.algebra.boxes import Box, dims, intersect
 from maxconv.errors import UserError
 from maxconv.sources import LocalSource, aligned_empty, coalesce, open_source, runs
 from maxconv.sources.base import Part, blocks
-from maxconv.sources.local import INDEX, SINGLE
+from maxconv.sources.files import INDEX, SINGLE
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.int16)
