@@ -30,6 +30,7 @@ _NOT_YET = {
 _MINIMUM = {
     "param_scan_axis": 0,
     "simulated_cpu_devices_count": 1,
+    "max_retries": 0,
     "num_processes": 1,
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,

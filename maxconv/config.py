@@ -28,6 +28,8 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "lazy_load_tensors": (bool, True),
     "hf_model_path": (str, None),
     "revision": (str, None),
+    "max_retries": (int, 5),
+    "cache": (bool, False),
     "save_dtype": (str, "bfloat16"),
     "eager_load_method": (str, "safetensors"),
     "simulated_cpu_devices_count": (int, 16),
@@ -46,6 +48,8 @@ _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 _OF_ONE_RUN = (
     "base_output_directory",
     "hf_access_token",
+    "max_retries",
+    "cache",
     "overwrite",
     "resume",
     "verify",
@@ -100,6 +104,8 @@ class Config:
     lazy_load_tensors: bool
     hf_model_path: str | None
     revision: str | None
+    max_retries: int
+    cache: bool
     save_dtype: str
     eager_load_method: str
     simulated_cpu_devices_count: int

@@ -81,6 +81,12 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
 def opened(config: Config) -> Source:
     """The checkpoint that is to be converted."""
     path = config.hf_model_path
+    open_part = partial(
+        open_source,
+        token=config.hf_access_token,
+        max_retries=config.max_retries,
+        cache=config.cache,
+    )
     if config.hf_lora_adapter_path and not (path or config.load_parameters_path):
         raise UserError(
             "hf_lora_adapter_path alone, to convert just an adapter, is not supported yet: give "
@@ -94,11 +100,10 @@ def opened(config: Config) -> Source:
     if config.eager_load_method == "transformers" and not config.lazy_load_tensors:
         base = TransformersSource(path, config.revision, config.hf_access_token)
     else:
-        base = open_source(path, config.revision, config.hf_access_token)
+        base = open_part(path, config.revision)
     if (lora := config.hf_lora_adapter_path) is None:
         return base
-    token = config.hf_access_token
-    return AdaptedSource(base, open_source(lora, None, token, "adapter_config.json"))
+    return AdaptedSource(base, open_part(lora, None, config="adapter_config.json"))
 
 
 def resolved(config: Config, source: Source) -> Model:

@@ -108,10 +108,11 @@ def test_a_wrong_directory(place: Place) -> None:
         assert why in place.refused(f"--hf_model_path={path}")[0]
 
 
-@pytest.mark.parametrize("path", ["meta-llama/Llama-3.1-8B", "hf://meta-llama/Llama-3.1-8B"])
-def test_the_hub_is_not_supported_yet(place: Place, path: str) -> None:
-    (problem,) = place.refused(f"--hf_model_path={path}")
-    assert "`hf download meta-llama/Llama-3.1-8B --local-dir DIR`" in problem
+def test_what_is_no_name_on_the_hub(place: Place) -> None:
+    (problem,) = place.refused("--hf_model_path=hf://Llama-3.1-8B")
+    assert problem == (
+        "hf://Llama-3.1-8B is not of the form hf://org/name or hf://org/name@revision."
+    )
 
 
 def test_a_bucket_is_not_supported_yet(place: Place) -> None:

@@ -129,7 +129,7 @@ def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
 def test_model_info_is_that_of_maxtext(scan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxconv.convert.open_source", lambda *_: published(CASE))
+    monkeypatch.setattr("maxconv.convert.open_source", lambda *_, **__: published(CASE))
     info, treedef = get_maxtext_model_info(parse([f"model_name={CASE}", f"scan_layers={scan}"]))
     name = f"{CASE}.{'scan' if scan else 'unscan'}.json.gz"
     recorded = (Path(__file__).parent / "data/trees" / name).read_bytes()
@@ -173,8 +173,8 @@ def test_loader(tmp_path: Path, shard_bytes: int | None) -> None:
 
 
 def test_loader_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hf download"):
-        LazyHFLoader("org/name", None)
+    with pytest.raises(UserError, match="is not of the form hf://org/name"):
+        LazyHFLoader("hf://name", None)
     with pytest.raises(UserError, match="config.json"):
         LazyHFLoader(str(tmp_path), None)
 

@@ -28,29 +28,37 @@ def open_source(
     revision: str | None = None,
     token: str | None = None,
     config: str = "config.json",
+    max_retries: int = 5,
+    cache: bool = False,
 ) -> Source:
     """Opens a Hugging Face checkpoint.
 
     Args:
-        path: a local directory.
-        revision: of a model on the Hugging Face Hub; a directory has none to choose from.
-        token: for the Hugging Face Hub; unused for a directory.
+        path: a local directory, or a model on the Hugging Face Hub: `hf://org/name[@revision]`, or
+            just `org/name`.
+        revision: of a model on the Hub; a directory has none to choose from.
+        token: for the Hub; default: HF_TOKEN, HF_AUTH_TOKEN, or that of `hf auth login`.
         config: the file that says what it is; adapter_config.json in a LoRA adapter.
+        max_retries: how often a request is tried again.
+        cache: download a model of the Hub into the Hugging Face cache, and read it there.
 
     Raises:
         UserError: with everything that is wrong with it.
+        RetryableError: when a server fails.
     """
     if path.startswith("gs://"):
         raise UserError(
             f"{path} is not supported yet; copy it to a local directory first: "
             f"`gcloud storage cp --recursive {path} DIR`."
         )
-    name = path.removeprefix("hf://")
-    if name != path or (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) and not os.path.exists(path)):
-        raise UserError(
-            f"{path} is not a local directory, and reading from the Hugging Face Hub is not "
-            f"supported yet; run `hf download {name} --local-dir DIR` first, then give DIR."
-        )
+    name, _, own = path.removeprefix("hf://").partition("@")
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    if path.startswith("hf://") and not is_name:
+        raise UserError(f"{path} is not of the form hf://org/name or hf://org/name@revision.")
+    if path.startswith("hf://") or (is_name and not os.path.exists(path)):
+        from maxconv.sources.hub import open_hub
+
+        return open_hub(name, own or revision, token, max_retries, cache, config)
     source = LocalSource(path, config)
     if revision is not None:
         source.notices = (*source.notices, f"{path} is a directory: revision {revision} is ignored")
