@@ -39,6 +39,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "num_processes": (int, None),
     "process_id": (int, None),
     "max_host_memory_gb": (float, None),
+    "tpu_type": (str, None),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 
@@ -53,6 +54,7 @@ _OF_ONE_RUN = (
     "num_processes",
     "process_id",
     "jax_distributed_initialization_timeout",
+    "tpu_type",
 )
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -111,6 +113,8 @@ class Config:
     num_processes: int | None
     process_id: int | None
     max_host_memory_gb: float | None
+    tpu_type: str | None
+    """Of slices that are not here, to plan for."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""
