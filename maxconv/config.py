@@ -40,6 +40,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "process_id": (int, None),
     "max_host_memory_gb": (float, None),
     "tpu_type": (str, None),
+    "report": (str, None),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 
@@ -55,6 +56,7 @@ _OF_ONE_RUN = (
     "process_id",
     "jax_distributed_initialization_timeout",
     "tpu_type",
+    "report",
 )
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -115,6 +117,8 @@ class Config:
     max_host_memory_gb: float | None
     tpu_type: str | None
     """Of slices that are not here, to plan for."""
+    report: str | None
+    """Where `plan` writes a page about it."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""

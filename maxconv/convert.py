@@ -57,8 +57,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         UserError: with everything that is in the way, the same on all processes. The target is
             only looked at when something `writes` to it.
     """
-    if writes and config.tpu_type is not None:
-        raise UserError("tpu_type is a word of maxconv plan: a conversion runs on what is there.")
+    for word in ("tpu_type", "report"):
+        if writes and getattr(config, word) is not None:
+            raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
     with distributed.same_error_everywhere():
         source = opened(config)
     with source:

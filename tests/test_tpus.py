@@ -3,8 +3,10 @@
 import json
 import math
 import platform
+import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from headers import HeaderSource, published
@@ -80,7 +82,10 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     write_headers(published("deepseek3-671b"), tmp_path)
     words = ["model_name=deepseek3-671b", f"--hf_model_path={tmp_path}", "--tpu_type=v5p-1024"]
     sizes = ["num_slices=2", "ici_expert_parallelism=8"]
-    assert cli.main(["plan", *words, *sizes]) == 0
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", *words, *sizes, f"--report={page}"]) == 0
+    ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>", "", page.read_text()))
+    assert len(re.findall(r"<title>host \d+: ", page.read_text())) == 256
     out = capsys.readouterr().out
     assert "1024 devices, 256 process(es)" in out
     assert "slice    v5p-1024: 8x8x8 chips, 128 hosts; a host holds" in out
