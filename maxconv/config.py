@@ -136,7 +136,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
 
     Raises a `UserError` with every problem there is.
     """
-    words = split(argv, _FLAG_TYPES)
+    words = split(argv, _FLAG_TYPES | {"num_slices": int})  # as gcloud and xpk spell it
     problems, notices = words.problems, list[str]()
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)

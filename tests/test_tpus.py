@@ -81,7 +81,7 @@ def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
 def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_headers(published("deepseek3-671b"), tmp_path)
     words = ["model_name=deepseek3-671b", f"--hf_model_path={tmp_path}", "--tpu_type=v5p-1024"]
-    sizes = ["num_slices=2", "ici_expert_parallelism=8"]
+    sizes = ["--num_slices=2", "ici_expert_parallelism=8"]
     page = tmp_path / "plan.html"
     assert cli.main(["plan", *words, *sizes, f"--report={page}"]) == 0
     ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>", "", page.read_text()))
