@@ -10,6 +10,7 @@ device is given what its part needs and the compiled function has no collectives
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -375,6 +376,31 @@ def boxes_by_process(read: CellRead) -> dict[int, frozenset[Box]]:
     for device, box in device_boxes(read.sharding, read.shape).items():
         boxes.setdefault(device.process_index, set()).add(box)
     return {process: frozenset(of) for process, of in boxes.items()}
+
+
+def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
+    """Bytes that each process reads for some steps.
+
+    The steps of a recipe read alike but at the ends of tensors and where lanes read the same, so
+    the others are counted at once: there may be 50,000 of them, and a thousand processes.
+    """
+    total: Counter[int] = Counter()
+    alike: Counter[Recipe] = Counter()
+    for step in steps:
+        if all(
+            len(set(lanes)) == len(lanes)
+            and all(clip(s.box, shapes[s.name]) == s.box for s in lanes)
+            for lanes in step.sources
+        ):
+            alike[step.recipe] += 1
+        else:
+            processes = {p for read in step.recipe.reads for p in boxes_by_process(read)}
+            total.update({p: nbytes_read(step, shapes, p) for p in processes})
+    for recipe, n in alike.items():
+        for read in recipe.reads:
+            held = boxes_by_process(read)
+            total.update({p: n * read.shard_nbytes * len(boxes) for p, boxes in held.items()})
+    return total
 
 
 def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:

@@ -24,6 +24,8 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
         --resume                        go on with a conversion that was cut off
   maxconv plan [the same words]
       What a conversion would do, without reading a tensor.
+        --tpu_type=v5p-64 --num_slices=2     on slices that are not here
+        --report=plan.html                   a page of pictures, too
   maxconv verify CHECKPOINT [the words of the conversion]
       Read a converted checkpoint back, recompute it from its source, compare every bit.
   maxconv inspect PATH
@@ -85,15 +87,24 @@ def convert(words: Sequence[str]) -> None:
 
 
 def plan(words: Sequence[str]) -> None:
+    from pathlib import Path
+
+    import jax
+
     from maxconv.convert import prepared
     from maxconv.distributed import start
+    from maxconv.page import plan_page
     from maxconv.report import plan_text, size
+    from maxconv.tpus import slice_of
 
     with prepared(start(words), writes=False) as job:
         source = job.source
         total = sum(info.nbytes for info in source.tensors.values())
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
-        print(plan_text(job.plan, job.window, readable))
+        on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
+        print(plan_text(job.plan, job.window, readable, on))
+        if (page := job.config.report) and jax.process_index() == 0:
+            Path(page).write_text(plan_page(job.plan, job.window, readable, on))
 
 
 def verify(words: Sequence[str]) -> None:

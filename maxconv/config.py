@@ -41,6 +41,8 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "num_processes": (int, None),
     "process_id": (int, None),
     "max_host_memory_gb": (float, None),
+    "tpu_type": (str, None),
+    "report": (str, None),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 
@@ -57,6 +59,8 @@ _OF_ONE_RUN = (
     "num_processes",
     "process_id",
     "jax_distributed_initialization_timeout",
+    "tpu_type",
+    "report",
 )
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -117,6 +121,10 @@ class Config:
     num_processes: int | None
     process_id: int | None
     max_host_memory_gb: float | None
+    tpu_type: str | None
+    """Of slices that are not here, to plan for."""
+    report: str | None
+    """Where `plan` writes a page about it."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""
@@ -134,7 +142,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
 
     Raises a `UserError` with every problem there is.
     """
-    words = split(argv, _FLAG_TYPES)
+    words = split(argv, _FLAG_TYPES | {"num_slices": int})  # as gcloud and xpk spell it
     problems, notices = words.problems, list[str]()
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)

@@ -24,6 +24,7 @@ from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.sharding import make_mesh
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
+from maxconv.tpus import slice_of
 from maxconv.verify import Report, leaves_to_check, verify
 
 WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
@@ -56,6 +57,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         UserError: with everything that is in the way, the same on all processes. The target is
             only looked at when something `writes` to it.
     """
+    for word in ("tpu_type", "report"):
+        if writes and getattr(config, word) is not None:
+            raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
     with distributed.same_error_everywhere():
         source = opened(config)
     with source:
@@ -63,7 +67,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             plan = make_plan(
                 source,
                 resolved(config, source),
-                make_mesh(config),
+                make_mesh(config, _devices(config)),
                 config.logical_axis_rules,
                 config.scan_axis,
                 config.save_dtype,
@@ -76,6 +80,13 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             if writes:
                 job = _with_target(job)
         yield job
+
+
+def _devices(config: Config) -> Sequence[Any] | None:
+    """Those to plan for, where they are not the ones that are here."""
+    if config.tpu_type is None:
+        return None
+    return slice_of(config.tpu_type).chips(max(config.num_slices, 1))
 
 
 def opened(config: Config) -> Source:

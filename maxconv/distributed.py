@@ -40,6 +40,9 @@ def initialize(config: Config) -> tuple[str, ...]:
     platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     platform = platform or ("tpu" if _has_tpu() else "cpu")
     notices: tuple[str, ...] = ()
+    if config.tpu_type is not None:  # a plan for devices that are not here needs none
+        _use_cpu(1)
+        return notices
     if config.hardware == "cpu":
         platform = "cpu"
     elif platform == "cpu":

@@ -19,7 +19,7 @@ from maxconv.algebra import (
     unused,
     volume,
 )
-from maxconv.cells import Recipe, Step, nbytes_read, steps
+from maxconv.cells import Recipe, Step, nbytes_by_process, steps
 from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
 from maxconv.logical import rounded
@@ -100,8 +100,12 @@ class Plan:
 
     def read_nbytes(self, process: int) -> int:
         """Bytes of tensors that a process reads."""
+        return self._reads[process]
+
+    @cached_property
+    def _reads(self) -> Mapping[int, int]:
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        return sum(nbytes_read(step, shapes, process) for step in self.steps)
+        return nbytes_by_process(self.steps, shapes)
 
     @cached_property
     def needed_nbytes(self) -> int:

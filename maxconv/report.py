@@ -7,12 +7,13 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:  # sizes are also told where JAX is not needed, and not imported
     from maxconv.plan import LeafPlan, Plan
+    from maxconv.tpus import Slice
 
 INTERVAL_ON_TERMINALS = 0.5  # seconds between two looks at how far it is
 INTERVAL_IN_LOGS = 10
@@ -65,13 +66,14 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     return "\n".join(map(line, cells))
 
 
-def plan_text(plan: Plan, window: int, readable: str) -> str:
+def plan_text(plan: Plan, window: int, readable: str, on: Slice | None = None) -> str:
     """The plan of a conversion, for `maxconv plan`.
 
     Args:
         plan: what will be done.
         window: bytes per process for what is read ahead or waits to be written.
         readable: the source, in words.
+        on: the slices it is planned for, if they are not here.
     """
     used = {name: n for name, n in plan.mesh.shape.items() if n > 1}
     mesh = " x ".join(f"{name}={n}" for name, n in used.items()) or "one device"
@@ -91,10 +93,31 @@ def plan_text(plan: Plan, window: int, readable: str) -> str:
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
         f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
         f"device   at most {size(device_estimate(plan))} on each",
+        *(_on_slice(plan, window, on) if on else ()),
         f"compile  {len(plan.recipes) + len(plan.blanks)} programs, for {len(plan.steps)} steps",
         *(f"note     {notice}" for notice in plan.notices),
     ]
     return "\n".join(lines)
+
+
+def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
+    """What a slice has of what the plan needs, and how long its network takes at least."""
+    kind, busiest = on.kind, max(map(plan.read_nbytes, plan.processes))
+    written = -(-plan.output_nbytes // len(plan.processes))
+
+    def held(needed: int, there: int) -> str:
+        return f"{size(needed)} of {size(there)}{', which is too little' * (needed > there)}"
+
+    yield (
+        f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host holds "
+        f"{held(host_estimate(plan, window), kind.host_ram)}, "
+        f"a chip {held(device_estimate(plan), kind.hbm)}"
+    )
+    yield (
+        f"time     at least {duration(max(busiest, written) / kind.network)}: the busiest host "
+        f"reads {size(busiest)} and writes {size(written)} at {kind.network * 8 / 1e9:.0f} Gbit/s, "
+        "if the storage keeps up"
+    )
 
 
 def host_estimate(plan: Plan, window: int) -> int:

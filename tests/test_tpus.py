@@ -1,0 +1,115 @@
+"""Slices that are not here: their chips are those that libtpu tells of, and plans over them."""
+
+import json
+import math
+import platform
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from headers import HeaderSource, published
+from test_tpu_compile import devices, plan_of
+
+from maxconv import cli
+from maxconv.cells import nbytes_read
+from maxconv.config import parse
+from maxconv.errors import UserError
+from maxconv.model import resolve
+from maxconv.plan import make_plan
+from maxconv.sharding import device_array, make_mesh
+from maxconv.sources.safetensors import DTYPES
+from maxconv.tpus import slice_of
+
+needs_libtpu = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="libtpu is published for Linux on x86_64 only",
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-128", "v5e:8x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v6e-64", "v6e:8x8"),
+    ],
+)
+def test_chips_are_those_of_libtpu(name: str, topology: str) -> None:
+    def known(chips):
+        return [(c.id, c.process_index, tuple(c.coords), c.device_kind) for c in chips]
+
+    ours, theirs = slice_of(name).chips(), devices(topology)
+    assert known(ours) == known(theirs)
+    config = parse([f"ici_tensor_parallelism={slice_of(name).shape[0]}"], {})
+    meshes = [device_array(config, chips) for chips in (ours, theirs)]
+    assert [c.id for c in meshes[0].flat] == [c.id for c in meshes[1].flat]
+
+
+@needs_libtpu
+def test_a_plan_is_the_one_for_real_devices() -> None:
+    words = "ici_fsdp_parallelism=8 ici_tensor_parallelism=4"
+    real = plan_of("qwen3-30b-a3b", "v5p:2x4x4", words)
+    config = parse(words.split(), {})
+    source = published("qwen3-30b-a3b")
+    mesh = make_mesh(config, slice_of("v5p-64").chips())
+    ours = make_plan(source, real.model, mesh, config.logical_axis_rules, config.scan_axis)
+    assert [leaf.local_nbytes for leaf in ours.leaves] == [p.local_nbytes for p in real.leaves]
+    assert list(map(ours.read_nbytes, range(8))) == list(map(real.read_nbytes, range(8)))
+
+
+@pytest.mark.parametrize("words", ["", "ici_expert_parallelism=4", "ici_tensor_parallelism=2"])
+def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
+    name = "qwen3-30b-a3b"
+    config = parse([f"model_name={name}", "num_slices=2", *words.split()], {})
+    source = published(name, layers=2)
+    model = resolve(source, words={"vocab_size": 151936 + 512})  # the last rows are not read
+    mesh = make_mesh(config, slice_of("v5p-16").chips(2))
+    plan = make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
+    shapes = {name: info.shape for name, info in plan.tensors.items()}
+    assert plan.processes == [0, 1, 2, 3]
+    for process in plan.processes:
+        one_by_one = sum(nbytes_read(step, shapes, process) for step in plan.steps)
+        assert plan.read_nbytes(process) == one_by_one
+
+
+def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_headers(published("deepseek3-671b"), tmp_path)
+    words = ["model_name=deepseek3-671b", f"--hf_model_path={tmp_path}", "--tpu_type=v5p-1024"]
+    sizes = ["--num_slices=2", "ici_expert_parallelism=8"]
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", *words, *sizes, f"--report={page}"]) == 0
+    ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>", "", page.read_text()))
+    assert len(re.findall(r"<title>host \d+: ", page.read_text())) == 256
+    out = capsys.readouterr().out
+    assert "1024 devices, 256 process(es)" in out
+    assert "slice    v5p-1024: 8x8x8 chips, 128 hosts; a host holds" in out
+    assert "Gbit/s, if the storage keeps up" in out
+    assert cli.main(["convert", *words]) == 2
+    assert "tpu_type is a word of maxconv plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9-8", "v5p-7", "v5p-4", "v5p-24", "v6e-512", "v5e-"])
+def test_no_such_slice(name: str) -> None:
+    with pytest.raises(UserError, match=f"tpu_type={name}"):
+        slice_of(name)
+
+
+def write_headers(source: HeaderSource, directory: Path) -> None:
+    """A checkpoint of the full size that takes no room: its file is a hole behind the header."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for name, info in source.tensors.items():
+        offsets = [end, end := end + math.prod(info.shape) * info.dtype.itemsize]
+        shape = list(info.shape)
+        header[name] = {"dtype": codes[info.dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    (directory / "config.json").write_text(json.dumps(source.config))
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
