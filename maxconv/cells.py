@@ -36,9 +36,9 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
+from maxconv.placement import boxes_by_process
 
 Offset = tuple[int, ...]
-Device = Any  # jax.Device, which type checkers do not take for a type
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Recipe:
     def buffer_nbytes(self) -> int:
         """Host bytes that the reads of one step take, in the process that reads most."""
         return sum(
-            read.shard_nbytes * max(map(len, boxes_by_process(read).values()))
+            read.shard_nbytes * max(map(len, boxes_by_process(read.sharding, read.shape).values()))
             for read in self.reads
         )
 
@@ -353,31 +353,6 @@ def _shards(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-@cache
-def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
-    """The box of an array that each device holds."""
-    return {
-        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        for device, index in sharding.devices_indices_map(shape).items()
-    }
-
-
-@cache
-def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
-    """`device_boxes` of this process."""
-    mine = sharding.addressable_devices
-    return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}
-
-
-@cache
-def boxes_by_process(read: CellRead) -> dict[int, frozenset[Box]]:
-    """The different boxes of a read's array that the devices of each process hold."""
-    boxes: dict[int, set[Box]] = {}
-    for device, box in device_boxes(read.sharding, read.shape).items():
-        boxes.setdefault(device.process_index, set()).add(box)
-    return {process: frozenset(of) for process, of in boxes.items()}
-
-
 def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
     """Bytes that each process reads for some steps.
 
@@ -394,11 +369,13 @@ def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Cou
         ):
             alike[step.recipe] += 1
         else:
-            processes = {p for read in step.recipe.reads for p in boxes_by_process(read)}
+            processes = {
+                p for read in step.recipe.reads for p in boxes_by_process(read.sharding, read.shape)
+            }
             total.update({p: nbytes_read(step, shapes, p) for p in processes})
     for recipe, n in alike.items():
         for read in recipe.reads:
-            held = boxes_by_process(read)
+            held = boxes_by_process(read.sharding, read.shape)
             total.update({p: n * read.shard_nbytes * len(boxes) for p, boxes in held.items()})
     return total
 
@@ -407,7 +384,10 @@ def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
     for i, read in enumerate(step.recipe.reads):
-        sources = {step.source(i, box) for box in boxes_by_process(read).get(process, ())}
+        sources = {
+            step.source(i, box)
+            for box in boxes_by_process(read.sharding, read.shape).get(process, ())
+        }
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

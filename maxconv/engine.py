@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from maxconv.algebra import Box, clip, dims, slices
-from maxconv.cells import Step, local_boxes
+from maxconv.cells import Step
+from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits, compile_blank, compile_cell
 from maxconv.sources import Part, Source, aligned_empty

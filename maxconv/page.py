@@ -5,7 +5,7 @@ from html import escape
 from itertools import groupby
 
 from maxconv.algebra import Box
-from maxconv.cells import device_boxes
+from maxconv.placement import device_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.report import device_estimate, duration, host_estimate, size
 from maxconv.tpus import Slice

@@ -23,11 +23,11 @@ from orbax.checkpoint import v1 as ocp
 
 from maxconv import checkpoint
 from maxconv.algebra import Box, slices
-from maxconv.cells import local_boxes
 from maxconv.distributed import gathered
 from maxconv.engine import Engine
 from maxconv.errors import UserError
 from maxconv.inspect import Item, find_items, open_item, open_store, reason
+from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits
 

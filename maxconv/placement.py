@@ -1,0 +1,35 @@
+"""Which device, and which process, holds which box of an array."""
+
+from functools import cache
+from typing import Any
+
+from jax.sharding import NamedSharding
+
+from maxconv.algebra import Box, Shape
+
+Device = Any  # jax.Device, which type checkers do not take for a type
+
+
+@cache
+def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
+    """The box of an array that each device holds."""
+    return {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        for device, index in sharding.devices_indices_map(shape).items()
+    }
+
+
+@cache
+def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
+    """`device_boxes` of this process."""
+    mine = sharding.addressable_devices
+    return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}
+
+
+@cache
+def boxes_by_process(sharding: NamedSharding, shape: Shape) -> dict[int, frozenset[Box]]:
+    """The different boxes of an array that the devices of each process hold."""
+    boxes: dict[int, set[Box]] = {}
+    for device, box in device_boxes(sharding, shape).items():
+        boxes.setdefault(device.process_index, set()).add(box)
+    return {process: frozenset(of) for process, of in boxes.items()}
