@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, product
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from maxconv.algebra import (
     Combine,
     Concat,
     Expr,
+    Slice,
     Tensor,
     apply,
+    rearrange,
     stack,
     tensors,
 )
@@ -68,7 +70,7 @@ def logical_tensors(source: Source, family: Family) -> Logical:
         found = merged(found, source.adapter, lambda name: rename(name)[0])
         notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
     try:
-        found = joined(found, family)
+        found = joined(apart(found, family), family)
     except AlgebraError as error:
         raise UserError(f"{source.root}: {error}.") from None
     renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
@@ -90,6 +92,21 @@ def joined(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
                 experts.append(Concat(0, tuple(parts)) if len(parts) > 1 else parts[0])
             if experts:
                 found[layer + whole] = stack(experts, 0)
+    return found
+
+
+def apart(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, those of all experts as the tensors of each that the table has."""
+    found = dict(weights)
+    for whole, pieces in family.apart:
+        for name in [name for name in weights if name.endswith(whole)]:
+            fused, layer = found.pop(name), name.removesuffix(whole)
+            if len(fused.shape) != 3 or fused.shape[1] % len(pieces):
+                raise AlgebraError(f"tensor {name} {fused.shape} is not of all experts")
+            experts, n = fused.shape[0], fused.shape[1] // len(pieces)
+            for e, (i, piece) in product(range(experts), enumerate(pieces)):
+                one = apply(Slice(1, i * n, n), apply(Slice(0, e, 1), fused))
+                found[layer + piece.format(e=e)] = apply(rearrange("1 o i -> o i"), one)
     return found
 
 

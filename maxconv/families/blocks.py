@@ -29,6 +29,12 @@ DECODER = Root("decoder/{layers}", LAYER)
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 
+# How names end of the tensors of all experts; and of those, one of each expert, in their stead.
+FUSED = (
+    (".experts.gate_up_proj", (".experts.{e}.gate_proj.weight", ".experts.{e}.up_proj.weight")),
+    (".experts.down_proj", (".experts.{e}.down_proj.weight",)),
+)
+
 # HF rotates the halves of a head against each other, MaxText's llama neighbours in pairs.
 ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from maxconv.algebra import hf, rearrange
 from maxconv.families.blocks import (
     DECODER,
+    FUSED,
     Root,
     attention,
     ends,
@@ -155,6 +156,7 @@ DEEPSEEK_V2 = Family(
     rows=v2_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
+    apart=FUSED,
 )
 DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
@@ -162,6 +164,7 @@ DEEPSEEK_V3 = Family(
     rows=v3_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
+    apart=FUSED,
 )
 DEEPSEEK_V32 = Family(
     architectures=("DeepseekV32ForCausalLM",),
@@ -169,4 +172,5 @@ DEEPSEEK_V32 = Family(
     rows=v32_rows,
     sizes=IndexerDims,
     ignored=IGNORED,
+    apart=FUSED,
 )

@@ -22,4 +22,9 @@ MIXTRAL = Family(
     decoder_block="mixtral",
     rows=rows,
     sizes=MixtralDims,
+    names=(("model.layers.*.mlp.", "model.layers.*.block_sparse_moe."),),  # of transformers 5
+    apart=(
+        (".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight")),
+        (".experts.down_proj", (".experts.{e}.w2.weight",)),
+    ),
 )

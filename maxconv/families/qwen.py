@@ -6,7 +6,15 @@ models/qwen3.py.
 
 from dataclasses import dataclass
 
-from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, qk_norms, routed_experts
+from maxconv.families.blocks import (
+    FUSED,
+    attention,
+    ends,
+    gated_mlp,
+    pre_norms,
+    qk_norms,
+    routed_experts,
+)
 from maxconv.families.table import Dims, Family, each, size, uniform
 
 
@@ -45,4 +53,5 @@ QWEN3_MOE = Family(
     rows=qwen3_moe_rows,
     pads_vocab=True,
     sizes=ExpertsOnly,
+    apart=FUSED,
 )

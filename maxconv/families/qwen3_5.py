@@ -6,7 +6,7 @@ transformers modeling_qwen3_5_moe.py; MaxText models/qwen3_5.py.
 from dataclasses import dataclass
 
 from maxconv.algebra import Concat, Expr, Slice, hf, rearrange
-from maxconv.families.blocks import LAYER, ends, fused_experts
+from maxconv.families.blocks import FUSED, LAYER, ends, fused_experts
 from maxconv.families.qwen_next import (
     HybridDims,
     delta_net,
@@ -63,8 +63,5 @@ QWEN3_5_MOE = Family(
     names=(("model.language_model.", "model."),),
     ignored=("mtp.*",),
     encoders=("model.visual.*",),
-    joined=(
-        (".experts.gate_up_proj", (".experts.{e}.gate_proj.weight", ".experts.{e}.up_proj.weight")),
-        (".experts.down_proj", (".experts.{e}.down_proj.weight",)),
-    ),
+    joined=FUSED,
 )

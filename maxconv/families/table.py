@@ -172,6 +172,8 @@ class Family:
         hearing: and only with use_audio.
         joined: how names end of tensors of all experts; and of those, one of each expert `{e}`,
             that some checkpoints hold in their stead, to be joined on the first axis.
+        apart: the same where the table has the tensors of each expert, and some checkpoints those
+            of all.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
@@ -188,6 +190,7 @@ class Family:
     encoders: tuple[str, ...] = ()
     hearing: tuple[str, ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    apart: tuple[tuple[str, tuple[str, ...]], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
