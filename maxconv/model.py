@@ -80,7 +80,7 @@ def resolve(
         said = words[key] if typed else facts.get(key)
         if said is None:
             continue
-        ours = chosen[f.name] = said * _unit(f.name, family)
+        ours = chosen[f.name] = type(said)(said * _unit(f.name, family))
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
             unit = _unit(f.name, family)
             fits = theirs // unit if unit > 1 else theirs
@@ -91,13 +91,16 @@ def resolve(
                 f"if the checkpoint is right, say {mend}."
             )
     dims = replace(published, **chosen)
+    predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(published))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
         ("use_audio", dims.audio, family.hearing),
+        ("mtp_num_layers", dims.mtp, predicts),
     ):
         if wants and not has:
             problems.append(
-                f"{key}=True, but {family.architectures[0]} has no such encoder: take it out."
+                f"{key}={wants}, but MaxText has no such part of {family.architectures[0]}: "
+                "take it out."
             )
     if dims.mtp and dims.layers < published.layers:
         problems.append(

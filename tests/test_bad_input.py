@@ -108,6 +108,12 @@ def test_a_wrong_directory(place: Place) -> None:
         assert why in place.refused(f"--hf_model_path={path}")[0]
 
 
+@pytest.mark.parametrize("word", ["use_multimodal=True", "use_audio=True", "mtp_num_layers=1"])
+def test_parts_that_a_model_does_not_have(place: Place, word: str) -> None:
+    (problem,) = place.refused(word)
+    assert problem == f"{word}, but MaxText has no such part of LlamaForCausalLM: take it out."
+
+
 def test_what_is_no_name_on_the_hub(place: Place) -> None:
     (problem,) = place.refused("--hf_model_path=hf://Llama-3.1-8B")
     assert problem == (

@@ -38,6 +38,7 @@ class DeepSeekDims(Dims):
     kv_lora: int = size("kv_lora_rank", maxtext="kv_lora_rank")
     nope: int = size("qk_nope_head_dim", maxtext="qk_nope_head_dim")
     rope: int = size("qk_rope_head_dim", maxtext="qk_rope_head_dim")
+    mtp: int = size("num_nextn_predict_layers", maxtext="mtp_num_layers", default=0, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class Dims:
     moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
     multimodal: bool = size(maxtext="use_multimodal", default=False)
     audio: bool = size(maxtext="use_audio", default=False)
-    mtp: int = size("num_nextn_predict_layers", maxtext="mtp_num_layers", default=0, least=0)
+    mtp: int = size(maxtext="mtp_num_layers", default=0, least=0)
 
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
