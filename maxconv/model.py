@@ -80,9 +80,9 @@ def resolve(
         said = words[key] if typed else facts.get(key)
         if said is None:
             continue
-        ours = chosen[f.name] = type(said)(said * _unit(f.name, family))
+        unit = _unit(f.name, family)
+        ours = chosen[f.name] = said * unit if unit > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            unit = _unit(f.name, family)
             fits = theirs // unit if unit > 1 else theirs
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
