@@ -501,17 +501,6 @@ def test_open_source_directory(tmp_path, monkeypatch):
     assert list(noticed) == ["org/name is a directory: revision main is ignored"]
 
 
-@pytest.mark.parametrize("path", ["org/name", "hf://org/name"])
-def test_open_source_hub(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        open_source(path)
-    assert caught.value.problems == (
-        f"{path} is not a local directory, and reading from the Hugging Face Hub is not supported "
-        "yet; run `hf download org/name --local-dir DIR` first, then give DIR.",
-    )
-
-
 def test_open_source_bucket():
     with pytest.raises(UserError, match=r"gs://b/m is not supported yet; copy it to a local"):
         open_source("gs://b/m")
