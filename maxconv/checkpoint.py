@@ -160,7 +160,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         metadata: dict[int, Any] = {}
         await infos[0].await_path_creation()
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        journal = resume.Journal(infos[0].parent_dir, self.kept.values(), use_ocdbt)
+        journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
 
         async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
             try:

@@ -7,10 +7,11 @@ unfinished directory, and writes what is missing into them.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -75,12 +76,18 @@ def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> s
 
 
 def keep(directory: str) -> None:
-    """Puts the stores of the attempts before aside, for this one, and clears the rest."""
+    """Puts the stores of the attempts before aside, for this one, and clears the rest.
+
+    Each gets a name of its own, `ocdbt.process_<process>.<attempt>`, as Orbax may have begun a new
+    `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so.
+    """
     root = epath.Path(directory)
     kept = root / _KEPT
     kept.mkdir(parents=True, exist_ok=True)
     for store in root.glob(f"{target.UNFINISHED}/items.*/{_ANY_STORE}"):
-        store.rename(kept / store.name)
+        _, process, *_ = store.name.split(".")
+        names = (kept / f"ocdbt.{process}.{attempt}" for attempt in itertools.count())
+        store.rename(next(name for name in names if not name.exists()))
     for path in root.glob(f"{target.UNFINISHED}*"):
         if path.name != _KEPT:
             path.rmtree()
@@ -88,7 +95,8 @@ def keep(directory: str) -> None:
 
 def finished(directory: str) -> dict[str, Any]:
     """The metadata of the leaves that all processes have in the stores that were kept, by name."""
-    mine = _journal(_store(epath.Path(directory) / _KEPT))
+    stores = _stores(epath.Path(directory) / _KEPT)
+    mine = {name: metadata for store in stores for name, metadata in _journal(store).items()}
     everywhere = set.intersection(*map(set, gathered(list(mine))))
     return {name: metadata for name, metadata in mine.items() if name in everywhere}
 
@@ -112,15 +120,16 @@ def clear(directory: str) -> None:
 class Journal:
     """Keeps the journal of this process' store in `items`, the directory that Orbax writes to.
 
-    `kept`: metadata of the leaves that the store of an attempt before this one brings.
+    Brings the stores of the attempts before this one, which `keep` put aside, back.
     In a bucket, where nothing can be moved, and without OCDBT it does nothing.
     """
 
-    def __init__(self, items: epath.Path, kept: Iterable[Any], use_ocdbt: bool):
-        self._store, self._metadata, self._written = _store(items), list(kept), 0.0
+    def __init__(self, items: epath.Path, use_ocdbt: bool):
+        self._store, self._metadata, self._written = _store(items), list[Any](), 0.0
         self._works = use_ocdbt and "://" not in os.fspath(items)
-        if self._metadata:
-            _store(items.parent.parent / _KEPT).rename(self._store)
+        if self._works:
+            for store in _stores(items.parent.parent / _KEPT):
+                store.rename(items / store.name)
 
     def add(self, metadata: Any) -> None:
         """Notes a leaf that is durable."""
@@ -139,6 +148,10 @@ class Journal:
 
 def _store(items: epath.Path) -> epath.Path:
     return items / f"ocdbt.process_{jax.process_index()}"
+
+
+def _stores(kept: epath.Path) -> list[epath.Path]:
+    return sorted(kept.glob(f"{_store(kept).name}.*"))
 
 
 def _journal(store: epath.Path) -> dict[str, Any]:
