@@ -1,6 +1,5 @@
 """Leaves that are too large for the window are made, written and verified in slabs."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -126,7 +125,8 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
         smaller += math.prod(in_slabs[name][1]) < math.prod(chunk)
     assert smaller > 5
     metadata = [(tmp_path / d / "0/items/_METADATA").read_text() for d in ("whole/out", "slabs")]
-    assert json.loads(metadata[0]) == json.loads(metadata[1])
+    shapeless = [re.sub(r'"write_shape": \[[^]]*\]', "", text) for text in metadata]
+    assert shapeless[0] == shapeless[1] and metadata[0] != metadata[1]
 
 
 def flip_a_bit(out: Path) -> None:
