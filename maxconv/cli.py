@@ -1,8 +1,10 @@
 """The command `maxconv`."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from maxconv import __version__
 from maxconv.errors import UserError, VerificationError
@@ -56,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(lambda: COMMANDS[name](rest))
+
+
+def script(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a program. It ends at once: Python would clear all that JAX made, for seconds."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(command: Callable[[], None]) -> int:
@@ -153,4 +166,4 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()
