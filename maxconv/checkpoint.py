@@ -29,8 +29,10 @@ from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf
 
 from maxconv import resume, together
 from maxconv.algebra import Box, Shape, slices
+from maxconv.timeline import span
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
+_ROWS = 4  # in which concurrent writes are drawn, in a timeline
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
 
 
@@ -173,7 +175,8 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 
         async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
             try:
-                (metadata[i],) = await self._write(array, infos[i], args[i])
+                with span("write", values[i].name, cost, thread=f"write {i % _ROWS}"):
+                    (metadata[i],) = await self._write(array, infos[i], args[i])
             finally:
                 del array
                 self.progress.hold(-cost)
@@ -195,7 +198,8 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     for in_whole, part in value.parts:
                         cost = part.local_nbytes
                         async with room:
-                            await room.wait_for(lambda cost=cost: self._has_room(cost))
+                            with span("wait", "for room", thread="room"):
+                                await room.wait_for(lambda cost=cost: self._has_room(cost))
                         self.progress.hold(cost)
                         # jax.config is thread-local
                         copied: Any = contextvars.copy_context().run
@@ -218,13 +222,15 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlices:
         """What this process writes of a part, where it belongs in the whole."""
-        (on_host,) = replica_slices.transfer_arrays_to_host(
-            [part.load()],
-            self._replica_id,
-            self._use_replica_parallel,
-            self._min_slice_bytes_for_replica_parallel,
-            self._max_replicas_for_replica_parallel,
-        )
+        array = part.load()
+        with span("to host", part.name, part.local_nbytes):
+            (on_host,) = replica_slices.transfer_arrays_to_host(
+                [array],
+                self._replica_id,
+                self._use_replica_parallel,
+                self._min_slice_bytes_for_replica_parallel,
+                self._max_replicas_for_replica_parallel,
+            )
 
         def moved(held: replica_slices.ReplicaSlice) -> replica_slices.ReplicaSlice:
             pairs = zip(held.index, part.shape, strict=True)

@@ -44,6 +44,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "tpu_type": (str, None),
     "report": (str, None),
     "compile": (bool, False),
+    "trace": (str, None),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 
@@ -63,6 +64,7 @@ _OF_ONE_RUN = (
     "tpu_type",
     "report",
     "compile",
+    "trace",
 )
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -129,6 +131,8 @@ class Config:
     """Where `plan` writes a page about it."""
     compile: bool
     """Ask the TPU compiler about the cells of a plan."""
+    trace: str | None
+    """Where a timeline of the conversion is written."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""

@@ -6,15 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import jax
 from etils import epath
 
-from maxconv import __version__, checkpoint, distributed, resume, target, together
+from maxconv import __version__, checkpoint, distributed, resume, target, timeline, together
 from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
@@ -146,15 +147,32 @@ def run(config: Config) -> Job:
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
                 print(f"note: {notice}", file=sys.stderr)
-        with together.all_or_none():
+        with (
+            together.all_or_none(),
+            timeline.recorded() if config.trace else nullcontext() as spans,
+        ):
             if job.there != "finished":
                 _save(job, _begin(job, speaks), speaks)
             if speaks:
                 _finish(job)
+            if spans is not None:
+                _tell_time(config, spans, speaks)
         if speaks:
             print(_summary(job, time.monotonic() - started), flush=True)
         _verify(job, job.items, speaks)
     return job
+
+
+def _tell_time(config: Config, spans: timeline.Timeline, speaks: bool) -> None:
+    """Writes the timeline of this process, and says where its time went."""
+    assert config.trace is not None
+    path = Path(config.trace)
+    if jax.process_count() > 1:
+        path = path.with_stem(f"{path.stem}.{jax.process_index()}")
+    spans.write(path, jax.process_index())
+    if speaks:
+        parts = (f"{kind} {duration(seconds)}" for kind, seconds in spans.seconds().items())
+        print(f"time, over all threads: {', '.join(parts)}; for ui.perfetto.dev: {path}")
 
 
 def _with_target(job: Job) -> Job:

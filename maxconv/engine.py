@@ -22,6 +22,7 @@ from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits, compile_blank, compile_cell
 from maxconv.slabs import Slab
 from maxconv.sources import Part, Source, aligned_empty
+from maxconv.timeline import span
 
 READERS = 2  # threads that read cells: one copies while the other waits for its storage
 
@@ -65,13 +66,14 @@ class Engine:
             recipe = step.recipe
             with self._ahead.take(step) as reads:
                 run = self._cells(recipe)
-                if recipe.is_whole:
-                    array = run(*reads)
-                else:
-                    if array is None:
-                        array = self._blanks(recipe.shape, recipe.dtype, recipe.sharding)()
-                    array = run(array, np.array(step.offset, np.int32), *reads)
-                array.block_until_ready()  # what it read may go
+                with span("compute", _name(step), recipe.made_nbytes):
+                    if recipe.is_whole:
+                        array = run(*reads)
+                    else:
+                        if array is None:
+                            array = self._blanks(recipe.shape, recipe.dtype, recipe.sharding)()
+                        array = run(array, np.array(step.offset, np.int32), *reads)
+                    array.block_until_ready()  # what it read may go
             self.stats.steps += 1
         assert array is not None
         return array
@@ -79,7 +81,8 @@ class Engine:
     def _counted(self, compile: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*key: Any) -> Any:
             self.stats.compiled += 1
-            return compile(*key)
+            with span("compile", ""):
+                return compile(*key)
 
         return counted
 
@@ -108,7 +111,8 @@ class _ReadAhead:
         """What a step reads, on its devices; it counts as held until the block ends."""
         self._top_up()
         if self._queue and self._queue[0][0] is step:
-            reads = self._queue.popleft()[1].result()
+            with span("wait", "for what is read"):
+                reads = self._queue.popleft()[1].result()
         else:  # out of order: nothing was read ahead
             self._hold(step.recipe.buffer_nbytes)
             reads = _fetch(self._source, step)
@@ -157,7 +161,15 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
         whole = read.buffer(box)
         within = memory.reshape(whole[len(whole) - len(of.box) :])  # without the axis of lanes
         parts.setdefault(of.name, []).append((inside, within[slices(inside, of.box)]))
+    nbytes = sum(memory.nbytes for memory in host.values())
     for name, boxes_of in parts.items():
-        source.read(source.tensors[name], boxes_of)
-    shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        with span("read", name, sum(part.nbytes for _, part in boxes_of)):
+            source.read(source.tensors[name], boxes_of)
+    with span("to device", _name(step), nbytes):
+        shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _name(step: Step) -> str:
+    """What a step is called in a timeline: the first tensor that it reads."""
+    return step.sources[0][0].name if step.sources else "constant"

@@ -3,9 +3,11 @@
 import platform
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from headers import published, write_headers
 from test_tpu_compile import devices, plan_of
@@ -13,6 +15,8 @@ from test_tpu_compile import devices, plan_of
 from maxconv import cli
 from maxconv.cells import nbytes_read
 from maxconv.config import parse
+from maxconv.convert import prepared
+from maxconv.engine import Engine
 from maxconv.errors import UserError
 from maxconv.model import resolve
 from maxconv.plan import make_plan
@@ -95,3 +99,31 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
 def test_no_such_slice(name: str) -> None:
     with pytest.raises(UserError, match=f"tpu_type={name}"):
         slice_of(name)
+
+
+@needs_libtpu
+def test_the_compiler_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_headers(published("qwen3-0.6b"), tmp_path)
+    words = ["plan", "model_name=qwen3-0.6b", f"--hf_model_path={tmp_path}"]
+    assert cli.main([*words, "--tpu_type=v5p-16", "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert "all-to-all" in out and re.search(r"compiled \d+ cells for 8 chips", out)
+    assert cli.main([*words, "--compile"]) == 2
+    assert "say for which slice" in capsys.readouterr().err
+
+
+def test_a_part_of_a_model_that_no_disk_here_holds(tmp_path: Path) -> None:
+    """Llama 3.1 405B, 756 GiB behind a real header: planned, and one slab of a leaf really made."""
+    write_headers(published("llama3.1-405b"), tmp_path)
+    words = ["hardware=cpu", "skip_jax_distributed_system=true", "ici_fsdp_parallelism=8"]
+    words += ["model_name=llama3.1-405b", f"--hf_model_path={tmp_path}"]
+    with prepared(parse(words, {}), writes=False) as job:
+        leaf = next(leaf for leaf in job.plan.leaves if leaf.name.endswith("mlp.wi_0.kernel"))
+        assert leaf.shape == (16384, 126, 53248) and leaf.nbytes > 200 << 30
+        slab = leaf.slabs[-1]
+        assert sum(slab.nbytes for slab in leaf.slabs) == leaf.nbytes
+        assert slab.local_nbytes <= job.window * 3 // 8
+        few = replace(job.plan, leaves=(replace(leaf, slabs=(slab,)),))
+        with Engine(few, job.source, job.window) as engine:
+            assert not np.asarray(engine.make_slab(slab)).any()
+        assert job.source.stats.bytes_read == few.read_nbytes(0) == slab.nbytes
