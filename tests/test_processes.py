@@ -67,7 +67,12 @@ def stored(out: Path):
 
 @pytest.mark.parametrize(
     ("n", "case", "mesh", "scan"),
-    [(2, "qwen3-8b", "fsdp4_tp2", True), (4, "mistral-7b", "fsdp8", False)],
+    [
+        (2, "qwen3-8b", "fsdp4_tp2", True),
+        (4, "mistral-7b", "fsdp8", False),
+        (2, "gemma3-4b+vision", "fsdp8", True),
+        (4, "gemma3-4b+vision", "fsdp4_tp2", True),
+    ],
 )
 def test_processes_write_what_one_writes(n, case, mesh, scan, tmp_path):
     model = tiny.write(case, tmp_path / "hf")
