@@ -137,6 +137,7 @@ class RemoteSource(FileSource):
     def _attempt(self, file: str, start: int, into: memoryview, is_stale: bool) -> None:
         url, headers = self._location(file, is_stale)
         asked = {**headers, "Range": f"bytes={start}-{start + len(into) - 1}"}
+        self._add(Traffic(requests=1))
         answer = self._http.request(
             "GET", url, headers=asked, preload_content=False, redirect=False
         )
@@ -148,7 +149,7 @@ class RemoteSource(FileSource):
             if at < len(into) or answer.read(1):
                 raise Fault("the answer was cut off")
         finally:
-            self._add(Traffic(requests=1, nbytes=at))
+            self._add(Traffic(nbytes=at))
             self._flow.came(at)
             answer.release_conn() if at == len(into) else answer.close()
 
