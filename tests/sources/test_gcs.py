@@ -58,6 +58,23 @@ def test_bytes_that_were_served_are_accounted_for(bucket: Bucket, tmp_path: Path
     assert len(bucket.served) == source.traffic.requests
 
 
+def test_parts_that_are_near_are_asked_for_together(bucket: Bucket, tmp_path: Path) -> None:
+    """Columns of a tensor: what lies between them comes along, as was foretold."""
+    source = open_source("gs://bucket/hf")
+    info = source.tensors["lm_head.weight"]
+    rows, columns = info.shape
+    box = (0, rows), (8, 8 + columns // 3)
+    before, array = source.traffic, np.empty((rows, columns // 3), info.dtype)
+    source.read(info, [(box, array)])
+    with LocalSource(tmp_path / "hf") as here:
+        whole = here.tensor(info.name)
+    assert np.array_equal(array.view(np.uint16), whole[:, 8 : 8 + columns // 3].view(np.uint16))
+    requests, came, between, _ = (n - m for n, m in zip(source.traffic, before, strict=True))
+    row = columns * info.dtype.itemsize
+    assert requests == 1 and between == (rows - 1) * (row - row // 3)
+    assert came == array.nbytes + between and source.between(info, [box]) == between
+
+
 @pytest.mark.parametrize(
     "kind", ["429:1", "500", "503", "reset", "mute:2", "cut", "whole", "other"]
 )
