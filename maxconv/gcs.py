@@ -46,7 +46,7 @@ class Bucket:
             self._endpoint = f"http://{host}"
         self._http, self._lock = http.client(1), Lock()
         self._renewal = Request(urllib3.PoolManager())
-        self._credentials = AnonymousCredentials() if host else _credentials()
+        self._credentials = _credentials()
 
     def objects(self, prefix: str) -> dict[str, Object]:
         """Every object whose name begins so, by the rest of its name.
@@ -152,6 +152,8 @@ class Bucket:
 
 def _credentials() -> Any:
     """Those of the environment, of gcloud, or of this machine; none will do for public buckets."""
+    if os.environ.get(_EMULATOR):
+        return AnonymousCredentials()
     try:
         return google.auth.default(scopes=[_SCOPE])[0]
     except exceptions.DefaultCredentialsError:

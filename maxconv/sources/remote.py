@@ -23,6 +23,7 @@ from maxconv.sources.safetensors import PREFIX, TensorInfo, header_length
 SPAN = 64 << 20  # bytes that one request brings at most
 PART = 8 << 20  # bytes that are worth a request of their own, if there may be more at once
 GAP = 1 << 20  # bytes between two runs that are rather read than asked around
+PIECE = 1 << 20  # bytes that are taken from a connection at once, and copied
 HEAD = 256 << 10  # bytes of a file that are read at first: most headers are shorter
 
 _DENIED = (401, 403, 404, 410, 412)
@@ -144,7 +145,7 @@ class RemoteSource(FileSource):
         at = 0
         try:
             self._check(file, answer, start, len(into))
-            while at < len(into) and (n := answer.readinto(into[at:])):
+            while n := answer.readinto(into[at : at + PIECE]):
                 at += n
             if at < len(into) or answer.read(1):
                 raise Fault("the answer was cut off")

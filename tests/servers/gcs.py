@@ -8,6 +8,7 @@ file, read again at every request:
     faults: see faults.py; besides there are "replace" and "remove", which first do so to the object
         that is asked for
     permissions: that callers have on buckets (fake-gcs-server knows nothing of them)
+    token: that callers must have; POST /token gives it, unless `grants` is false
     page: objects that a listing gives at once
 """
 
@@ -49,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         body, kind = self.body(), faults.fault(settings.get("faults", ()), path)
         if faults.fails(kind, self, self.answer):
             return
+        if (token := settings.get("token")) and self.is_about(token, path, settings):
+            return
         if path.endswith("/iam/testPermissions") and "permissions" in settings:
             return self.answer(200, json.dumps({"permissions": settings["permissions"]}).encode())
         if kind in ("replace", "remove"):
@@ -64,6 +67,19 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, came, about, kind)
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+    def is_about(self, token: str, path: str, settings: dict[str, Any]) -> bool:
+        """Whether a request was answered because it asks for a token, or has not the right one."""
+        if path == "/token" and settings.get("grants", True):
+            given = {"access_token": token, "expires_in": 3600}
+            self.answer(200, json.dumps(given).encode(), {"Content-Type": "application/json"})
+        elif path == "/token":
+            self.answer(400, b'{"error": "invalid_grant"}', {"Content-Type": "application/json"})
+        elif self.headers["Authorization"] != f"Bearer {token}":
+            self.answer(401, b"{}")
+        else:
+            return False
+        return True
 
     def body(self) -> bytes:
         if self.headers["Transfer-Encoding"] != "chunked":

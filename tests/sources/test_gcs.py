@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 from buckets import Bucket, serving
+from google.oauth2.credentials import Credentials
 
-from maxconv import http
+from maxconv import gcs, http
 from maxconv.errors import RetryableError, UserError
 from maxconv.sources import LocalSource, Source, open_source
 
@@ -128,6 +129,21 @@ def test_what_keeps_us_from_a_checkpoint_is_said(
     with pytest.raises(UserError) as error:
         open_source(place)
     assert said in error.value.problems[0]
+
+
+def test_a_token_that_is_out_of_date_is_renewed(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{bucket.url}/token"
+    ours: Any = Credentials(None, "refresh", token_uri=uri, client_id="me", client_secret="secret")
+    monkeypatch.setattr(gcs, "_credentials", lambda: ours)
+    bucket.settings(token="first")
+    source = open_source("gs://bucket/hf")
+    bucket.settings(token="second")
+    assert same(source, tmp_path / "hf")
+    bucket.settings(token="third", grants=False)
+    with pytest.raises(UserError, match="The Google credentials here are of no use .*: run `gcl"):
+        open_source("gs://bucket/hf")
 
 
 def test_what_was_not_downloaded_well_is_said(bucket: Bucket, tmp_path: Path) -> None:
