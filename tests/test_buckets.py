@@ -169,3 +169,23 @@ def test_an_object_that_changes_ends_the_conversion(bucket: Bucket) -> None:
     assert done.returncode == 1
     assert "was replaced or removed while it was read; nothing may change" in done.stderr
     assert "out/0/commit_success.txt" not in bucket.names()
+
+
+DIFFERING = """
+import sys
+import jax
+from maxconv import cli
+from maxconv.sources.gcs import GcsSource
+
+GcsSource.versions = lambda source: {"one of the files": f"generation {jax.process_index()}"}
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_path: Path) -> None:
+    words, logs = [*WORDS, *places("out")], tmp_path / "logs"
+    with processes(2, words, logs, DIFFERING, bucket.environ.items()) as running:
+        codes = [process.wait(timeout=100) for process in running]
+    assert codes == [42, 42]
+    assert "gs://bucket/hf changed while it was opened; start again" in "\n".join(said(logs))
+    assert bucket.names("out") == []
