@@ -1,6 +1,7 @@
 """A conversion from beginning to end: source, plan, checks, save, verification."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.sharding import make_mesh
+from maxconv.slabs import Slab
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
 from maxconv.tpus import slice_of
@@ -73,6 +75,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.scan_axis,
                 config.save_dtype,
                 _window(config) // 8,
+                _window(config) * 3 // 8 if config.lazy_load_tensors else math.inf,
             )
         # That of process 0: a copy of the source on another host has other times.
         same = distributed.gathered(resume.identity(config, source, plan))[0]
@@ -210,13 +213,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
             if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
                 return engine.make(planned)
-            return checkpoint.LazyTensor(
-                partial(engine.make, planned),
-                planned.shape,
-                planned.dtype,
-                planned.name,
-                planned.sharding,
-            )
+            return _lazy(planned, engine)
 
         with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
@@ -234,6 +231,16 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
             )
 
 
+def _lazy(leaf: LeafPlan, engine: Engine) -> checkpoint.LazyTensor:
+    def part(slab: Slab) -> checkpoint.LazyTensor:
+        make = partial(engine.make_slab, slab)
+        return checkpoint.LazyTensor(make, slab.shape, slab.dtype, leaf.name, slab.sharding)
+
+    parts = [(slab.in_leaf, part(slab)) for slab in leaf.slabs]
+    make = partial(engine.make, leaf)
+    return checkpoint.LazyTensor(make, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
+
+
 def _verify(job: Job, saved: str, speaks: bool) -> None:
     """Reads a checkpoint back and compares; VerificationError when it is not as it should be."""
     mode = job.config.verify
@@ -241,6 +248,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
         return
     started = time.monotonic()
     checked = replace(job.plan, leaves=tuple(leaves_to_check(job.plan, mode)))
+    total = sum(slab.nbytes for leaf in checked.leaves for slab in leaf.slabs)
     report = Report()
 
     def say(now: Report) -> None:
@@ -250,7 +258,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
     with (
         together.all_or_none(),
         Engine(checked, job.source, job.window) as engine,
-        ProgressLine("verified", lambda: (report.nbytes, checked.output_nbytes), _told(speaks)),
+        ProgressLine("verified", lambda: (report.nbytes, total), _told(speaks)),
     ):
         report = verify(saved, job.plan, engine, mode, job.window, say)
     if not report.ok:

@@ -1,7 +1,6 @@
 """What a conversion will ask of a bucket or of the Hub, as far as the plan can tell."""
 
 from maxconv.algebra import Box, clip
-from maxconv.placement import boxes_by_process
 from maxconv.plan import Plan
 from maxconv.report import percent, size
 from maxconv.sources import Source
@@ -14,7 +13,7 @@ def between(plan: Plan, source: Source, process: int) -> int:
     for step in plan.steps:
         for i, read in enumerate(step.recipe.reads):
             boxes: dict[str, set[Box]] = {}
-            for box in boxes_by_process(read.sharding, read.shape).get(process, ()):
+            for box in read.parts.get(process, ()):
                 of = step.source(i, box)
                 boxes.setdefault(of.name, set()).add(clip(of.box, plan.tensors[of.name].shape))
             total += sum(

@@ -7,7 +7,7 @@ from itertools import groupby
 from maxconv.algebra import Box
 from maxconv.placement import device_boxes
 from maxconv.plan import LeafPlan, Plan
-from maxconv.report import device_estimate, duration, host_estimate, size
+from maxconv.report import device_estimate, duration, held_nbytes, host_estimate, size
 from maxconv.tpus import Slice
 
 _LEAVES = 12  # drawn: the largest
@@ -55,8 +55,8 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         "Its colour is the part of the leaf that it makes, and reads the tensors of: hosts of one "
         "colour have the same.</p>",
         _who(plan),
-        "<h2>Memory of a host, leaf by leaf</h2><p>Window, reads and the shards of the leaf in "
-        "the making, in the order of the save.</p>",
+        "<h2>Memory of a host, leaf by leaf</h2><p>What is read ahead, in the making and being "
+        "written, in the order of the save.</p>",
         _memory(plan, window),
         "<h2>Largest leaves</h2>",
         _largest(plan),
@@ -140,10 +140,7 @@ def _short(leaf: LeafPlan) -> str:
 def _memory(plan: Plan, window: int) -> str:
     """A host's memory over the save: bars as wide as their leaf is large."""
     total, top = plan.output_nbytes, 16
-    held = [
-        window + leaf.local_nbytes + max((s.recipe.buffer_nbytes for s in leaf.steps), default=0)
-        for leaf in plan.leaves
-    ]
+    held = [held_nbytes(leaf, window) for leaf in plan.leaves]
     most, x, marks = max(held), 0.0, []
     for leaf, nbytes in zip(plan.leaves, held, strict=True):
         w, h = _WIDTH * leaf.nbytes / total, 100 * nbytes / most
