@@ -2,9 +2,10 @@
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlencode
 
 import google.auth
@@ -19,9 +20,8 @@ from maxconv.http import Fault, patiently
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # names a server on this machine, as Google's clients have it
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _READING = ("storage.objects.list", "storage.objects.get")
-_WRITING = (*_READING, "storage.objects.create", "storage.objects.delete", "storage.buckets.get")
 _READERS = "roles/storage.objectViewer has them"
-_WRITERS = "roles/storage.objectAdmin and roles/storage.legacyBucketReader have them"
+_WRITERS = "give it roles/storage.objectAdmin and roles/storage.legacyBucketReader"
 
 
 class Refused(OSError):
@@ -65,19 +65,22 @@ class Bucket:
                 return found
             query["pageToken"] = token
 
-    def check_writable(self) -> None:
-        """Raises Refused when the bucket does not exist, or what it takes to save is not allowed.
+    def check_writable(self, directory: str) -> None:
+        """Makes and removes an empty object in a directory, as one does a file on a disk.
 
+        What IAM says of the bucket would not do: rights may hold for some directories only.
         TensorStore looks at the bucket itself before it writes, hence storage.buckets.get.
+
+        Raises:
+            Refused: when the bucket does not exist, or what it takes to save is not allowed.
         """
-        self._ask("", {"fields": "name"}, _WRITING)
-        try:
-            wanted = {"permissions": list(_WRITING)}
-            allowed = self._ask("/iam/testPermissions", wanted, _WRITING).get("permissions", ())
-        except Refused:  # emulators don't know it
-            return
-        if missing := [right for right in _WRITING if right not in allowed]:
-            raise Refused(self._without(missing))
+        self._ask("", {"fields": "name"}, ("storage.buckets.get",))
+        prefix = directory and f"{directory}/"
+        self._ask("/o", {"prefix": prefix, "maxResults": 1}, ("storage.objects.list",))
+        probe = f"{prefix}maxconv.{uuid.uuid4().hex}"
+        new = {"uploadType": "media", "name": probe}
+        self._ask("/o", new, ("storage.objects.create",), "POST")
+        self._ask(f"/o/{quote(probe, safe='')}", {}, ("storage.objects.delete",), "DELETE")
 
     def media(self, name: str, generation: str, renew: bool) -> tuple[str, Mapping[str, str]]:
         """Where an object's bytes are, and the headers to ask with.
@@ -105,21 +108,28 @@ class Bucket:
             case _:
                 return None
 
-    def _without(self, rights: tuple[str, ...] | list[str]) -> str:
+    def _without(self, rights: tuple[str, ...]) -> str:
         who = getattr(self._credentials, "service_account_email", None)
         return (
             f"gs://{self.name} does not let {who or 'these credentials'} do {', '.join(rights)}: "
-            f"{_READERS if tuple(rights) == _READING else _WRITERS}, and on a TPU VM it must have "
+            f"{_READERS if rights == _READING else _WRITERS}, and on a TPU VM it must have "
             "been created with --scopes=cloud-platform"
         )
 
-    def _ask(self, path: str, query: Mapping[str, Any], rights: tuple[str, ...]) -> dict[str, Any]:
+    def _ask(
+        self,
+        path: str,
+        query: Mapping[str, Any],
+        rights: tuple[str, ...],
+        method: Literal["GET", "POST", "DELETE"] = "GET",
+    ) -> dict[str, Any]:
+        """What the bucket answers. Asked again, POST makes what is there, and DELETE has done."""
+
         def attempt(is_stale: bool) -> dict[str, Any]:
-            answer = self._http.request(
-                "GET", self._url(path, query), headers=self._headers(is_stale)
-            )
-            if answer.status == 200:
-                return json.loads(answer.data)
+            url = self._url(path, query, upload=method == "POST")
+            answer = self._http.request(method, url, headers=self._headers(is_stale))
+            if answer.status < 300 or (answer.status, method) == (404, "DELETE"):
+                return json.loads(answer.data) if method == "GET" else {}
             if answer.status in http.RETRIED:
                 raise Fault.of(answer)
             if sentence := self.refusal(answer.status, rights):
@@ -128,8 +138,9 @@ class Bucket:
 
         return patiently(f"gs://{self.name} could not be asked", self._max_retries, attempt)
 
-    def _url(self, path: str, query: Mapping[str, Any]) -> str:
-        return f"{self._endpoint}/storage/v1/b/{self.name}{path}?{urlencode(query, doseq=True)}"
+    def _url(self, path: str, query: Mapping[str, Any], upload: bool = False) -> str:
+        api = f"{self._endpoint}{'/upload' * upload}/storage/v1"
+        return f"{api}/b/{self.name}{path}?{urlencode(query)}"
 
     def _headers(self, renew: bool) -> dict[str, str]:
         headers: dict[str, str] = {}

@@ -93,7 +93,8 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     from maxconv import gcs
 
     try:
-        gcs.Bucket(directory.removeprefix("gs://").partition("/")[0]).check_writable()
+        bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
+        gcs.Bucket(bucket).check_writable(path)
         step = epath.Path(directory) / STEP
         exists = (step / _COMMITTED).exists()
     except gcs.Refused as error:

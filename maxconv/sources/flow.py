@@ -1,5 +1,6 @@
 """How many requests are under way at once: as many as bring more bytes per second."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ class Flow:
         self._turn = Condition()
         self._active = self._bytes = 0
         self._base, self._rate = FIRST, 0.0  # the number that is known to pay, and its bytes/s
-        self._doubles, self._hold = True, 0
+        self._doubles, self._hold, self._halved = True, 0, -math.inf
         self._begin()
 
     @contextmanager
@@ -62,8 +63,11 @@ class Flow:
                 self._begin()
 
     def busy(self) -> None:
-        """The server has enough."""
+        """The server has enough: one word of it counts, of all that are under way."""
         with self._turn:
+            if self._clock() - self._halved < ROUND:
+                return
+            self._halved = self._clock()
             self.limit = self._base = max(1, self.limit // 2)
             self._rate, self._doubles, self._hold = 0.0, False, HOLD
             self._begin()

@@ -7,7 +7,6 @@ file, read again at every request:
 
     faults: see faults.py; besides there are "replace" and "remove", which first do so to the object
         that is asked for
-    permissions: that callers have on buckets (fake-gcs-server knows nothing of them)
     token: that callers must have; POST /token gives it, unless `grants` is false
     page: objects that a listing gives at once
 """
@@ -52,8 +51,6 @@ class Handler(BaseHTTPRequestHandler):
             return
         if (token := settings.get("token")) and self.is_about(token, path, settings):
             return
-        if path.endswith("/iam/testPermissions") and "permissions" in settings:
-            return self.answer(200, json.dumps({"permissions": settings["permissions"]}).encode())
         if kind in ("replace", "remove"):
             self.spoil(kind)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}

@@ -57,12 +57,16 @@ def test_requests_that_bring_nothing_are_not_made(enough: int) -> None:
 def test_a_busy_source_is_asked_less_and_then_more_again() -> None:
     source = Simulated(each=50, together=10_000)
     source.run(30)
-    for _ in range(3):
+    for _ in range(MOST):  # as all of them are told so
         source.flow.busy()
-    assert source.flow.limit == MOST // 8
-    assert source.run(5)[-1] <= MOST // 8 + 1
-    assert source.run(100)[-1] > MOST // 4
+    assert source.flow.limit == MOST // 2
+    source.now += flow.ROUND
+    source.flow.busy()
+    assert source.flow.limit == MOST // 4
+    assert source.run(5)[-1] <= MOST // 4 + 1
+    assert source.run(100)[-1] > MOST // 2
     for _ in range(9):
+        source.now += flow.ROUND
         source.flow.busy()
     assert source.flow.limit == 1
 
