@@ -27,6 +27,7 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
       What a conversion would do, without reading a tensor.
         --tpu_type=v5p-64 --num_slices=2     on slices that are not here
         --report=plan.html                   a page of pictures, too
+        --compile                            and what the TPU compiler makes of every cell
   maxconv verify CHECKPOINT [the words of the conversion]
       Read a converted checkpoint back, recompute it from its source, compare every bit.
   maxconv inspect PATH
@@ -92,6 +93,7 @@ def plan(words: Sequence[str]) -> None:
 
     import jax
 
+    from maxconv.compiled import compiled_text
     from maxconv.convert import prepared
     from maxconv.distributed import start
     from maxconv.forecast import network_text
@@ -105,6 +107,8 @@ def plan(words: Sequence[str]) -> None:
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
         print(plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source))
+        if job.config.compile:
+            print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
             Path(page).write_text(plan_page(job.plan, job.window, readable, on))
 

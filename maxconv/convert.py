@@ -15,13 +15,14 @@ import jax
 from etils import epath
 
 from maxconv import __version__, checkpoint, distributed, resume, target, together
+from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import RetryableError, UserError, VerificationError
 from maxconv.inspect import find_items
 from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
-from maxconv.report import ProgressLine, duration, peak_memory, size
+from maxconv.report import ProgressLine, duration, machine_memory, peak_memory, size
 from maxconv.sharding import make_mesh
 from maxconv.slabs import Slab
 from maxconv.sources import AdaptedSource, Source, open_source
@@ -29,7 +30,10 @@ from maxconv.sources.transformers import TransformersSource
 from maxconv.tpus import slice_of
 from maxconv.verify import Report, leaves_to_check, verify
 
-WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
+# Bytes of a process' window unless --max_host_memory_gb says otherwise: a part of the machine's
+# memory, and no more than serves. On a CPU the devices' memory is the host's, too.
+WINDOW_PART = 48
+WINDOW_MOST = {"tpu": 4 << 30, "cpu": 512 << 20}
 BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
 
 
@@ -59,13 +63,17 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         UserError: with everything that is in the way, the same on all processes. The target is
             only looked at when something `writes` to it.
     """
-    for word in ("tpu_type", "report"):
-        if writes and getattr(config, word) is not None:
+    for word in ("tpu_type", "report", "compile"):
+        if writes and getattr(config, word):
             raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
+    if config.compile and config.tpu_type is None:
+        raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
     with distributed.same_error_everywhere():
         source = opened(config)
     with source:
         _check_same_everywhere(source)
+        window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
+        source.allow(window // 4)
         with distributed.same_error_everywhere():
             plan = make_plan(
                 source,
@@ -74,12 +82,12 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.logical_axis_rules,
                 config.scan_axis,
                 config.save_dtype,
-                _window(config) // 8,
-                _window(config) * 3 // 8 if config.lazy_load_tensors else math.inf,
+                window // 8,
+                window * 3 // 8 if config.lazy_load_tensors else math.inf,
             )
         # That of process 0: a copy of the source on another host has other times.
         same = distributed.gathered(resume.identity(config, source, plan))[0]
-        job = Job(config, source, plan, _window(config), same)
+        job = Job(config, source, plan, window, same)
         with distributed.same_error_everywhere():
             if writes:
                 job = _with_target(job)
@@ -102,7 +110,8 @@ def _devices(config: Config) -> Sequence[Any] | None:
     """Those to plan for, where they are not the ones that are here."""
     if config.tpu_type is None:
         return None
-    return slice_of(config.tpu_type).chips(max(config.num_slices, 1))
+    on, num_slices = slice_of(config.tpu_type), max(config.num_slices, 1)
+    return chips(on, num_slices) if config.compile else on.chips(num_slices)
 
 
 def opened(config: Config) -> Source:
@@ -299,9 +308,15 @@ def _leave_words(job: Job, name: str) -> None:
 
 
 def _window(config: Config) -> int:
-    if config.max_host_memory_gb is None:
-        return WINDOW
-    return max(int(config.max_host_memory_gb * 2**30) - BASE, 64 << 20)
+    """Bytes that a process may hold of what it reads, makes and writes."""
+    if config.max_host_memory_gb is not None:
+        window = int(config.max_host_memory_gb * 2**30) - BASE
+    elif config.tpu_type is not None:
+        window = min(slice_of(config.tpu_type).kind.host_ram // WINDOW_PART, WINDOW_MOST["tpu"])
+    else:
+        most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
+        window = min(machine_memory() // WINDOW_PART, most)
+    return max(window, 64 << 20)
 
 
 def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:

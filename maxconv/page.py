@@ -51,9 +51,10 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         "</div>",
         "<h2>Bytes that each host reads</h2>",
         _hosts(reads),
-        "<h2>Who reads what</h2><p>A row is a leaf, a column a host, left to right as above. "
-        "Its colour is the part of the leaf that it makes, and reads the tensors of: hosts of one "
-        "colour have the same.</p>",
+        "<h2>Who has what</h2><p>A row is a leaf, a column a host, left to right as above. Its "
+        "colour is the part of the leaf that it makes: hosts of one colour have the same. Each "
+        "reads the tensors of that part itself (direct), or an even share of their rows, which the "
+        "chips then exchange over the mesh axes named.</p>",
         _who(plan),
         "<h2>Memory of a host, leaf by leaf</h2><p>What is read ahead, in the making and being "
         "written, in the order of the save.</p>",
@@ -109,7 +110,7 @@ def _hosts(reads: Sequence[int]) -> str:
 
 def _who(plan: Plan) -> str:
     """Leaves by hosts, in the colour of the part of the leaf that is on the host."""
-    left, row, right = 330, 18, 70
+    left, row, right = 330, 18, 270
     width = (_WIDTH - left - right) / len(plan.processes)
     marks = []
     leaves = sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:_LEAVES]
@@ -120,7 +121,9 @@ def _who(plan: Plan) -> str:
         parts = [tuple(sorted(boxes[process])) for process in plan.processes]
         ranks = {part: rank for rank, part in enumerate(sorted(set(parts)))}
         marks.append(_text(left - 8, i * row + 13, _short(leaf), "end"))
-        marks.append(_text(_WIDTH - right + 8, i * row + 13, f"{len(ranks)} parts"))
+        ways = dict.fromkeys(read.way for step in leaf.steps for read in step.recipe.reads)
+        said = f"{len(ranks)} parts, {'; '.join(ways)}"
+        marks.append(_text(_WIDTH - right + 8, i * row + 13, said))
         at = 0
         for part, hosts in groupby(parts):
             n = len(list(hosts))

@@ -53,6 +53,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or lets this container have."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(allowed)) if allowed.isdigit() else there
+
+
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns; numbers to the right."""
     cells = [[str(c) for c in row] for row in (header, *rows)]

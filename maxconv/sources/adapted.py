@@ -23,6 +23,10 @@ class AdaptedSource(Source):
     def traffic(self) -> Traffic:
         return self._base.traffic.plus(self._adapter.traffic)
 
+    def allow(self, nbytes: int) -> None:
+        for source in (self._base, self._adapter):
+            source.allow(nbytes)
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         return self._owner(info).between(info, boxes)
 

@@ -135,6 +135,10 @@ class Source(ABC):
     def traffic(self) -> Traffic:
         return Traffic()
 
+    def allow(self, nbytes: int) -> None:
+        """Bounds the bytes that all requests under way are about to bring together."""
+        return
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         """Bytes that come along at most when boxes of a tensor are read in one call."""
         return 0

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Condition
 
 FIRST, MOST = 4, 32  # requests at once, in a process
-BUDGET = 128 << 20  # bytes that all of them together may be about to bring
+BUDGET = 128 << 20  # bytes that all of them together may be about to bring, unless told
 ROUND = 0.5  # seconds over which bytes are counted, at least
 HOLD = 20  # rounds before a number that brought nothing is tried again
 GAIN = 0.5  # of the bytes that more requests should bring in proportion, to be worth it
@@ -23,7 +23,7 @@ class Flow:
 
     def __init__(self, budget: int = BUDGET, clock: Callable[[], float] = time.monotonic):
         self.limit = FIRST
-        self._budget, self._clock = budget, clock
+        self.budget, self._clock = budget, clock
         self._turn = Condition()
         self._active = self._bytes = 0
         self._base, self._rate = FIRST, 0.0  # the number that is known to pay, and its bytes/s
@@ -48,7 +48,7 @@ class Flow:
 
     def _may_go(self, nbytes: int) -> bool:
         self._is_wanted |= self._active >= self.limit
-        fits = not self._active or self._bytes + nbytes <= self._budget
+        fits = not self._active or self._bytes + nbytes <= self.budget
         return self._active < self.limit and fits
 
     def came(self, nbytes: int) -> None:

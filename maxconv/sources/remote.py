@@ -81,6 +81,9 @@ class RemoteSource(FileSource):
     def traffic(self) -> Traffic:
         return self._traffic
 
+    def allow(self, nbytes: int) -> None:
+        self._flow.budget = nbytes
+
     def _add(self, traffic: Traffic) -> None:
         with self._lock:
             self._traffic = self._traffic.plus(traffic)

@@ -88,3 +88,5 @@ def test_one_budget_bounds_all_requests() -> None:
         assert not bounded._may_go(1)
     with bounded.request(BUDGET - 1):
         assert bounded._may_go(1) and not bounded._may_go(2)
+        bounded.budget += 1
+        assert bounded._may_go(2)
