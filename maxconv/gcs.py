@@ -20,8 +20,8 @@ from maxconv.http import Fault, patiently
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # names a server on this machine, as Google's clients have it
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _READING = ("storage.objects.list", "storage.objects.get")
-_READERS = "roles/storage.objectViewer has them"
-_WRITERS = "give it roles/storage.objectAdmin and roles/storage.legacyBucketReader"
+_READERS = "roles/storage.objectViewer"
+_WRITERS = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
 
 
 class Refused(OSError):
@@ -59,8 +59,8 @@ class Bucket:
         while True:
             page = self._ask("/o", query, _READING)
             for item in page.get("items", ()):
-                name = item["name"].removeprefix(prefix)
-                found[name] = Object(int(item["size"]), str(item["generation"]))
+                if name := item["name"].removeprefix(prefix):  # empty: what stands for a directory
+                    found[name] = Object(int(item["size"]), str(item["generation"]))
             if not (token := page.get("nextPageToken")):
                 return found
             query["pageToken"] = token
@@ -112,8 +112,8 @@ class Bucket:
         who = getattr(self._credentials, "service_account_email", None)
         return (
             f"gs://{self.name} does not let {who or 'these credentials'} do {', '.join(rights)}: "
-            f"{_READERS if rights == _READING else _WRITERS}, and on a TPU VM it must have "
-            "been created with --scopes=cloud-platform"
+            f"give it {_READERS if rights == _READING else _WRITERS}, and create TPU VMs "
+            "with --scopes=cloud-platform"
         )
 
     def _ask(

@@ -73,18 +73,15 @@ sys.exit(cli.run(command))
 """
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_bytes_that_are_served_are_those_that_were_planned(
-    bucket: Bucket, tmp_path: Path, n: int
-) -> None:
-    logs, alone = tmp_path / "logs", ALONE if n == 1 else ()
+def test_bytes_that_are_served_are_those_that_were_planned(bucket: Bucket, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
     mesh = ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4")  # both read parts of all rows
-    words = [*tiny.maxtext_words(CASE, True), *mesh, "hardware=cpu", *alone, *places("out")]
+    words = [*tiny.maxtext_words(CASE, True), *mesh, "hardware=cpu", *places("out")]
     words.append("--verify=none")
-    with processes(n, words, logs, COUNTED, bucket.environ.items()) as running:
+    with processes(2, words, logs, COUNTED, bucket.environ.items()) as running:
         codes = [process.wait(timeout=200) for process in running]
     log = said(logs)
-    assert codes == [0] * n, "\n".join(log)
+    assert codes == [0, 0], "\n".join(log)
     counts = [json.loads(lines.splitlines()[-1]) for lines in log]
     for planned, at_most, _, came, between, headers in counts:
         assert came == planned + between + headers and between <= at_most
@@ -125,8 +122,6 @@ def test_a_checkpoint_is_replaced_only_when_told(bucket: Bucket, tmp_path: Path)
     done = bucket.run(*words, "--overwrite", "scan_layers=false", "--verify=full")
     assert done.returncode == 0 and "verified" in done.stdout
     assert bucket.names("out/0/items/_M") and not {*bucket.names("out/0/items/d/")} & {*before}
-    described = bucket.run("inspect", "gs://bucket/out").stdout
-    assert described.startswith("Orbax checkpoint gs://bucket/out/0/items")
 
 
 LATEST = """

@@ -117,7 +117,7 @@ def test_an_object_that_changes_ends_the_reading(bucket: Bucket, kind: str) -> N
         ("gs://bucket/none", None, "gs://bucket/none holds no objects: give the directory of a"),
         ("gs://bucket/hf/config.json", None, "gs://bucket/hf/config.json holds no objects"),
         ("gs:///hf", None, "gs:///hf names no bucket: it should be gs://BUCKET/DIRECTORY"),
-        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.list, storage.objects.get: roles"),
+        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.list, storage.objects.get: give it"),
         ("gs://bucket/hf", ["*/o", "401", 9], "is not public, and there are no Google credentials"),
         ("gs://bucket/hf", [DATA, "403", 99], "gs://bucket does not let these credentials do stor"),
     ],
