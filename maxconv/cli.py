@@ -15,9 +15,9 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
   maxconv convert [base.yml] key=value ... [--flag=value ...]
       Convert. The words are those of MaxText's to_maxtext, and so is the result.
         model_name=llama3.1-8b          MaxText's name; without it config.json decides
-        --hf_model_path=PLACE           a directory, or org/name on the Hugging Face Hub;
-                                        without it, where model_name is published
-        base_output_directory=DIR       writes DIR/0/items (default ./mt_output)
+        --hf_model_path=PLACE           a directory, gs://BUCKET/DIRECTORY, or org/name on the
+                                        Hugging Face Hub; without it, where model_name is published
+        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); gs://, too
         scan_layers=true                layers stacked (default), or one by one
         ici_fsdp_parallelism=4 ici_tensor_parallelism=2 ...      the training mesh
         hardware=cpu                    on simulated devices; --simulated_cpu_devices_count=16
@@ -76,7 +76,7 @@ def run(command: Callable[[], None]) -> int:
     from maxconv import together
     from maxconv.errors import failure_text
 
-    for library in ("absl", "gcsfs"):
+    for library in ("absl", "gcsfs", "google.auth._default"):
         logging.getLogger(library).addFilter(_matters)
     with together.leaving_at_once():
         try:
@@ -109,6 +109,7 @@ def plan(words: Sequence[str]) -> None:
     from maxconv.compiled import compiled_text
     from maxconv.convert import prepared
     from maxconv.distributed import start
+    from maxconv.forecast import network_text
     from maxconv.page import plan_page
     from maxconv.report import plan_text, size
     from maxconv.tpus import slice_of
@@ -118,7 +119,7 @@ def plan(words: Sequence[str]) -> None:
         total = sum(info.nbytes for info in source.tensors.values())
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        print(plan_text(job.plan, job.window, readable, on))
+        print(plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source))
         if job.config.compile:
             print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:

@@ -19,7 +19,7 @@ from maxconv import __version__, checkpoint, distributed, resume, target, timeli
 from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
-from maxconv.errors import UserError, VerificationError
+from maxconv.errors import RetryableError, UserError, VerificationError
 from maxconv.inspect import find_items
 from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
@@ -72,7 +72,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     with distributed.same_error_everywhere():
         source = opened(config)
     with source:
+        _check_same_everywhere(source)
         window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
+        source.allow(window // 4)
         with distributed.same_error_everywhere():
             plan = make_plan(
                 source,
@@ -91,6 +93,18 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             if writes:
                 job = _with_target(job)
         yield job
+
+
+def _check_same_everywhere(source: Source) -> None:
+    """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
+
+    Copies on the disks of several hosts have times of their own, which say nothing.
+    """
+    seen = distributed.gathered(source.versions() if source.is_shared else {})
+    if seen.count(seen[0]) < len(seen):
+        raise RetryableError(
+            f"{source.root} changed while it was opened; start again when nobody writes to it."
+        )
 
 
 def _devices(config: Config) -> Sequence[Any] | None:
@@ -289,12 +303,15 @@ def _told(speaks: bool) -> TextIO | None:
 
 
 def _summary(job: Job, took: float) -> str:
-    plan, read = job.plan, job.source.stats.bytes_read
+    plan, read, traffic = job.plan, job.source.stats.bytes_read, job.source.traffic
     if job.there == "finished":
         return f"saved before: {job.items}"
+    asked = f" ({size(traffic.nbytes)} came, by {traffic.requests} requests)" * bool(
+        traffic.requests
+    )
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
-        f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}, and held "
+        f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}{asked}, and held "
         f"{size(peak_memory())} at most\nsaved: {job.items}\n"
         f"to train from it in MaxText: load_parameters_path={job.items}"
     )

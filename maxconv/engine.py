@@ -24,8 +24,6 @@ from maxconv.slabs import Slab
 from maxconv.sources import Part, Source, aligned_empty
 from maxconv.timeline import span
 
-READERS = 2  # threads that read cells: one copies while the other waits for its storage
-
 
 @dataclass
 class Stats:
@@ -104,7 +102,7 @@ class _ReadAhead:
         self._source, self._limit, self._stats = source, limit, stats
         self._to_come = deque(plan.steps)
         self._queue: deque[tuple[Step, Future[list[jax.Array]]]] = deque()
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._pool = ThreadPoolExecutor(source.readers, thread_name_prefix="read")
 
     @contextmanager
     def take(self, step: Step) -> Iterator[list[jax.Array]]:

@@ -16,6 +16,7 @@ from etils import epath
 from maxconv.errors import UserError
 from maxconv.report import size
 from maxconv.sources import Source, open_source
+from maxconv.target import UNFINISHED_WORDS
 
 METADATA = "_METADATA"
 CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is found through them
@@ -88,7 +89,8 @@ def describe(path: str | epath.Path) -> str:
         return "\n\n".join(_describe_item(open_item(item)) for item in items)
     directory = epath.Path(path)
     if directory.is_dir() and not _looks_like_hugging_face(directory):
-        unfinished = [p.name for p in directory.iterdir() if "orbax-checkpoint-tmp" in p.name]
+        names = [path.name for path in directory.iterdir()]
+        unfinished = [n for n in names if "orbax-checkpoint-tmp" in n or n == UNFINISHED_WORDS]
         raise UserError(
             f"{path} holds only {unfinished[0]}, a save that was not finished; save it again."
             if unfinished

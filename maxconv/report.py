@@ -98,7 +98,7 @@ def plan_text(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         "",
         _leaves(plan.leaves),
         "",
-        f"read     {size(total)} in all, {size(over)} ({_percent(over, plan.needed_nbytes)}) more "
+        f"read     {size(total)} in all, {size(over)} ({percent(over, plan.needed_nbytes)}) more "
         f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
         "the mean",
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
@@ -181,7 +181,8 @@ def _axes(entry: object) -> str:
     return "+".join(entry) if isinstance(entry, tuple) else str(entry or "-")
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A part in percent of the whole: 1.5 %."""
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
@@ -217,7 +218,7 @@ class ProgressLine:
         known = done and 100 * done >= total  # before, the time that is left is a wild guess
         pace = f", {size(rate)}/s, {duration((total - done) / rate)} left" if known else ""
         return (
-            f"{self._label} {size(done)} of {size(total)} ({_percent(done, total)}){pace}, "
+            f"{self._label} {size(done)} of {size(total)} ({percent(done, total)}){pace}, "
             f"memory {size(host_memory())}"
         )
 

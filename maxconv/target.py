@@ -8,6 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
+from maxconv.errors import RetryableError
 from maxconv.report import size
 
 STEP = "0"  # MaxText's converter writes step 0
@@ -89,9 +90,18 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     if not directory.startswith("gs://"):
         yield f"{directory} is no place to write to; give a directory, or gs://BUCKET/DIRECTORY."
         return
+    from maxconv import gcs
+
     try:
+        bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
+        gcs.Bucket(bucket).check_writable(path)
         step = epath.Path(directory) / STEP
         exists = (step / _COMMITTED).exists()
+    except gcs.Refused as error:
+        yield str(error)
+        return
+    except RetryableError:
+        raise
     except Exception as error:  # those of the network, of the account, and of their libraries
         why = str(error).partition("\n")[0] or type(error).__name__
         yield f"{directory} cannot be reached ({why}); check its name and your access to it."

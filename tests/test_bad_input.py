@@ -9,16 +9,14 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
-from etils import epath
 from jobs import CPU, MESHES, job_words
 from safetensors.numpy import load_file, save_file
 
-from maxconv import cli, target
+from maxconv import cli
 from maxconv.families import BY_ARCHITECTURE
 from maxconv.target import problems
 
@@ -119,11 +117,6 @@ def test_what_is_no_name_on_the_hub(place: Place) -> None:
     assert problem == (
         "hf://Llama-3.1-8B is not of the form hf://org/name or hf://org/name@revision."
     )
-
-
-def test_a_bucket_is_not_supported_yet(place: Place) -> None:
-    (problem,) = place.refused("--hf_model_path=gs://bucket/model")
-    assert "gcloud storage cp" in problem
 
 
 def test_no_source(place: Place) -> None:
@@ -416,32 +409,6 @@ def test_a_target_of_another_kind(place: Place) -> None:
     assert problem == (
         "s3://bucket/x is no place to write to; give a directory, or gs://BUCKET/DIRECTORY."
     )
-
-
-def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a bucket, what is not committed is no checkpoint: an unfinished one is replaced."""
-
-    def local(url: str) -> epath.Path:
-        return epath.Path(url.replace("gs://bucket", str(tmp_path)))
-
-    monkeypatch.setattr(target, "epath", SimpleNamespace(Path=local))
-    step = tmp_path / "out" / "0"
-    assert problems("gs://bucket/out", 1 << 60, overwrite=False) == []
-    (step / "items").mkdir(parents=True)
-    assert problems("gs://bucket/out", 1 << 60, overwrite=False) == []
-    (step / "commit_success.txt").write_text("")
-    (problem,) = problems("gs://bucket/out", 1 << 60, overwrite=False)
-    assert "exists; add --overwrite" in problem
-    assert problems("gs://bucket/out", 1 << 60, overwrite=True) == []
-    target.clear("gs://bucket/out")
-    assert not step.exists()
-
-    def unreachable(_: str) -> None:
-        raise RuntimeError("no network\nand more")
-
-    monkeypatch.setattr(target, "epath", SimpleNamespace(Path=unreachable))
-    (problem,) = problems("gs://bucket/out", 1, overwrite=False)
-    assert problem.startswith("gs://bucket/out cannot be reached (no network); check its name")
 
 
 def test_directories_are_made(place: Place) -> None:

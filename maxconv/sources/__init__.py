@@ -5,7 +5,7 @@ import re
 
 from maxconv.errors import UserError
 from maxconv.sources.adapted import AdaptedSource
-from maxconv.sources.base import Part, Source, Stats, aligned_empty, coalesce, runs
+from maxconv.sources.base import Part, Source, Stats, Traffic, aligned_empty, coalesce, runs
 from maxconv.sources.local import LocalSource
 from maxconv.sources.safetensors import TensorInfo
 
@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "Stats",
     "TensorInfo",
+    "Traffic",
     "aligned_empty",
     "coalesce",
     "open_source",
@@ -34,8 +35,8 @@ def open_source(
     """Opens a Hugging Face checkpoint.
 
     Args:
-        path: a local directory, or a model on the Hugging Face Hub: `hf://org/name[@revision]`, or
-            just `org/name`.
+        path: a local directory, one in a bucket (`gs://bucket/path`), or a model on the Hugging
+            Face Hub: `hf://org/name[@revision]`, or just `org/name`.
         revision: of a model on the Hub; a directory has none to choose from.
         token: for the Hub; default: HF_TOKEN, HF_AUTH_TOKEN, or that of `hf auth login`.
         config: the file that says what it is; adapter_config.json in a LoRA adapter.
@@ -47,10 +48,9 @@ def open_source(
         RetryableError: when a server fails.
     """
     if path.startswith("gs://"):
-        raise UserError(
-            f"{path} is not supported yet; copy it to a local directory first: "
-            f"`gcloud storage cp --recursive {path} DIR`."
-        )
+        from maxconv.sources.gcs import GcsSource
+
+        return _without_revision(GcsSource(path, max_retries, config), revision)
     name, _, own = path.removeprefix("hf://").partition("@")
     is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     if path.startswith("hf://") and not is_name:
@@ -59,7 +59,11 @@ def open_source(
         from maxconv.sources.hub import open_hub
 
         return open_hub(name, own or revision, token, max_retries, cache, config)
-    source = LocalSource(path, config)
+    return _without_revision(LocalSource(path, config), revision)
+
+
+def _without_revision(source: Source, revision: str | None) -> Source:
     if revision is not None:
-        source.notices = (*source.notices, f"{path} is a directory: revision {revision} is ignored")
+        notice = f"{source.root} is a directory: revision {revision} is ignored"
+        source.notices = (*source.notices, notice)
     return source

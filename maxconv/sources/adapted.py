@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from maxconv.sources.base import Source
+from maxconv.algebra.boxes import Box
+from maxconv.sources.base import Source, Traffic
 from maxconv.sources.safetensors import TensorInfo
 
 
@@ -16,12 +17,26 @@ class AdaptedSource(Source):
         self.tensors = {**base.tensors, **adapter.tensors}
         self.adapter = self._adapter = adapter
         self._base = base
+        self.block, self.readers, self.is_shared = base.block, base.readers, base.is_shared
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._base.traffic.plus(self._adapter.traffic)
+
+    def allow(self, nbytes: int) -> None:
+        for source in (self._base, self._adapter):
+            source.allow(nbytes)
+
+    def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
+        return self._owner(info).between(info, boxes)
+
+    def _owner(self, info: TensorInfo) -> Source:
+        return self._adapter if info.name in self._adapter.tensors else self._base
 
     def _fetch(
         self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
     ) -> None:
-        owner = self._adapter if info.name in self._adapter.tensors else self._base
-        owner._fetch(info, offsets, nbytes, buffer)
+        self._owner(info)._fetch(info, offsets, nbytes, buffer)
 
     def versions(self) -> dict[str, str]:
         adapter = {f"{name} of the adapter": v for name, v in self._adapter.versions().items()}

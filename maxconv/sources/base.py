@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import itemgetter
 from threading import Lock
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -37,6 +37,22 @@ class Stats:
             self.requests += requests
 
 
+class Traffic(NamedTuple):
+    """What came over the network: requests, bytes that came, and what they were beside tensors.
+
+    `between` are bytes that lay between parts asked for together, `headers` those of headers and
+    of small files; the rest, beyond the tensors', came of what had to be asked again.
+    """
+
+    requests: int = 0
+    nbytes: int = 0
+    between: int = 0
+    headers: int = 0
+
+    def plus(self, other: "Traffic") -> "Traffic":
+        return Traffic(*map(sum, zip(self, other, strict=True)))
+
+
 class Source(ABC):
     """A checkpoint whose tensors can be read in boxes, by several threads at once.
 
@@ -49,6 +65,9 @@ class Source(ABC):
         adapter: a LoRA adapter whose tensors are among these.
         stats: what was read so far.
         block: bytes that one request brings at most when they must be copied to their places.
+        readers: threads that it takes to keep its storage busy, when they read small tensors.
+        is_shared: all processes see the same files.
+        traffic: what came over the network so far.
     """
 
     root: str
@@ -60,6 +79,8 @@ class Source(ABC):
     # Measured on a page cache: the copy still finds the block in the CPU's cache, while more
     # requests of less bytes cost more.
     block: int = 4 << 20
+    readers: int = 2  # one copies while the other waits for its storage
+    is_shared: bool = False
 
     def __init__(self) -> None:
         self.stats = Stats()
@@ -109,6 +130,18 @@ class Source(ABC):
         array = aligned_empty(info.shape, info.dtype)
         self.read(info, [(full(info.shape), array)])
         return array
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic()
+
+    def allow(self, nbytes: int) -> None:
+        """Bounds the bytes that all requests under way are about to bring together."""
+        return
+
+    def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
+        """Bytes that come along at most when boxes of a tensor are read in one call."""
+        return 0
 
     def _groups(
         self, info: TensorInfo, parts: Sequence[Part]

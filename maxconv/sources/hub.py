@@ -14,9 +14,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers
-from urllib3.exceptions import HTTPError
 
 from maxconv.errors import RetryableError, UserError
+from maxconv.http import RETRIED, Fault
 from maxconv.sources.files import FileSource
 from maxconv.sources.local import LocalSource
 from maxconv.sources.remote import RemoteSource
@@ -72,7 +72,8 @@ class HubSource(RemoteSource):
         super().__init__(max_retries)
         self.root = f"hf://{name}"
         self._name, self._headers = name, build_hf_headers(token=token or False)
-        self._lock, self._locations = Lock(), dict[str, tuple[str, Mapping[str, str]]]()
+        self._resolving, self._etags = Lock(), dict[str, str]()
+        self._locations = dict[str, tuple[str, Mapping[str, str]]]()
         api = HfApi(token=token or False)
         try:
             api.auth_check(name)
@@ -92,19 +93,22 @@ class HubSource(RemoteSource):
         return self._sizes[file]
 
     def _location(self, file: str, is_stale: bool) -> tuple[str, Mapping[str, str]]:
-        with self._lock:
+        with self._resolving:
             if is_stale:
                 self._locations.pop(file, None)
             if file not in self._locations:
-                url = hf_hub_url(self._name, file, revision=self.revision)
-                self._locations[file] = self._resolved(url)
+                self._locations[file] = self._resolved(file)
             return self._locations[file]
 
-    def _resolved(self, url: str) -> tuple[str, Mapping[str, str]]:
+    def _resolved(self, file: str) -> tuple[str, Mapping[str, str]]:
         """Where the Hub sends us for a file; small ones it gives itself."""
+        url = hf_hub_url(self._name, file, revision=self.revision)
         answer = self._http.request("HEAD", url, headers=self._headers, redirect=False)
-        if answer.status == 429 or answer.status >= 500:
-            raise HTTPError(f"the Hub answered {answer.status}")
+        if answer.status in RETRIED:
+            raise Fault.of(answer)
+        etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag") or ""
+        if answer.status >= 400 or etag != self._etags.setdefault(file, etag):
+            raise OSError(self._changed(file))
         there = answer.headers.get("Location")
         if there is None:
             return url, self._headers

@@ -1,27 +1,32 @@
 """Checkpoints behind HTTP, read by byte range into the buffers that go to the devices."""
 
-import random
 import re
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 
+import numpy as np
 import urllib3
 
-from maxconv.errors import RetryableError
+from maxconv import http
+from maxconv.algebra.boxes import Box
+from maxconv.errors import UserError
+from maxconv.http import Fault, patiently
+from maxconv.sources.base import Traffic, coalesce, runs
 from maxconv.sources.files import FileSource
+from maxconv.sources.flow import MOST, Flow
 from maxconv.sources.safetensors import PREFIX, TensorInfo, header_length
 
 SPAN = 64 << 20  # bytes that one request brings at most
+PART = 8 << 20  # bytes that are worth a request of their own, if there may be more at once
 GAP = 1 << 20  # bytes between two runs that are rather read than asked around
-IN_FLIGHT = 8  # requests at once, in a process
+PIECE = 1 << 20  # bytes that are taken from a connection at once, and copied
 HEAD = 256 << 10  # bytes of a file that are read at first: most headers are shorter
 
-_RETRIED = (408, 425, 429, 500, 502, 503, 504)
-_DENIED = (401, 403, 404, 410)  # by a store of files, to a signed address that is out of date
-_LONGEST = 30  # seconds between two attempts, unless the server asks for more
+_DENIED = (401, 403, 404, 410, 412)
 
 _Run = tuple[int, int]  # where it begins in the file, and in the buffer
 Span = tuple[int, int, Sequence[_Run]]  # first and last byte + 1 of a request, and what it brings
@@ -30,42 +35,74 @@ Span = tuple[int, int, Sequence[_Run]]  # first and last byte + 1 of a request, 
 class RemoteSource(FileSource):
     """Files that a server gives in ranges.
 
-    Every answer must be the range that was asked for. What may pass (a server that is busy or
-    failing, a broken connection, a short or wrong answer) is tried again `max_retries` times.
-    `served`: bytes that came, with what lay between the runs.
+    Every answer must be the range that was asked for, of the file that was there at first. What may
+    pass (a server that is busy or failing, a broken connection, a short or wrong answer) is tried
+    again `max_retries` times.
     """
 
     block = SPAN
+    readers = 8  # small tensors each wait for the network
+    is_shared = True
 
     def __init__(self, max_retries: int):
         super().__init__()
-        self.served = 0
         self._max_retries = max_retries
-        self._http = urllib3.PoolManager(
-            maxsize=IN_FLIGHT, retries=False, timeout=urllib3.Timeout(connect=10, read=60)
-        )
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, "ranges")
+        self._flow = Flow()
+        self._traffic, self._lock = Traffic(), Lock()
+        self._http = http.client(MOST)
+        self._pool = ThreadPoolExecutor(MOST, "ranges")
 
     @abstractmethod
     def _location(self, file: str, is_stale: bool) -> tuple[str, Mapping[str, str]]:
-        """Where a file is to be read, and the headers to ask with; anew if the last `is_stale`."""
+        """Where a file is to be read, and the headers to ask with; anew if the last `is_stale`.
+
+        Raises:
+            OSError: when it is there no more, in a sentence.
+        """
 
     @abstractmethod
     def _size(self, file: str) -> int:
         """Bytes of a file; UserError when there is none of that name."""
 
+    def _refusal(self, file: str, status: int) -> str | None:
+        """Why a server denies a file, in a sentence; None when its address is just out of date."""
+
+    def _is_same(self, file: str, headers: Mapping[str, str]) -> bool:
+        """Whether an answer is of the file that was there at first, as far as it says."""
+        return True
+
+    def _changed(self, file: str) -> str:
+        return (
+            f"{file} in {self.root} was replaced or removed while it was read; nothing may change "
+            "a checkpoint that is being converted"
+        )
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+    def allow(self, nbytes: int) -> None:
+        self._flow.budget = nbytes
+
+    def _add(self, traffic: Traffic) -> None:
+        with self._lock:
+            self._traffic = self._traffic.plus(traffic)
+
     def _content(self, file: str) -> bytes:
-        return self._bytes(file, 0, self._size(file))
+        with told():
+            return self._head(file, 0, self._size(file))
 
     def _header(self, file: str) -> tuple[bytes, int]:
         size = self._size(file)
-        raw = self._bytes(file, 0, min(HEAD, size))
-        end = PREFIX + header_length(raw[:PREFIX], size)
-        return raw[:end] + self._bytes(file, len(raw), end), size
+        with told():
+            raw = self._head(file, 0, min(HEAD, size))
+            end = PREFIX + header_length(raw[:PREFIX], size)
+            return raw[:end] + self._head(file, len(raw), end), size
 
-    def _bytes(self, file: str, start: int, stop: int) -> bytes:
+    def _head(self, file: str, start: int, stop: int) -> bytes:
         raw = bytearray(max(0, stop - start))
         if raw:
+            self._add(Traffic(headers=len(raw)))
             self._get(file, start, memoryview(raw))
         return bytes(raw)
 
@@ -74,79 +111,114 @@ class RemoteSource(FileSource):
     ) -> None:
         def bring(span: Span) -> None:
             start, stop, runs = span
-            if len(runs) == 1:
-                at = runs[0][1]
-                self._get(info.file, start, buffer[at : at + stop - start])
-                return
-            raw = memoryview(self._bytes(info.file, start, stop))
-            for offset, at in runs:
-                buffer[at : at + nbytes] = raw[offset - start : offset - start + nbytes]
+            with self._flow.request(stop - start):
+                if len(runs) == 1:
+                    at = runs[0][1]
+                    self._get(info.file, start, buffer[at : at + stop - start])
+                    return
+                raw = memoryview(bytearray(stop - start))
+                self._add(Traffic(between=len(raw) - len(runs) * nbytes))
+                self._get(info.file, start, raw)
+                for offset, at in runs:
+                    buffer[at : at + nbytes] = raw[offset - start : offset - start + nbytes]
 
-        for _ in self._pool.map(bring, spans(offsets, nbytes)):
+        # As many requests as may be under way share what is long.
+        most = min(SPAN, max(PART, -(-len(buffer) // self._flow.limit)))
+        for _ in self._pool.map(bring, spans(offsets, nbytes, most)):
             pass
+
+    def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
+        return _between(info.shape, tuple(boxes), info.dtype.itemsize)
 
     def _get(self, file: str, start: int, into: memoryview) -> None:
         """Fills `into` from byte `start` of a file."""
-        is_stale = False
-        for attempt in count():
-            fault, is_stale, wait = self._attempt(file, start, into, is_stale)
-            if fault is None:
-                return
-            if attempt == self._max_retries:
-                raise RetryableError(
-                    f"{file} in {self.root} could not be read: {fault}, {attempt + 1} times; "
-                    "try again, or give more --max_retries."
-                )
-            delay = min(_LONGEST, 2**attempt / 2) * random.uniform(0.5, 1.5)
-            time.sleep(max(wait, delay))
+        patiently(
+            f"{file} in {self.root} could not be read",
+            self._max_retries,
+            lambda is_stale: self._attempt(file, start, into, is_stale),
+        )
 
-    def _attempt(
-        self, file: str, start: int, into: memoryview, is_stale: bool
-    ) -> tuple[str | None, bool, float]:
-        """What went wrong, if anything; whether the address is stale; seconds to wait."""
+    def _attempt(self, file: str, start: int, into: memoryview, is_stale: bool) -> None:
+        url, headers = self._location(file, is_stale)
+        asked = {**headers, "Range": f"bytes={start}-{start + len(into) - 1}"}
+        self._add(Traffic(requests=1))
+        answer = self._http.request(
+            "GET", url, headers=asked, preload_content=False, redirect=False
+        )
+        at = 0
         try:
-            url, headers = self._location(file, is_stale)
-            asked = {**headers, "Range": f"bytes={start}-{start + len(into) - 1}"}
-            answer = self._http.request(
-                "GET", url, headers=asked, preload_content=False, redirect=False
-            )
-            try:
-                wait = _seconds(answer.headers.get("Retry-After"))
-                if answer.status in _DENIED:
-                    return f"the server answered {answer.status}", True, wait
-                if answer.status != 206:
-                    return _complaint(file, answer.status), False, wait
-                if not _is_range(answer.headers.get("Content-Range"), start, len(into)):
-                    return "the server sent another range", False, wait
-                at = 0
-                while at < len(into) and (n := answer.readinto(into[at:])):
-                    at += n
-                self.served += at
-                if at == len(into) and not answer.read(1):
-                    return None, False, 0
-                return "the answer was cut off", False, wait
-            finally:
-                answer.release_conn() if answer.status == 206 else answer.close()
-        except urllib3.exceptions.HTTPError as error:
-            return f"the connection failed ({type(error).__name__})", False, 0
+            self._check(file, answer, start, len(into))
+            while n := answer.readinto(into[at : at + PIECE]):
+                at += n
+            if at < len(into) or answer.read(1):
+                raise Fault("the answer was cut off")
+        finally:
+            self._add(Traffic(nbytes=at))
+            self._flow.came(at)
+            answer.release_conn() if at == len(into) else answer.close()
+
+    def _check(self, file: str, answer: urllib3.BaseHTTPResponse, start: int, nbytes: int) -> None:
+        """Raises Fault when an answer may be another one next time, else OSError."""
+        status = answer.status
+        if status in http.BUSY:
+            self._flow.busy()
+        if status in http.RETRIED:
+            raise Fault.of(answer)
+        if status == 200:
+            raise Fault("the server sent the whole file instead of a range")
+        if status in _DENIED:
+            if sentence := self._refusal(file, status):
+                raise OSError(sentence)
+            raise Fault.of(answer, is_stale=True)
+        if status != 206:
+            raise OSError(f"{file} cannot be read: the server answered {status}")
+        said = answer.headers.get("Content-Range") or ""
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
+        if found is None or (int(found[1]), int(found[2])) != (start, start + nbytes - 1):
+            raise Fault("the server sent another range")
+        if found[3] not in ("*", str(self._size(file))) or not self._is_same(file, answer.headers):
+            raise OSError(self._changed(file))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._http.clear()
 
 
-def spans(offsets: Sequence[int], nbytes: int) -> Iterator[Span]:
-    """The requests that bring runs of `nbytes` at ascending `offsets`, one after another."""
+@contextmanager
+def told() -> Iterator[None]:
+    """Turns what a server denies into a sentence about bad input: nothing is written yet."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(str(error)) from None
+
+
+@cache
+def _between(shape: Sequence[int], boxes: Sequence[Box], itemsize: int) -> int:
+    """Bytes that lie between the runs of a tensor's boxes, where they are near each other."""
+    total = 0
+    for box in coalesce(boxes):
+        offsets, nbytes = runs(shape, box, itemsize)
+        gaps = np.diff(offsets) - nbytes
+        total += int(gaps[gaps <= GAP].sum())
+    return total
+
+
+def spans(offsets: Sequence[int], nbytes: int, most: int = SPAN) -> Iterator[Span]:
+    """The requests that bring runs of `nbytes` at ascending `offsets`, one after another.
+
+    Each spans `most` bytes at most: a longer run is cut.
+    """
     at = 0
     runs: list[_Run] = []
     for offset in offsets:
-        if nbytes > SPAN:
-            for first in range(0, nbytes, SPAN):
-                stop = offset + min(first + SPAN, nbytes)
+        if nbytes > most:
+            for first in range(0, nbytes, most):
+                stop = offset + min(first + most, nbytes)
                 yield offset + first, stop, [(offset + first, at + first)]
         else:
             if runs and (
-                offset - runs[-1][0] - nbytes > GAP or offset + nbytes - runs[0][0] > SPAN
+                offset - runs[-1][0] - nbytes > GAP or offset + nbytes - runs[0][0] > most
             ):
                 yield runs[0][0], runs[-1][0] + nbytes, runs
                 runs = []
@@ -154,20 +226,3 @@ def spans(offsets: Sequence[int], nbytes: int) -> Iterator[Span]:
         at += nbytes
     if runs:
         yield runs[0][0], runs[-1][0] + nbytes, runs
-
-
-def _complaint(file: str, status: int) -> str:
-    if status == 200:
-        return "the server sent the whole file instead of a range"
-    if status in _RETRIED:
-        return f"the server answered {status}"
-    raise OSError(f"{file} cannot be read: the server answered {status}")
-
-
-def _is_range(said: str | None, start: int, nbytes: int) -> bool:
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said or "")
-    return found is not None and (int(found[1]), int(found[2])) == (start, start + nbytes - 1)
-
-
-def _seconds(retry_after: str | None) -> float:
-    return float(retry_after) if retry_after and retry_after.isdigit() else 0

@@ -7,31 +7,28 @@ to DIR/log.jsonl. SETTINGS is a JSON file, read again at every request:
 
     commits: {model: commit}; gated, private: models that only tokens of `allowed` may read
     tokens: those that are valid
-    faults: [[pattern of the path, kind, times]], where kind is a status with an optional
-        Retry-After ("429:1"), "whole" (200 for a range), "cut" (half a body), "reset", "other" (the
-        range beside)
+    faults: see faults.py
 """
 
-import fnmatch
 import hashlib
 import json
 import re
-import socket
-import struct
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import faults
+
 ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 LOCK = threading.Lock()
-SPENT: dict[int, int] = {}
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # headers and body go together, else the client's kernel waits for more
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -46,15 +43,9 @@ class Handler(BaseHTTPRequestHandler):
             "range": self.headers["Range"],
             "authorization": self.headers["Authorization"],
         }
-        fault = self.fault(path)
-        if fault[:1].isdigit():
-            status, _, wait = fault.partition(":")
-            return self.answer(int(status), b"{}", {"Retry-After": wait} if wait else {})
-        if fault == "reset":
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.close_connection = True
-            return self.connection.close()
+        fault = faults.fault(self.settings.get("faults", ()), path)
+        if faults.fails(fault, self, self.answer):
+            return
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path):
             return self.api(found[1], found[2] or "")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -64,14 +55,6 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(404, b"{}", {"X-Error-Code": "NotFound"})
 
     do_HEAD = do_GET
-
-    def fault(self, path: str) -> str:
-        for i, (pattern, kind, times) in enumerate(self.settings.get("faults", ())):
-            with LOCK:
-                if fnmatch.fnmatch(path, pattern) and SPENT.get(i, 0) < times:
-                    SPENT[i] = SPENT.get(i, 0) + 1
-                    return kind
-        return ""
 
     def may_see(self, model: str, content: bool) -> bool:
         """Whether the caller may see a model; else answers as the Hub does."""
@@ -154,6 +137,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = faults.Server(("127.0.0.1", 0), Handler)
     print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
     server.serve_forever()

@@ -38,10 +38,14 @@ class Hub:
 
     def convert(self, directory, path, *more, **environ):
         words = job_words(directory, path, tiny.maxtext_words(CASE, True), "fsdp8", more)
+        command = ["-m", "maxconv.cli", "convert", *words, "--verify=none"]
+        return self.run(directory, *command, **environ)
+
+    def run(self, directory, *command, **environ):
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environ
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(directory / "home")}
         env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-m", "maxconv.cli", "convert", *words, "--verify=none"]
+        command = [sys.executable, *command]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
@@ -63,15 +67,8 @@ PLAIN = ("checkpoint_storage_use_ocdbt=false",)
 
 
 def test_a_model_of_the_hub_converts_like_its_files(hub, tmp_path):
-    faults = [
-        ["/store/*", "429:1", 1],
-        ["/store/*", "503", 1],
-        ["/store/*", "whole", 1],
-        ["/store/*", "cut", 1],
-        ["/store/*", "reset", 1],
-        ["/store/*", "other", 1],
-        ["/store/*", "403", 1],
-    ]
+    kinds = ("429:1", "503", "whole", "cut", "reset", "other", "403")
+    faults = [[f"/store/*-0000{i % 5 + 1}-of-*", kind, 1] for i, kind in enumerate(kinds)]
     hub.settings(faults=faults, gated=[MODEL], allowed=[TOKEN])
     here, there = tmp_path / "here", tmp_path / "there"
     done = hub.convert(there, f"hf://{MODEL}", *PLAIN, "--max_retries=9", HF_AUTH_TOKEN=TOKEN)
@@ -84,6 +81,7 @@ def test_a_model_of_the_hub_converts_like_its_files(hub, tmp_path):
     shards = list((hub.root / MODEL).glob("*.safetensors"))
     asked = [entry for entry in hub.log if "/resolve/" in entry["path"]]
     assert len(asked) <= len(shards) + len(faults) + 4
+    assert len(shards) == 5
     data = sum(p.stat().st_size for p in shards)
     good = [e for e in hub.log if e["path"].startswith("/store/") and e["status"] == 206]
     assert data <= sum(entry["bytes"] for entry in good) <= 3 * data  # headers, and what was cut
@@ -111,6 +109,27 @@ def test_what_keeps_us_from_a_model_is_said(hub, tmp_path, settings, path, envir
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr.splitlines()[-2 if code == 42 else -1] and TOKEN not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+REPLACED = """
+import sys
+from maxconv.sources import open_source
+
+source = open_source(sys.argv[1])
+info = next(iter(source.tensors.values()))
+with open(f"{sys.argv[2]}/{info.file}", "r+b") as file:
+    file.seek(info.offset)
+    file.write(b"other")
+source.tensor(info.name)
+"""
+
+
+def test_a_file_that_changes_at_a_commit_ends_the_reading(hub, tmp_path):
+    """The Hub is asked again when an address is out of date, and then says so."""
+    shards = len(list((hub.root / MODEL).glob("*.safetensors")))
+    hub.settings(faults=[["/store/*", "403", 1, shards]])
+    done = hub.run(tmp_path, "-c", REPLACED, MODEL, str(hub.root / MODEL))
+    assert f"in hf://{MODEL} was replaced or removed while it was read" in done.stderr
 
 
 def test_the_cache_of_hugging_face_serves_offline(hub, tmp_path):

@@ -501,11 +501,6 @@ def test_open_source_directory(tmp_path, monkeypatch):
     assert list(noticed) == ["org/name is a directory: revision main is ignored"]
 
 
-def test_open_source_bucket():
-    with pytest.raises(UserError, match=r"gs://b/m is not supported yet; copy it to a local"):
-        open_source("gs://b/m")
-
-
 def test_open_source_missing(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_source(str(tmp_path / "no"))
