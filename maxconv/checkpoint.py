@@ -11,8 +11,9 @@ import contextvars
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Event
 from types import MappingProxyType
 from typing import Any
 
@@ -118,6 +119,8 @@ class Progress:
     leaves: int = 0
     held: int = 0
     peak_held: int = 0
+    begun: Event = field(default_factory=Event)
+    """Set when Orbax has begun, on the main thread and with collectives: ours may follow."""
 
     def hold(self, nbytes: int) -> None:
         self.held += nbytes
@@ -168,6 +171,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         room = asyncio.Condition()
         metadata: dict[int, Any] = {}
         await infos[0].await_path_creation()
+        await asyncio.to_thread(self.progress.begun.wait)
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
         journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
 
@@ -223,22 +227,34 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     ) -> replica_slices.ReplicaSlices:
         """What this process writes of a part, where it belongs in the whole."""
         array = part.load()
+        held = replica_slices.get_replica_slices(
+            array,
+            self._replica_id,
+            self._use_replica_parallel,
+            self._min_slice_bytes_for_replica_parallel,
+            self._max_replicas_for_replica_parallel,
+        )
         with span("to host", part.name, part.local_nbytes):
-            (on_host,) = replica_slices.transfer_arrays_to_host(
-                [array],
-                self._replica_id,
-                self._use_replica_parallel,
-                self._min_slice_bytes_for_replica_parallel,
-                self._max_replicas_for_replica_parallel,
-            )
+            for one in held.replica_slices:
+                assert isinstance(one.unsliced_data, jax.Array)
+                one.unsliced_data.copy_to_host_async()
+            on_host = [self._moved(one, part.shape, in_whole) for one in held.replica_slices]
+        return replace(held, global_shape=whole, replica_slices=on_host, is_on_host=True)
 
-        def moved(held: replica_slices.ReplicaSlice) -> replica_slices.ReplicaSlice:
-            pairs = zip(held.index, part.shape, strict=True)
-            box = in_whole(tuple(s.indices(n)[:2] for s, n in pairs))
-            return replace(held, index=slices(box))
+    def _moved(
+        self, held: replica_slices.ReplicaSlice, shape: Shape, in_whole: Callable[[Box], Box]
+    ) -> replica_slices.ReplicaSlice:
+        """A shard's slice in host memory, where it belongs in the whole.
 
-        held = [moved(one) for one in on_host.replica_slices]
-        return replace(on_host, global_shape=whole, replica_slices=held)
+        Cut on the host: on the devices that would be a program to compile for each replica.
+        """
+        array = np.asarray(held.unsliced_data)
+        if (cut := held.slice_args) is not None:
+            within = (slice(None),) * cut.axis
+            array = array[(*within, slice(cut.start_index, cut.limit_index))]
+        pairs = zip(held.index, shape, strict=True)
+        box = in_whole(tuple(s.indices(n)[:2] for s, n in pairs))
+        return replica_slices.ReplicaSlice(slices(box), array, None)
 
     def _write(
         self,
@@ -369,9 +385,12 @@ def save(
     handlers.add(_tree_handler(window, progress, kept), checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
-        saving = checkpointer.save_checkpointables_async(
-            0, {"items": state}, force=True, custom_metadata={"scan_layers": scan_layers}
-        )
+        try:
+            saving = checkpointer.save_checkpointables_async(
+                0, {"items": state}, force=True, custom_metadata={"scan_layers": scan_layers}
+            )
+        finally:
+            progress.begun.set()
         assert saving is not None
         saving.result()
     if jax.process_index() == 0:

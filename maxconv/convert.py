@@ -23,6 +23,7 @@ from maxconv.errors import RetryableError, UserError, VerificationError
 from maxconv.inspect import find_items
 from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
+from maxconv.program import Programs
 from maxconv.report import ProgressLine, duration, machine_memory, peak_memory, size
 from maxconv.sharding import make_mesh
 from maxconv.slabs import Slab
@@ -156,7 +157,7 @@ def run(config: Config) -> Job:
         VerificationError: what was written is not what it should be.
     """
     started = time.monotonic()
-    with prepared(config) as job:
+    with prepared(config) as job, Programs(job.plan.recipes) as programs:
         speaks = jax.process_index() == 0
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
@@ -166,14 +167,14 @@ def run(config: Config) -> Job:
             timeline.recorded() if config.trace else nullcontext() as spans,
         ):
             if job.there != "finished":
-                _save(job, _begin(job, speaks), speaks)
+                _save(job, _begin(job, speaks), speaks, programs)
             if speaks:
                 _finish(job)
             if spans is not None:
                 _tell_time(config, spans, speaks)
         if speaks:
             print(_summary(job, time.monotonic() - started), flush=True)
-        _verify(job, job.items, speaks)
+        _verify(job, job.items, speaks, programs)
     return job
 
 
@@ -230,12 +231,12 @@ def _finish(job: Job) -> None:
     resume.clear(directory)
 
 
-def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
+def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -> None:
     """Saves the leaves; those that were `kept` are there already."""
     config, plan = job.config, job.plan
     left = tuple(leaf for leaf in plan.leaves if resume.name_of(leaf) not in kept)
     progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
-    with Engine(replace(plan, leaves=left), job.source, job.window) as engine:
+    with Engine(replace(plan, leaves=left), job.source, job.window, programs) as engine:
 
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
             if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
@@ -268,7 +269,7 @@ def _lazy(leaf: LeafPlan, engine: Engine) -> checkpoint.LazyTensor:
     return checkpoint.LazyTensor(make, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
 
 
-def _verify(job: Job, saved: str, speaks: bool) -> None:
+def _verify(job: Job, saved: str, speaks: bool, programs: Programs | None = None) -> None:
     """Reads a checkpoint back and compares; VerificationError when it is not as it should be."""
     mode = job.config.verify
     if mode == "none":
@@ -284,7 +285,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
 
     with (
         together.all_or_none(),
-        Engine(checked, job.source, job.window) as engine,
+        Engine(checked, job.source, job.window, programs) as engine,
         ProgressLine("verified", lambda: (report.nbytes, total), _told(speaks)),
     ):
         report = verify(saved, job.plan, engine, mode, job.window, say)

@@ -5,12 +5,11 @@ the rest for the slab in the making and those that are being written (checkpoint
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.cells import Step
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
-from maxconv.program import bits, compile_blank, compile_cell
+from maxconv.program import Programs, bits
 from maxconv.slabs import Slab
 from maxconv.sources import Part, Source, aligned_empty
 from maxconv.timeline import span
@@ -32,7 +31,6 @@ class Stats:
     `ahead` and `peak_ahead` are the bytes of steps that are read, or being read, but not done.
     """
 
-    compiled: int = 0
     steps: int = 0
     ahead: int = 0
     peak_ahead: int = 0
@@ -45,11 +43,11 @@ class Engine:
     launched in the same order on all processes.
     """
 
-    def __init__(self, plan: Plan, source: Source, window: int):
-        """`window`: the budget, in bytes per process."""
+    def __init__(self, plan: Plan, source: Source, window: int, programs: Programs | None = None):
+        """`window`: the budget, in bytes per process. `programs`: that others use, too."""
         self.stats = Stats()
-        self._cells = cache(self._counted(compile_cell))
-        self._blanks = cache(self._counted(compile_blank))
+        self.programs = Programs(plan.recipes) if programs is None else programs
+        self._owns_programs = programs is None
         self._ahead = _ReadAhead(plan, source, window // 4, self.stats)
 
     def make(self, leaf: LeafPlan) -> jax.Array:
@@ -63,30 +61,24 @@ class Engine:
         for step in slab.steps:
             recipe = step.recipe
             with self._ahead.take(step) as reads:
-                run = self._cells(recipe)
+                run = self.programs.cell(recipe)
                 with span("compute", _name(step), recipe.made_nbytes):
                     if recipe.is_whole:
                         array = run(*reads)
                     else:
                         if array is None:
-                            array = self._blanks(recipe.shape, recipe.dtype, recipe.sharding)()
+                            array = self.programs.blank(recipe)()
                         array = run(array, np.array(step.offset, np.int32), *reads)
                     array.block_until_ready()  # what it read may go
             self.stats.steps += 1
         assert array is not None
         return array
 
-    def _counted(self, compile: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*key: Any) -> Any:
-            self.stats.compiled += 1
-            with span("compile", ""):
-                return compile(*key)
-
-        return counted
-
     def close(self) -> None:
-        """Stops reading."""
+        """Stops reading and compiling."""
         self._ahead.close()
+        if self._owns_programs:
+            self.programs.close()
 
     def __enter__(self) -> Self:
         return self

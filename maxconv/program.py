@@ -6,8 +6,11 @@ so that NaN payloads survive.
 Leaves of several cells are written cell by cell into one donated buffer.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextvars
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, trace
 from maxconv.cells import Recipe
+from maxconv.timeline import span
+
+_COMPILERS = 4  # threads at most: a slice's programs take seconds each
 
 
 def bits(dtype: np.dtype) -> np.dtype:
@@ -84,6 +90,55 @@ def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any
         return jnp.zeros(shape, dtype)
 
     return jax.jit(blank, out_shardings=sharding).lower().compile()
+
+
+class Programs:
+    """Compiled programs, each made once, in the background and ahead of its use."""
+
+    def __init__(self, recipes: Iterable[Recipe] = ()):
+        """`recipes`: in the order in which they will be asked for."""
+        workers = max(1, min(_COMPILERS, (os.cpu_count() or 1) - 1))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
+        self._made: dict[Any, Future[Any]] = {}
+        for recipe in recipes:
+            if not recipe.is_whole:
+                self._submit(compile_blank, recipe.shape, recipe.dtype, recipe.sharding)
+            self._submit(compile_cell, recipe)
+
+    @property
+    def compiled(self) -> int:
+        """How many there are, or will be."""
+        return len(self._made)
+
+    def cell(self, recipe: Recipe) -> Any:
+        """The compiled function of a recipe."""
+        return self._submit(compile_cell, recipe).result()
+
+    def blank(self, recipe: Recipe) -> Any:
+        """The compiled function that makes zeros for the cells of a recipe to be written into."""
+        key = recipe.shape, recipe.dtype, recipe.sharding
+        return self._submit(compile_blank, *key).result()
+
+    def _submit(self, compile: Callable[..., Any], *key: Any) -> Future[Any]:
+        if (compile, key) not in self._made:
+            context = contextvars.copy_context()  # jax.config is of a thread
+            made = self._pool.submit(context.run, self._timed, compile, *key)
+            self._made[compile, key] = made
+        return self._made[compile, key]
+
+    def _timed(self, compile: Callable[..., Any], *key: Any) -> Any:
+        with span("compile", compile.__name__):
+            return compile(*key)
+
+    def close(self) -> None:
+        """Gives up what is not compiled yet."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -28,7 +28,7 @@ def test_leaves_are_those_of_maxtext(name, tmp_path):
     with prepared(parse(job_words(tmp_path, model, words, mesh))) as job:
         with Engine(job.plan, job.source, window=1 << 20) as engine:
             ours = {leaf.name: engine.make(leaf) for leaf in job.plan.leaves}
-            compiled = engine.stats.compiled
+            compiled = engine.programs.compiled
     theirs = {ours_of(n): leaf for n, leaf in recorded["leaves"].items() if n != "step"}
     assert set(ours) == set(theirs)
     different = [
