@@ -5,8 +5,8 @@ Where the axis along which cells follow each other is itself sharded (experts ov
 *step* makes one cell in each shard at once: these are its lanes. A cell that reads more than a
 budget is made in slabs, in the same way.
 
-What a cell reads is sharded as its output is, pulled back through the expression, so that each
-device is given what its part needs and the compiled function has no collectives.
+What a cell reads is needed sharded as its output is, pulled back through the expression, so that
+each device computes its part by itself. Who reads it from storage is another matter: `shares`.
 """
 
 import math
@@ -36,22 +36,9 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
-from maxconv.placement import boxes_by_process
+from maxconv.shares import CellRead, cell_read
 
 Offset = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CellRead:
-    """One read of a recipe, as an array over the mesh: (lanes, *box) with lanes, else (*box,)."""
-
-    shape: Shape
-    dtype: np.dtype
-    sharding: NamedSharding
-
-    @property
-    def shard_nbytes(self) -> int:
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -63,8 +50,8 @@ class Recipe:
         box: the part of it that is made, in the first lane of the first slab.
         reads: in the order of `algebra.trace(cell, box).reads`.
         lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
-        is_local: each device is given just what its part needs. If not, reads are replicated where
-            they could not be cut, and the compiler may exchange data between devices.
+        is_local: each device computes with just what its part needs. If not, reads are replicated
+            where they could not be cut.
         shape, dtype, sharding: of the leaf that the cell is written into.
     """
 
@@ -85,9 +72,13 @@ class Recipe:
     @cached_property
     def buffer_nbytes(self) -> int:
         """Host bytes that the reads of one step take, in the process that reads most."""
+        return sum(read.shard_nbytes * max(map(len, read.parts.values())) for read in self.reads)
+
+    @cached_property
+    def device_nbytes(self) -> int:
+        """Bytes that a device is given for one step, and what it has of them once exchanged."""
         return sum(
-            read.shard_nbytes * max(map(len, boxes_by_process(read.sharding, read.shape).values()))
-            for read in self.reads
+            read.shard_nbytes + (read.needed_nbytes if read.share else 0) for read in self.reads
         )
 
 
@@ -157,7 +148,7 @@ class _Cell:
         """One step, or as many as there are slabs. `names`: of the tensors of each lane."""
         whole = full(self.expr.shape)
         recipe = _recipe(self, whole, lanes)
-        excess = recipe.buffer_nbytes / budget
+        excess = max(recipe.buffer_nbytes, recipe.device_nbytes) / budget
         if excess <= 1 or (cut := _slabs(self, excess, lanes)) is None:
             yield self._step(recipe, offset, names, [whole] * len(names))
             return
@@ -266,13 +257,15 @@ def _slabs(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int
 def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
     reads = []
     pulled, is_local = _pulled_back(cell, box, lanes)
+    shapes = {tensor.name: tensor.shape for tensor in tensors(cell.expr)}
     for read, spec in pulled:
         shape, entries = dims(read.box), spec
         if lanes is not None:
             shape = (_shards(cell.to, lanes), *shape)
             entries = [_entry(cell.to, lanes), *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
-        reads.append(CellRead(shape, cell.dtypes[int(read.name)], sharding))
+        dtype = cell.dtypes[int(read.name)]
+        reads.append(cell_read(shape, dtype, sharding, shapes[read.name], lanes is not None))
     return Recipe(
         cell.expr,
         box,
@@ -369,14 +362,11 @@ def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Cou
         ):
             alike[step.recipe] += 1
         else:
-            processes = {
-                p for read in step.recipe.reads for p in boxes_by_process(read.sharding, read.shape)
-            }
+            processes = {p for read in step.recipe.reads for p in read.parts}
             total.update({p: nbytes_read(step, shapes, p) for p in processes})
     for recipe, n in alike.items():
         for read in recipe.reads:
-            held = boxes_by_process(read.sharding, read.shape)
-            total.update({p: n * read.shard_nbytes * len(boxes) for p, boxes in held.items()})
+            total.update({p: n * nbytes for p, nbytes in read.nbytes_by_process.items()})
     return total
 
 
@@ -384,10 +374,7 @@ def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
     for i, read in enumerate(step.recipe.reads):
-        sources = {
-            step.source(i, box)
-            for box in boxes_by_process(read.sharding, read.shape).get(process, ())
-        }
+        sources = {step.source(i, box) for box in read.parts.get(process, ())}
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from maxconv.algebra import Box, clip, dims, slices
+from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.cells import Step
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
@@ -139,17 +139,21 @@ def _fetch(source: Source, step: Step) -> list[jax.Array]:
 
 def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     read = step.recipe.reads[i]
-    boxes = local_boxes(read.sharding, read.shape)
+    shape, sharding = read.as_read
+    boxes = local_boxes(sharding, shape)
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        of = step.source(i, box)
+        of = step.source(i, read.part(box))
         inside = clip(of.box, source.tensors[of.name].shape)
         # Aligned, so that a CPU device takes the memory as it is.
-        memory = aligned_empty(dims(of.box), bits(read.dtype), zero=inside != of.box)
-        host[box] = memory.reshape(dims(box))
-        parts.setdefault(of.name, []).append((inside, memory[slices(inside, of.box)]))
+        is_short = volume(inside) < volume(box)
+        memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
+        host[box] = memory
+        whole = read.buffer(box)
+        within = memory.reshape(whole[len(whole) - len(of.box) :])  # without the axis of lanes
+        parts.setdefault(of.name, []).append((inside, within[slices(inside, of.box)]))
     for name, boxes_of in parts.items():
         source.read(source.tensors[name], boxes_of)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
-    return jax.make_array_from_single_device_arrays(read.shape, read.sharding, shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)

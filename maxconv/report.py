@@ -89,7 +89,8 @@ def plan_text(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         _leaves(plan.leaves),
         "",
         f"read     {size(total)} in all, {size(over)} ({_percent(over, plan.needed_nbytes)}) more "
-        "than the tensors used",
+        f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
+        "the mean",
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
         f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
         f"device   at most {size(device_estimate(plan))} on each",
@@ -128,7 +129,7 @@ def host_estimate(plan: Plan, window: int) -> int:
 
 def device_estimate(plan: Plan) -> int:
     """Bytes a device holds at most: its shard of a leaf and what two cells read."""
-    cells = max(sum(r.shard_nbytes for r in recipe.reads) for recipe in plan.recipes)
+    cells = max(recipe.device_nbytes for recipe in plan.recipes)
     return max(leaf.shard_nbytes for leaf in plan.leaves) + 2 * cells
 
 
@@ -154,8 +155,10 @@ def _leaves(leaves: Sequence[LeafPlan]) -> str:
         if len(alike) > 1:
             name = name.replace("layers_0", f"layers_{{0..{len(alike) - 1}}}")
         spec = ", ".join(_axes(entry) for entry in first.sharding.spec)
-        rows.append((name, first.shape, first.dtype, f"({spec})", size(first.nbytes * len(alike))))
-    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes"))
+        ways = dict.fromkeys(read.way for step in first.steps for read in step.recipe.reads)
+        nbytes = size(first.nbytes * len(alike))
+        rows.append((name, first.shape, first.dtype, f"({spec})", nbytes, "; ".join(ways)))
+    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes", "read"))
 
 
 def _axes(entry: object) -> str:
