@@ -25,17 +25,26 @@ def model_of(name):
     return re.sub(r"\.(scan|unscan)(\.mm|\.mtp)?$", "", name)
 
 
+def read(name):
+    return json.loads(gzip.decompress(TREES[name].read_bytes()))
+
+
+def words_of(name):
+    """Those with which MaxText made a tree."""
+    tree = read(name)
+    words = {key: tree.get(key, False) for key in ("use_multimodal", "use_audio")}
+    return words | {"mtp_num_layers": int(name.endswith(".mtp"))}
+
+
 OURS = [name for name in TREES if model_of(name) in known_models()]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_plan_is_the_tree_of_maxtext(name):
-    tree = json.loads(gzip.decompress(TREES[name].read_bytes()))
+    tree = read(name)
     model_name = model_of(name)
-    words = {key: tree.get(key, False) for key in ("use_multimodal", "use_audio")}
-    words["mtp_num_layers"] = int(name.endswith(".mtp"))
     source = published(model_name)
-    model = resolve(source, model_name, model_facts(model_name), words)
+    model = resolve(source, model_name, model_facts(model_name), words_of(name))
     config = parse([f"model_name={model_name}", "ici_fsdp_parallelism=8"], {})
     rules = config.logical_axis_rules
     scan_axis = config.param_scan_axis if tree["scan_layers"] else None
@@ -58,8 +67,8 @@ def test_plan_is_the_tree_of_maxtext(name):
         partition_spec(leaf.leaf.logical, leaf.shape, dict(plan.mesh.shape), rules)[0]
         for leaf in plan.leaves
     ]
-    read = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
-    everything = sum(source.tensors[t.name].nbytes for x in read for t in tensors(x))
+    needed = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
+    everything = sum(source.tensors[t.name].nbytes for x in needed for t in tensors(x))
     cut = max(0, model.published.vocab - model.dims.vocab) * model.dims.emb * 2  # bfloat16
     assert plan.needed_nbytes == everything - cut
     assert plan.read_nbytes(0) == plan.needed_nbytes + woven_nbytes(source)
