@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from headers import published
+from headers import published, quantised
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -45,12 +45,13 @@ EXPERT_8 = "ici_fsdp_parallelism=64 ici_expert_parallelism=8"
 REPLICAS = "ici_data_parallelism=4 ici_fsdp_parallelism=2"
 TENSOR_8 = "ici_fsdp_parallelism=1 ici_tensor_parallelism=8"  # of 28 and 4 heads: replicated
 
-# What moves data to another chip or to the host, or hides what it does. Two of the calls do not:
-# what they crop is padding of a tile, and what they assume is that our indices are right.
+# What moves data to another chip or to the host, or hides what it does. Three of the calls do not:
+# what they crop is padding of a tile, what they assume is that our indices are right, and what
+# they join is what slices of one array have copied to the chip's own memory.
 FOREIGN = re.compile(
     r" ((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter"
     r"|collective-(?:permute|broadcast)|send|recv|infeed|outfeed"
-    r"|custom-call(?!.*(?:ZeroCrop|AssumeGatherIndicesInBound)))(?:-start)?\("
+    r"|custom-call(?!.*(?:ZeroCrop|AssumeGatherIndicesInBound|ConcatBitcast)))(?:-start)?\("
 )
 
 
@@ -97,6 +98,25 @@ def test_cells_exchange_what_they_must_and_no_more(
         assert not FOREIGN.findall(compiled.as_text()), blank
     # Bytes that are only moved are never widened, not even to be written: NaNs stay as they are.
     assert converting == ({"query"} if model_name.startswith("llama") else set())
+
+
+@pytest.mark.parametrize(
+    ("model_name", "codec"),
+    [("qwen3-8b", "fp8"), ("qwen3-8b", "int4"), ("gpt-oss-20b", "mxfp4")],
+)
+def test_packed_weights_are_unpacked_within_their_bound(model_name: str, codec: str) -> None:
+    plan = plan_of(model_name, "v5e:2x4", FSDP_8, codec)
+    packed = {
+        recipe: name
+        for recipe, name in names(plan).items()
+        if any(read.dtype in PACKED for read in recipe.reads)
+    }
+    assert packed
+    with ThreadPoolExecutor(2) as pool:
+        cells = list(pool.map(compile_cell, packed))
+    for (recipe, name), compiled in zip(packed.items(), cells, strict=True):
+        check_memory(name, recipe, compiled.memory_analysis())
+        assert set(FOREIGN.findall(compiled.as_text())) <= exchanges(recipe), name
 
 
 def exchanges(recipe: Recipe) -> set[str]:
@@ -166,9 +186,11 @@ def names(plan: Plan) -> dict[Recipe, str]:
     return {step.recipe: leaf.name for leaf in plan.leaves for step in leaf.steps}
 
 
-def plan_of(model_name: str, topology: str, words: str) -> Plan:
+def plan_of(model_name: str, topology: str, words: str, codec: str | None = None) -> Plan:
     config = parse([f"model_name={model_name}", *words.split()], {})
     source = published(model_name)
+    if codec is not None:
+        source = quantised(source, codec)
     model = resolve(source, model_name, model_facts(model_name))
     mesh = make_mesh(config, devices(topology))
     return make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
