@@ -54,7 +54,10 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
         zero = jnp.zeros((), offset.dtype)
         return _update(by_lane, made(*reads), [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
 
-    return made if recipe.is_whole else write
+    def whole(*reads: jax.Array) -> jax.Array:
+        return made(*reads).reshape(recipe.shape)
+
+    return whole if recipe.is_whole else write
 
 
 def compile_cell(recipe: Recipe) -> Any:

@@ -53,6 +53,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or lets this container have."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(allowed)) if allowed.isdigit() else there
+
+
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns; numbers to the right."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
@@ -122,15 +132,21 @@ def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
 
 
 def host_estimate(plan: Plan, window: int) -> int:
-    """Bytes a process holds at most: the window, and the largest leaf's shards and reads."""
-    cells = max(recipe.buffer_nbytes for recipe in plan.recipes)
-    return window + max(leaf.local_nbytes for leaf in plan.leaves) + cells
+    """Bytes that a process holds at most, beside what it takes to compute one cell."""
+    return max(held_nbytes(leaf, window) for leaf in plan.leaves)
+
+
+def held_nbytes(leaf: LeafPlan, window: int) -> int:
+    """Bytes that a process holds while it makes a leaf: the window, unless one part is larger."""
+    reads = max(step.recipe.buffer_nbytes for step in leaf.steps)
+    slab = max(slab.local_nbytes for slab in leaf.slabs)
+    return max(window // 4, reads) + max(window - window // 4, slab)
 
 
 def device_estimate(plan: Plan) -> int:
-    """Bytes a device holds at most: its shard of a leaf and what two cells read."""
+    """Bytes a device holds at most: its shards of two slabs and what two cells read."""
     cells = max(recipe.device_nbytes for recipe in plan.recipes)
-    return max(leaf.shard_nbytes for leaf in plan.leaves) + 2 * cells
+    return 2 * max(slab.shard_nbytes for leaf in plan.leaves for slab in leaf.slabs) + 2 * cells
 
 
 def _sizes(plan: Plan) -> str:

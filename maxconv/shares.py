@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Box, Interval, Shape, dims, volume
-from maxconv.placement import boxes_by_process
+from maxconv.placement import boxes_by_process, mesh_axes
 from maxconv.sources import coalesce
 
 LONG = 1 << 20  # bytes in a row: longer runs of a file are not read any better
@@ -199,7 +199,7 @@ def cell_read(
 def _even(shape: Shape, to: NamedSharding, first: int) -> Share | None:
     """Even shares of an array, of the first axis that is long enough for all devices."""
     sizes = {name: n for name, n in to.mesh.shape.items() if n > 1}
-    names = [_names(to, axis) for axis in range(len(shape))]
+    names = [mesh_axes(to, axis) for axis in range(len(shape))]
     copies = tuple(name for name in sizes if not any(name in axis for axis in names))
     found: list[Share] = []
     for axis in range(first, len(shape)):
@@ -216,13 +216,6 @@ def _even(shape: Shape, to: NamedSharding, first: int) -> Share | None:
         if block >= shares:
             return found[-1]
     return min(found, key=lambda share: share.rows * share.shares / share.block, default=None)
-
-
-def _names(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
-    """The mesh axes, of more than one device, that cut an axis."""
-    entry = sharding.spec[axis] if axis < len(sharding.spec) else None
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return tuple(n for n in names if n is not None and sharding.mesh.shape[n] > 1)
 
 
 def _run(read: CellRead, of: Shape, lanes: bool) -> int:

@@ -33,7 +33,7 @@ def hosts(request, monkeypatch):
         return {process: frozenset(of) for process, of in boxes.items()}
 
     monkeypatch.setattr(shares, "boxes_by_process", boxes_by_process)
-    caches = (cells._recipe, cells._slabs)
+    caches = (cells._recipe, cells._slices)
     for cached in caches:
         cached.cache_clear()
     yield request.param
