@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 MIB = 1 << 20
-PACKED = [np.dtype(t) for t in (np.uint8, np.int32, ml_dtypes.float8_e4m3fn)]  # weights as stored
+# Numbers in an item of a quantised weight as it is stored: MXFP4, int4, fp8.
+PACKED = {np.dtype(np.uint8): 2, np.dtype(np.int32): 8, np.dtype(ml_dtypes.float8_e4m3fn): 1}
 FSDP_8 = "ici_fsdp_parallelism=8"
 FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
@@ -167,12 +168,22 @@ def most_beside(recipe: Recipe) -> int:
     shard = math.prod(recipe.sharding.shard_shape(recipe.shape)) * recipe.dtype.itemsize
     lanes = 1 if recipe.lanes is None else recipe.reads[0].shape[0]
     cell = shard * lanes * volume(recipe.box) // math.prod(recipe.shape)
-    if not exchanges(recipe) and not any(read.dtype in PACKED for read in recipe.reads):
-        # A transposed cell, and that same cell again in the tiles of its leaf, with its layer axis
-        # of size 1 padded to 2 and others to whole tiles.
-        return 4 * cell + MIB
-    # What was exchanged or is unpacked, in tiles of 128 columns, on its way.
-    return 6 * max(cell, *map(tiled_nbytes, recipe.reads)) + 4 * MIB
+    packed = [read for read in recipe.reads if read.dtype in PACKED]
+    if packed:  # all that is read, in float32, some times over
+        return 8 * max(cell, *map(unpacked_nbytes, packed)) + 4 * MIB
+    if exchanges(recipe):  # what was exchanged, in tiles of 128 columns, on its way
+        return 6 * max(cell, *map(tiled_nbytes, recipe.reads)) + 4 * MIB
+    # A transposed cell, and that same cell again in the tiles of its leaf, with its layer axis
+    # of size 1 padded to 2 and others to whole tiles.
+    return 4 * cell + MIB
+
+
+def unpacked_nbytes(read: CellRead) -> int:
+    """Bytes of the numbers that a device's part of a read stands for, in float32, in tiles."""
+    *rows, columns = read.sharding.shard_shape(read.shape)
+    if read.dtype == np.uint8:  # blocks of one axis
+        columns *= rows.pop()
+    return math.prod(rows) * -(-columns * PACKED[read.dtype] // 128) * 128 * 4
 
 
 def tiled_nbytes(read: CellRead) -> int:
