@@ -59,20 +59,32 @@ def published(model_name: str, dtype: str = "BF16", layers: int | None = None) -
     return HeaderSource(content["hf_id"], config, infos)
 
 
-def quantised(source: HeaderSource) -> HeaderSource:
-    """The same model as DeepSeek (block fp8) and OpenAI (MXFP4) publish theirs."""
+def quantised(source: HeaderSource, codec: str) -> HeaderSource:
+    """The same model with its large weights as a codec stores them, and its `quantization_config`.
+
+    `fp8` and `mxfp4` are as DeepSeek and OpenAI publish theirs; `int4` as Moonshot does (Kimi-K2),
+    for experts alone where there are any.
+    """
     infos: list[TensorInfo] = []
-    are_fused = any(name.endswith("experts.gate_up_proj") for name in source.tensors)
+    has_experts = any(".experts." in name for name in source.tensors)
     for name, info in source.tensors.items():
-        if not are_fused and re.search(r"_proj(_with_mqa)?\.weight$", name):
-            grid = tuple(-(-n // 128) for n in info.shape)
-            parts = {"": ("F8_E4M3", info.shape), "_scale_inv": ("F32", grid)}
-        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, inner, outer = info.shape
-            groups = (experts, outer, inner // 32)
-            parts = {"_blocks": ("U8", (*groups, 16)), "_scales": ("U8", groups)}
-        else:
-            parts = {"": ("BF16", info.shape)}
+        parts = {"": ("BF16", info.shape)}
+        if codec == "mxfp4":
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                experts, inner, outer = info.shape
+                groups = (experts, outer, inner // 32)
+                parts = {"_blocks": ("U8", (*groups, 16)), "_scales": ("U8", groups)}
+        elif re.search(r"_proj(_with_mqa)?\.weight$", name):
+            rows, columns = info.shape
+            if codec == "fp8":
+                grid = (-(-rows // 128), -(-columns // 128))
+                parts = {"": ("F8_E4M3", info.shape), "_scale_inv": ("F32", grid)}
+            elif not has_experts or ".experts." in name:
+                parts = {
+                    "_packed": ("I32", (rows, columns // 8)),
+                    "_scale": ("BF16", (rows, columns // 32)),
+                    "_shape": ("I32", (2,)),
+                }
         infos += [TensorInfo(name + e, DTYPES[t], s, info.file, 0) for e, (t, s) in parts.items()]
     return HeaderSource(source.root, source.config, infos)
 

@@ -3,22 +3,28 @@
     python tpu_cells.py [--topology v5p:4x4x4] [MODEL ...]
 
 prints a table: how many cells a model has, how many of them no model before it had, the most that
-one takes on a chip beside its arguments and its output, and how that compares with the cell itself;
-cells that exchange data between chips are named. `+fp8` and `+mxfp4` are the files that DeepSeek
-and OpenAI publish. Nothing is executed, and no TPU is needed.
+one takes on a chip beside its arguments and its output, the share of its bound that the worst takes
+(`most_beside`), and what the cells exchange between chips. Exit code 1, with the names, if one
+takes more than its bound or exchanges what its plan does not announce. A model is named as its tree
+in `tests/data/trees` (`gemma3-4b.unscan.mm`), perhaps with a codec of its source (`fp8`, `mxfp4`,
+`int4`: `gpt-oss-20b.scan+mxfp4`). Without names, it is every tree, and packed sources. Nothing is
+executed, and no TPU is needed.
 """
 
 import argparse
-import math
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from headers import HeaderSource, published, quantised  # noqa: E402
-from test_tpu_compile import FOREIGN, devices, names  # noqa: E402
+from headers import published, quantised  # noqa: E402
+from test_tpu_compile import FOREIGN, devices, exchanges, most_beside, names  # noqa: E402
+from test_trees import TREES, model_of, words_of  # noqa: E402
 
-from maxconv.algebra import volume  # noqa: E402
 from maxconv.cells import Recipe  # noqa: E402
 from maxconv.config import parse  # noqa: E402
 from maxconv.model import resolve  # noqa: E402
@@ -27,61 +33,96 @@ from maxconv.program import compile_cell  # noqa: E402
 from maxconv.sharding import make_mesh  # noqa: E402
 from maxconv.tables import known_models, model_facts  # noqa: E402
 
-PACKED = ("deepseek3-671b+fp8", "gpt-oss-120b+mxfp4")
+PACKED = (
+    *("deepseek3-671b.scan+fp8", "deepseek3-671b.unscan+fp8", "deepseek3.2-671b.scan+fp8"),
+    *("deepseek3-671b.scan+int4", "deepseek3-671b.unscan+int4"),  # as Kimi-K2, which MaxText lacks
+    *("gpt-oss-20b.scan+mxfp4", "gpt-oss-120b.scan+mxfp4", "gpt-oss-120b.unscan+mxfp4"),
+)
 DENSE = "ici_fsdp_parallelism={} ici_tensor_parallelism=4"
 EXPERTS = "ici_fsdp_parallelism={} ici_expert_parallelism=4"
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler says of a cell: bytes beside arguments and output, and exchanges."""
+
+    beside: int
+    bound: int
+    foreign: frozenset[str]
+    announced: frozenset[str]
+
+    @property
+    def is_fine(self) -> bool:
+        return self.beside <= self.bound and self.foreign <= self.announced
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles every distinct cell for TPUs.")
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--topology", default="v5p:4x4x4")
     args = parser.parse_args()
-    seen: dict[Recipe, tuple[int, float, set[str]]] = {}
-    print("| model | cells | new | most beside | of the cell | exchanging |")
-    print("|---|---|---|---|---|---|")
-    for name in args.models or [*known_models(), *PACKED]:
+    seen: dict[Recipe, Measured] = {}
+    wrong: list[str] = []
+    print("| model | cells | new | most beside | of its bound | exchanges | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for name in args.models or everything():
+        start = time.monotonic()
         cells = names(plan_of(name, args.topology))
         new = [cell for cell in cells if cell not in seen]
         with ThreadPoolExecutor(2) as pool:
             seen |= zip(new, pool.map(measured, new), strict=True)
         found = {leaf: seen[cell] for cell, leaf in cells.items()}
-        most = max(nbytes for nbytes, _, _ in found.values()) / 2**20
-        ratio = max((r for nbytes, r, _ in found.values() if nbytes > 2**20), default=0)
-        sends = ", ".join(leaf for leaf, (_, _, foreign) in found.items() if foreign) or "none"
-        print(f"| {name} | {len(cells)} | {len(new)} | {most:.1f} MiB | {ratio:.1f} | {sends} |")
-        sys.stdout.flush()
+        wrong += [f"{name}: {leaf}: {m}" for leaf, m in found.items() if not m.is_fine]
+        most = max(m.beside for m in found.values()) / 2**20
+        share = max(m.beside / m.bound for m in found.values())
+        sent = Counter(kind for m in found.values() for kind in m.foreign)
+        sends = ", ".join(f"{n} {kind}" for kind, n in sorted(sent.items())) or "none"
+        took = f"{time.monotonic() - start:.0f}"
+        row = (name, len(cells), len(new), f"{most:.1f} MiB", f"{share:.0%}", sends, took)
+        print("|", " | ".join(map(str, row)), "|", flush=True)
+    print(
+        f"\n{len(seen)} distinct cells, {len(wrong)} beyond their bound or plan", *wrong, sep="\n"
+    )
+    return int(bool(wrong))
+
+
+def everything() -> Iterator[str]:
+    for model_name in known_models():
+        trees = sorted(name for name in TREES if model_of(name) == model_name)
+        yield from trees or (f"{model_name}.scan", f"{model_name}.unscan")
+    yield from PACKED
 
 
 def plan_of(name: str, topology: str) -> Plan:
-    """A model's plan with its layers as MaxText has them by default."""
-    model_name, _, packed = name.partition("+")
+    """The plan of a model on the mesh that its kind takes."""
+    tree, _, codec = name.partition("+")
+    model_name = model_of(tree)
     facts = model_facts(model_name)
-    assert facts is not None
+    assert facts is not None, name
     chips = len(devices(topology))
     mesh_words = (EXPERTS if facts["num_experts"] > 1 else DENSE).format(chips // 4)
-    source: HeaderSource = published(model_name)
-    if packed:
-        source = quantised(source)
-    model = resolve(source, model_name, facts)
-    words = [f"model_name={model_name}", *mesh_words.split()]
-    config = parse([*words, f"scan_layers={model.family.scans}"], {})
+    source = published(model_name)
+    if codec:
+        source = quantised(source, codec)
+    model = resolve(source, model_name, facts, words_of(tree) if tree in TREES else {})
+    words = [f"model_name={model_name}", *mesh_words.split(), f"scan_layers={'.scan' in tree}"]
+    config = parse(words, {})
     mesh = make_mesh(config, devices(topology))
     return make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
 
 
-def measured(recipe: Recipe) -> tuple[int, float, set[str]]:
-    """Bytes beside arguments and output, those by the bytes of the cell, and exchanges."""
+def measured(recipe: Recipe) -> Measured:
     compiled = compile_cell(recipe)
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = memory.peak_memory_in_bytes - arguments + memory.alias_size_in_bytes
-    beside = max(memory.temp_size_in_bytes, peak, 0)
-    shard = math.prod(recipe.sharding.shard_shape(recipe.shape)) * recipe.dtype.itemsize
-    lanes = 1 if recipe.lanes is None else recipe.reads[0].shape[0]
-    cell = max(1, shard * lanes * volume(recipe.box) // math.prod(recipe.shape))
-    return beside, beside / cell, set(FOREIGN.findall(compiled.as_text()))
+    return Measured(
+        beside=max(memory.temp_size_in_bytes, peak, 0),
+        bound=most_beside(recipe),
+        foreign=frozenset(FOREIGN.findall(compiled.as_text())),
+        announced=frozenset(exchanges(recipe)),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,21 @@
 """What tiny checkpoints say in transformers, as a reference for MaxText.
 
-    python reference_tiny.py CASE ...
+    python reference_tiny.py [--dtype bfloat16] CASE ...
 
-stores in `tests/data/logits/CASE.npz` some tokens and the logits after each, computed in float32.
-Needs torch and transformers beside the test requirements; whoever reads the files needs numpy.
+stores in `tests/data/logits/CASE.npz` some tokens and the logits after each, computed in float32,
+and the dtype of the checkpoint. Where the head is the embedding table, `rounded` has the logits
+with that rounded as MaxText does. Needs torch and transformers beside the test requirements;
+whoever reads the files needs numpy.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,23 +29,84 @@ import tiny  # noqa: E402
 
 LENGTH = 24
 
+# What a checkpoint's config.json must say for transformers to compute what MaxText does.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+SAID: dict[str, dict[str, Any]] = {
+    # As published; but five experts make one group, which is what MaxText takes unless told.
+    "deepseek3-671b": {
+        "n_group": 1,
+        "topk_group": 1,
+        "max_position_embeddings": 163840,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
+    # MaxText scales the positions of all layers, transformers 5 not those of sliding attention.
+    "olmo3-7b": {
+        "max_position_embeddings": 65536,
+        "rope_scaling": None,
+        "rope_parameters": {"sliding_attention": YARN, "full_attention": YARN},
+    },
+}
+
+
+def load(case: str, dtype: str) -> Any:
+    """The model of a case's checkpoint, which transformers dequantises if need be."""
+    (architecture,) = tiny.CASES[case].config["architectures"]
+    with tempfile.TemporaryDirectory() as directory:
+        config = tiny.write(case, directory, dtype) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | SAID.get(case, {})))
+        return getattr(transformers, architecture).from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
+
+
+def round_head(model: Any) -> None:
+    """Rounds the head, not the embedding, to bfloat16 after the embedding's scale (Gemma's)."""
+    table = model.get_input_embeddings().weight
+    scale = table.shape[1] ** 0.5
+    rounded = (table * scale).bfloat16().float() / scale
+    model.get_output_embeddings().weight = torch.nn.Parameter(rounded)
+
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Stores what transformers says.")
+    parser.add_argument("case", nargs="+", choices=tiny.CASES, metavar="CASE")
+    parser.add_argument("--dtype", choices=tiny.DTYPES, default="float32")
+    args = parser.parse_args()
     STORED.mkdir(exist_ok=True)
-    for case in sys.argv[1:]:
-        (architecture,) = tiny.CASES[case].config["architectures"]
-        with tempfile.TemporaryDirectory() as directory:
-            model = getattr(transformers, architecture).from_pretrained(
-                tiny.write(case, directory, "float32"),
-                dtype=torch.float32,
-                attn_implementation="eager",
-            )
+    for case in args.case:
+        model = load(case, args.dtype)
         vocab = model.get_input_embeddings().weight.shape[0]
         tokens = (np.arange(1, LENGTH + 1) ** 2 % vocab).astype(np.int32)[None]
-        with torch.inference_mode():
-            logits = model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
-        np.savez_compressed(STORED / f"{case}.npz", tokens=tokens, logits=logits)
-        print(f"{case}: logits of {logits.shape}, up to {abs(logits).max():.2f}")
+        found = {"logits": logits(model, tokens)}
+        if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+            round_head(model)
+            found["rounded"] = logits(model, tokens)
+        np.savez_compressed(STORED / f"{case}.npz", tokens=tokens, dtype=args.dtype, **found)
+        print(f"{case}: logits of {found['logits'].shape}, up to {abs(found['logits']).max():.2f}")
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.tensor(tokens, dtype=torch.int64)).logits.numpy()
 
 
 if __name__ == "__main__":
