@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from maxconv.algebra import Op, Pattern, Slice, fit, hf, rearrange, scale
 from maxconv.families.table import Dims, Row, row
 
@@ -40,8 +38,8 @@ ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 
 
 def query_scale(head_dim: int) -> Op:
-    """1/sqrt(head_dim) in float32: MaxText's decoder does not scale its queries itself."""
-    return scale(float(np.float32(1 / math.sqrt(head_dim))))
+    """1/sqrt(head_dim): MaxText's decoder does not scale its queries itself."""
+    return scale(1 / math.sqrt(head_dim))
 
 
 def ends(
