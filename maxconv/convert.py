@@ -119,7 +119,8 @@ def opened(config: Config) -> Source:
 
 def resolved(config: Config, source: Source) -> Model:
     """Which model the checkpoint is."""
-    return resolve(source, config.model_name, model_facts(config.model_name), config.overrides)
+    name, keep_fp8 = config.model_name, config.save_dtype == "float8_e4m3fn"
+    return resolve(source, name, model_facts(name), config.overrides, keep_fp8)
 
 
 def run(config: Config) -> Job:

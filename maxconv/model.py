@@ -6,8 +6,9 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from maxconv.algebra import Expr
+from maxconv.codecs import scale_rows
 from maxconv.errors import UserError
-from maxconv.families import BY_ARCHITECTURE, Dims, Family, stated_sizes
+from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, stated_sizes
 from maxconv.logical import logical_tensors
 from maxconv.sources import Source
 
@@ -19,13 +20,14 @@ class Model:
     """A family at its sizes.
 
     `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
-    vocabulary may be padded or cut, its layers may be fewer. `tensors` are the checkpoint's, by the
-    names of the family's table. `notices` says where they differ.
+    vocabulary may be padded or cut, its layers may be fewer. `rows` is the family's table at these.
+    `tensors` are the checkpoint's, by the names of that table. `notices` says where they differ.
     """
 
     family: Family
     dims: Dims
     published: Dims
+    rows: tuple[Row, ...]
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...]
 
@@ -51,6 +53,7 @@ def resolve(
     name: str | None = None,
     facts: Mapping[str, Any] | None = None,
     words: Mapping[str, Any] | None = None,
+    keep_fp8: bool = False,
 ) -> Model:
     """The model of a checkpoint.
 
@@ -59,13 +62,14 @@ def resolve(
         name: MaxText's model_name, or None to take everything from config.json.
         facts: MaxText's own configuration of that model.
         words: what the user typed, which overrides both.
+        keep_fp8: fp8 weights are kept, and scales beside them.
 
     Raises:
         UserError: an architecture that is not known, or every difference between config.json and
             what MaxText would build, at once.
     """
     family = _family(source)
-    logical = logical_tensors(source, family)
+    logical = logical_tensors(source, family, keep_fp8)
     published = _published(source, family, logical.tensors)
     # Layers of multi-token prediction are there if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
@@ -110,7 +114,9 @@ def resolve(
     if problems:
         raise UserError(problems)
     notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
-    return Model(family, dims, published, logical.tensors, tuple(notices))
+    scales = scale_rows(family, dims, source.config, logical.tensors)
+    rows = (*family.rows(dims), *scales)
+    return Model(family, dims, published, rows, logical.tensors, tuple(notices))
 
 
 def _family(source: Source) -> Family:

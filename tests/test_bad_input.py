@@ -264,7 +264,7 @@ def test_an_unreadable_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
         ("convert", "'convert' is not of the form key=value or --flag=value"),
         ("--verify=maybe", "verify=maybe is not one of none, sample, full"),
         ("scan_layers=perhaps", "scan_layers=perhaps is not true or false"),
-        ("--save_dtype=float8_e4m3fn", "not supported yet: use bfloat16 or float32"),
+        ("--save_dtype=float16", "not one of bfloat16, float32, float8_e4m3fn"),
         ("model_name=llama9", "model_name=llama9 is not supported yet."),
         ("ici_fsdp_parallelism=3", "does not fit the 8 devices"),
         ("ici_tensor_parallelism=3", "does not fit the 8 devices"),

@@ -58,7 +58,8 @@ def described(array):
 def test_the_way_back_recovers_every_tensor(case, scan, tmp_path):
     model = tiny.write(case, tmp_path / "hf", dtype="bfloat16")
     words = job_words(tmp_path, model, tiny.maxtext_words(case, scan), "fsdp8")
-    with prepared(parse(words)) as job:
+    dtype = tiny.CASES[case].save_dtypes[0]
+    with prepared(parse([*words, f"--save_dtype={dtype}"])) as job:
         model = job.plan.model
         read = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
         arrays = {t.name: job.source.tensor(t.name) for x in read for t in tensors(x)}

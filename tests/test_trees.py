@@ -26,27 +26,35 @@ def model_of(name):
 
 
 OURS = [name for name in TREES if model_of(name) in known_models()]
+FP8_NAME = "float8_e4m3fn"
+FP8 = [name for name in OURS if model_of(name).endswith("-fp8")]
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_plan_is_the_tree_of_maxtext(name):
+@pytest.mark.parametrize(
+    ("name", "save_dtype"),
+    [*((name, "bfloat16") for name in OURS), *((name, FP8_NAME) for name in FP8)],
+)
+def test_plan_is_the_tree_of_maxtext(name, save_dtype):
     tree = json.loads(gzip.decompress(TREES[name].read_bytes()))
     model_name = model_of(name)
     words = {key: tree.get(key, False) for key in ("use_multimodal", "use_audio")}
     words["mtp_num_layers"] = int(name.endswith(".mtp"))
     source = published(model_name)
-    model = resolve(source, model_name, model_facts(model_name), words)
+    keeps = save_dtype != "bfloat16"
+    model = resolve(source, model_name, model_facts(model_name), words, keeps)
     config = parse([f"model_name={model_name}", "ici_fsdp_parallelism=8"], {})
     rules = config.logical_axis_rules
     scan_axis = config.param_scan_axis if tree["scan_layers"] else None
-    plan = make_plan(source, model, make_mesh(config), rules, scan_axis, budget=1 << 40)
+    plan = make_plan(source, model, make_mesh(config), rules, scan_axis, save_dtype, 1 << 40)
     ours = {leaf.leaf.path[1:]: leaf for leaf in plan.leaves}
     theirs = {tuple(leaf["path"]): leaf for leaf in tree["leaves"]}
-    if model_name.endswith("-fp8"):  # MaxText keeps the scales, with which ours are dequantised
+    if name in FP8 and not keeps:  # the scales dequantise the weights
         theirs = {path: leaf for path, leaf in theirs.items() if not path[-1].endswith("_scale")}
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
         assert list(ours[path].shape) == leaf["shape"], path
+        if keeps:  # MaxText's model names a dtype for those alone
+            assert (leaf["dtype"] == FP8_NAME) == (str(ours[path].dtype) == FP8_NAME), path
         assert is_named(ours[path].leaf.logical, leaf["logical"]), path
         for mesh in tree["meshes"].keys() - leaf.get("indivisible", ()):
             sizes = tree["meshes"][mesh]

@@ -8,7 +8,7 @@ there is to scanned and unscanned layers.
 """
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -277,6 +277,21 @@ def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
             return Combine(op, tuple(substitute(part, tensors) for part in parts))
         case Apply(op, x):
             return apply(op, substitute(x, tensors))
+
+
+def renamed(template: Expr, rename: Callable[[str], str]) -> Expr:
+    """A template over tensors of other names."""
+    match template:
+        case Tensor(name):
+            return Tensor(rename(name))
+        case Fill():
+            return template
+        case Concat(axis, parts):
+            return Concat(axis, tuple(renamed(part, rename) for part in parts))
+        case Combine(op, parts):
+            return Combine(op, tuple(renamed(part, rename) for part in parts))
+        case Apply(op, x):
+            return Apply(op, renamed(x, rename))
 
 
 def tensors(expr: Expr) -> Iterator[Tensor]:

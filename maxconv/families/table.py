@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind
+from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
 
 _REQUIRED = object()
 
@@ -107,6 +107,15 @@ class Row:
     layers: Layers | None = None
 
 
+    def names(self, layers: Iterable[int] | None = None) -> set[str]:
+        """The tensors that it reads; of some HF layers, or of all it is of."""
+        if layers is None:
+            layers = [n for _, n in self.layers.unscanned] if self.layers else [0]
+        templates = [t.name for t in tensors(self.expr)]
+        experts = range(max(self.experts, 1))
+        return {name.format(l=n, e=e) for name in templates for n in layers for e in experts}
+
+
 def row(
     path: str,
     logical: str,
@@ -178,6 +187,8 @@ class Family:
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
         layers_per_block: HF layers in one of those that base_num_decoder_layers counts.
+        in_blocks: the sizes in blocks of so many numbers, where MaxText can keep fp8 weights and
+            the scale of each block. So scales are the kernels of a smaller model.
     """
 
     architectures: tuple[str, ...]
@@ -196,6 +207,7 @@ class Family:
     train_with: str = ""
     layers_per_block: int = 1
     marked_by: str = ""
+    in_blocks: Callable[[Any, int], Dims] | None = None
 
     def fits(self, hf_config: Mapping[str, Any]) -> bool:
         """Whether a config.json, of one of the architectures, is of this family."""
@@ -314,6 +326,11 @@ def _instances(
             axis = min((scan_axis or 0) if r.stack is None else r.stack, len(named))
             logical = (*named[:axis], *r.layers.axes[-_depth(numbers) :], *named[axis:])
             yield at, logical, {"l": Stacked(numbers, axis), **experts}
+
+
+def flat(numbers: Numbers) -> list[int]:
+    """The HF layers in a stack, or in stacks of stacks."""
+    return [numbers] if isinstance(numbers, int) else [n for one in numbers for n in flat(one)]
 
 
 def _depth(numbers: Numbers) -> int:
