@@ -101,8 +101,8 @@ def scale_rows(
         return
     if family.in_blocks is None:
         raise UserError(
-            f"MaxText keeps no fp8 weights of {family.architectures[0]}: say --save_dtype=bfloat16, "
-            "to dequantise them."
+            f"MaxText keeps no fp8 weights of {family.architectures[0]}: say "
+            "--save_dtype=bfloat16, to dequantise them."
         )
     block, _ = _block_size(config.get("quantization_config") or {})
     for r in family.rows(family.in_blocks(dims, block)):
@@ -121,7 +121,8 @@ def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
 
 
 def _block_size(quantization: Mapping[str, Any]) -> tuple[int, int]:
-    return tuple(quantization.get("weight_block_size") or (128, 128))
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    return rows, columns
 
 
 def mxfp4(blocks: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Expr:

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from maxconv import __version__, checkpoint, distributed, resume, target, together
+from maxconv.adapters import adapter_model
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
@@ -98,11 +99,9 @@ def opened(config: Config) -> Source:
         max_retries=config.max_retries,
         cache=config.cache,
     )
-    if config.hf_lora_adapter_path and not (path or config.load_parameters_path):
-        raise UserError(
-            "hf_lora_adapter_path alone, to convert just an adapter, is not supported yet: give "
-            "the base model that it is to be merged into as --hf_model_path."
-        )
+    adapter = config.hf_lora_adapter_path
+    if adapter and config.adapter_alone:
+        return open_part(adapter, config.revision, config="adapter_config.json")
     if path is None:
         facts = model_facts(config.model_name)
         if facts is None:
@@ -112,15 +111,17 @@ def opened(config: Config) -> Source:
         base = TransformersSource(path, config.revision, config.hf_access_token)
     else:
         base = open_part(path, config.revision)
-    if (lora := config.hf_lora_adapter_path) is None:
+    if adapter is None:
         return base
-    return AdaptedSource(base, open_part(lora, None, config="adapter_config.json"))
+    return AdaptedSource(base, open_part(adapter, None, config="adapter_config.json"))
 
 
 def resolved(config: Config, source: Source) -> Model:
     """Which model the checkpoint is."""
-    name, keep_fp8 = config.model_name, config.save_dtype == "float8_e4m3fn"
-    return resolve(source, name, model_facts(name), config.overrides, keep_fp8)
+    name, facts, words = config.model_name, model_facts(config.model_name), config.overrides
+    if config.adapter_alone:
+        return adapter_model(source, name, facts, words, config.scan_layers)
+    return resolve(source, name, facts, words, config.save_dtype == "float8_e4m3fn")
 
 
 def run(config: Config) -> Job:
@@ -219,6 +220,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
                     config.use_compression,
                 ),
                 kept,
+                plan.model.metadata,
             )
 
 

@@ -35,7 +35,6 @@ from maxconv.families import Family
 from maxconv.lora import merged
 from maxconv.sources import Source
 
-
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 KEPT = {FP8, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)}
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from maxconv.algebra import Expr
@@ -22,6 +22,8 @@ class Model:
     `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
     vocabulary may be padded or cut, its layers may be fewer. `rows` is the family's table at these.
     `tensors` are the checkpoint's, by the names of that table. `notices` says where they differ.
+    `rounds`: tensors are rounded to what is saved before anything is computed. `metadata` is what
+    MaxText wants to know beside the tree.
     """
 
     family: Family
@@ -30,6 +32,8 @@ class Model:
     rows: tuple[Row, ...]
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...]
+    rounds: bool = True
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor is left out on purpose: ignored, tied, or of a layer not wanted.
@@ -84,10 +88,10 @@ def resolve(
         said = words[key] if typed else facts.get(key)
         if said is None:
             continue
-        unit = _unit(f.name, family)
-        ours = chosen[f.name] = said * unit if unit > 1 else said
+        n = unit(f.name, family)
+        ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            fits = theirs // unit if unit > 1 else theirs
+            fits = theirs // n if n > 1 else theirs
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
@@ -182,9 +186,9 @@ def _encoder(f: Field) -> str:
     return {"vision_config": "use_multimodal", "audio_config": "use_audio"}.get(entry, "")
 
 
-def _unit(field: str, family: Family) -> int:
+def unit(name: str, family: Family) -> int:
     """How many of HF's one of MaxText's is."""
-    return family.layers_per_block if field == "layers" else 1
+    return family.layers_per_block if name == "layers" else 1
 
 
 def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:

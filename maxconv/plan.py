@@ -146,7 +146,9 @@ def make_plan(
     """
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     to_save = np.dtype(save_dtype)
-    stored = {n: rounded(x, dtypes, to_save) for n, x in model.tensors.items()}
+    stored = model.tensors
+    if model.rounds:
+        stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
     planned, notices = [], list(model.notices)
     for logical in _checked_leaves(source, model, scan_axis):
         leaf = replace(logical, expr=substitute(logical.expr, stored))

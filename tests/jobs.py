@@ -34,14 +34,19 @@ def tiny_job(
 
 
 def job_words(
-    directory: Path, model: Path, words: Sequence[str], mesh: str, more: Sequence[str] = ()
+    directory: Path,
+    model: Path,
+    words: Sequence[str],
+    mesh: str,
+    more: Sequence[str] = (),
+    key: str = "--hf_model_path",
 ) -> list[str]:
-    """A command line that converts `model` into `directory`/out."""
+    """A command line that converts `model`, or what else `key` says, into `directory`/out."""
     return [
         *words,
         *CPU,
         *MESHES[mesh],
-        f"--hf_model_path={model}",
+        f"{key}={model}",
         f"base_output_directory={directory / 'out'}",
         *more,
     ]

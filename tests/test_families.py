@@ -22,10 +22,15 @@ RECORDED = json.loads((Path(__file__).parent / "data/maxtext_leaves.json").read_
 @pytest.mark.parametrize("name", RECORDED)
 def test_leaves_are_those_of_maxtext(name, tmp_path):
     recorded = RECORDED[name]
-    model = tiny.write(recorded["case"], tmp_path / "hf", dtype=recorded["source_dtype"])
+    case, key = recorded["case"], "--hf_model_path"
+    if adapter := recorded.get("adapter"):
+        key = "hf_lora_adapter_path"
+        model = tiny.write_adapter(case, adapter, tmp_path / "hf", recorded["source_dtype"])
+    else:
+        model = tiny.write(case, tmp_path / "hf", recorded["source_dtype"])
     mesh = "fsdp8" if " scan" in name else "fsdp4_tp2"
     words = [*recorded["words"], f"--save_dtype={recorded['save_dtype']}"]
-    with prepared(parse(job_words(tmp_path, model, words, mesh))) as job:
+    with prepared(parse(job_words(tmp_path, model, words, mesh, key=key))) as job:
         with Engine(job.plan, job.source, window=1 << 20) as engine:
             ours = {leaf.name: engine.make(leaf) for leaf in job.plan.leaves}
             compiled = engine.stats.compiled

@@ -65,6 +65,8 @@ ADAPTERS = {
     "linear": r".*_proj",
     "some": r"model\.layers\.[02]\.(self_attn\.q_proj|mlp\.down_proj)",
     "router": r".*\.mlp\.gate",
+    "experts": r".*\.w[123]",
+    "vision": r".*\.attn\.(qkv|proj)",
 }
 RANK = 4
 

@@ -106,7 +106,6 @@ class Row:
     stack: int | None = None
     layers: Layers | None = None
 
-
     def names(self, layers: Iterable[int] | None = None) -> set[str]:
         """The tensors that it reads; of some HF layers, or of all it is of."""
         if layers is None:
@@ -216,16 +215,26 @@ class Family:
     def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
         """The sizes that config.json states; KeyError names the entry that is missing.
 
-        Absent entries default as transformers' configuration classes do. Whether the table is tied
-        is left out of some files: then an lm_head among `names` decides.
+        Whether the table is tied is left out of some files: then an lm_head among `names` decides.
+        """
+        known = {
+            f.name: next(iter(stated.values()))
+            for f in fields(self.sizes)
+            if (stated := stated_sizes(hf_config, f))
+        }
+        if "tied" not in known:
+            known["tied"] = "lm_head.weight" not in names
+        return self.complete(known)
+
+    def complete(self, known: Mapping[str, Any]) -> Dims:
+        """Sizes of which some are known; KeyError names the entry of a config.json that is missing.
+
+        The others default as transformers' configuration classes do.
         """
         found: dict[str, Any] = {}
         for f in fields(self.sizes):
-            stated = stated_sizes(hf_config, f)
-            if stated:
-                found[f.name] = next(iter(stated.values()))
-            elif f.name == "tied":
-                found[f.name] = "lm_head.weight" not in names
+            if f.name in known:
+                found[f.name] = known[f.name]
             elif (default := f.metadata["default"]) is _REQUIRED:
                 raise KeyError(f.metadata["hf"][0])
             else:

@@ -5,7 +5,11 @@ import pytest
 
 from maxconv.algebra.arithmetic import times
 
-FACTORS = [1 / np.sqrt(n) for n in (10, 64, 72, 80, 96, 128, 256)] + [np.sqrt(2304), -1 / np.sqrt(11), 2.0]
+FACTORS = [1 / np.sqrt(n) for n in (10, 64, 72, 80, 96, 128, 256)] + [
+    np.sqrt(2304),
+    -1 / np.sqrt(11),
+    2.0,
+]
 
 
 def product(x, factor, wide=False):

@@ -4,8 +4,8 @@
 
 writes the checkpoint that `tests/tiny.py` makes to DIR/hf and MaxText's conversion of it to
 DIR/0/items; with `--adapter NAME` a LoRA adapter of the case instead, to DIR/adapter and
-DIR/MODEL/adapter/0/items. Runs in the environment that `environment.sh` makes, not in maxconv's. Words after the
-options are further MaxText config words; they win over those of the case.
+DIR/MODEL/adapter/0/items. Runs in the environment that `environment.sh` makes, not in maxconv's.
+Words after the options are further MaxText config words; they win over those of the case.
 
 MaxText's converter runs unchanged, as a program. Only what it finds in its surroundings is
 different, each for the reason given at the function that does it.
@@ -311,9 +311,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     # Neither the network nor an accelerator is needed; libraries must not look for one.
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    convert(
-        args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words, args.adapter
-    )
+    convert(args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words, args.adapter)
 
 
 if __name__ == "__main__":
