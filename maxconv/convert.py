@@ -261,12 +261,12 @@ def _summary(job: Job, took: float) -> str:
     plan, read = job.plan, job.source.stats.bytes_read
     if job.there == "finished":
         return f"saved before: {job.items}"
+    how = f"\nto train from it in MaxText: load_parameters_path={job.items}"
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}, and held "
-        f"{size(peak_memory())} at most\nsaved: {job.items}\n"
-        f"to train from it in MaxText: load_parameters_path={job.items}"
-    )
+        f"{size(peak_memory())} at most\nsaved: {job.items}"
+    ) + ("" if job.config.adapter_alone else how)
 
 
 def _leave_words(job: Job, name: str) -> None:
