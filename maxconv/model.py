@@ -117,7 +117,7 @@ def resolve(
         )
     if problems:
         raise UserError(problems)
-    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
+    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
     scales = scale_rows(family, dims, source.config, logical.tensors)
     rows = (*family.rows(dims), *scales)
     return Model(family, dims, published, rows, logical.tensors, tuple(notices))
@@ -219,6 +219,8 @@ def _notices(dims: Dims, published: Dims):
         )
 
 
-def _advice(family: Family, name: str | None):
+def _advice(family: Family, name: str | None, facts: Mapping[str, Any]):
     if name is None and family.train_with:
         yield f"train it with {family.train_with}, or under a model_name of this family"
+    if train_as := facts.get("train_as"):
+        yield f"train it with model_name={train_as}: only MaxText's converter knows {name}"

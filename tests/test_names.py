@@ -50,6 +50,12 @@ def test_other_names_are_the_same_model(model_name, names):
     assert any("are read as" in notice for notice in theirs.notices)
 
 
+def test_a_name_that_only_the_converter_has_comes_with_the_other():
+    name = "qwen3-coder-480b-a35b"
+    model = resolve(published(name), name, model_facts(name))
+    assert any("model_name=qwen3-480b-a35b" in notice for notice in model.notices)
+
+
 @pytest.mark.parametrize(
     ("case", "parts"),
     [
