@@ -83,9 +83,11 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
         found = merged(found, source.adapter, lambda name: rename(name)[0])
         notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
     try:
-        found = joined(apart(found, family), family)
+        found, n = turned(joined(apart(found, family), family), family)
     except AlgebraError as error:
         raise UserError(f"{source.root}: {error}.") from None
+    if n:
+        notices = (*notices, f"rows and columns are exchanged in the experts of {n} layers")
     renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
     return Logical(found, (*notices, *renamed))
 
@@ -126,6 +128,22 @@ def apart(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
                 one = apply(Slice(1, i * n, n), apply(Slice(0, e, 1), fused))
                 found[layer + piece.format(e=e)] = apply(rearrange("1 o i -> o i"), one)
     return found
+
+
+def turned(weights: Mapping[str, Expr], family: Family) -> tuple[dict[str, Expr], int]:
+    """The weights, experts' (x, 2m, e) and (x, e, m) as (x, e, 2m) and (x, m, e); and how often."""
+    found, count = dict(weights), 0
+    for fused, down in family.turned:
+        for name in [name for name in weights if name.endswith(fused)]:
+            other = name.removesuffix(fused) + down
+            into, out = weights[name], weights.get(other)
+            if out is None or len(into.shape) != 3 or len(out.shape) != 3:
+                continue
+            if into.shape[1:] == (2 * out.shape[2], out.shape[1]):
+                for one in (name, other):
+                    found[one] = apply(rearrange("x o i -> x i o"), weights[one])
+                count += 1
+    return found, count
 
 
 def saved_dtype(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> np.dtype:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tiny
 from headers import published
-from jobs import CPU, job_words
+from jobs import CPU, evaluated, job_words
 from safetensors.numpy import load_file, save_file
 
 from maxconv.adapters import described
-from maxconv.algebra import evaluate, tensors
 from maxconv.config import parse
 from maxconv.convert import prepared, run
 from maxconv.engine import Engine
@@ -109,7 +108,7 @@ ALONE = [
 def test_an_adapter_alone_is_what_merging_adds(case, adapter, scan, tmp_path):
     base = tiny.write(case, tmp_path / "base", "float32")
     lora = tiny.write_adapter(case, adapter, tmp_path / "adapter")
-    words = tiny.maxtext_words(case, scan)
+    words = [*tiny.maxtext_words(case, scan), "--save_dtype=float32"]
     merged = [f"hf_lora_adapter_path={lora}"]
     without, with_it = (evaluated(tmp_path, base, words, more) for more in ([], merged))
     alone = evaluated(tmp_path, lora, words, key="hf_lora_adapter_path")
@@ -128,16 +127,6 @@ def test_an_adapter_alone_is_what_merging_adds(case, adapter, scan, tmp_path):
         else:
             got = (a @ b).reshape(want.shape)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def evaluated(directory, source, words, more=(), key="--hf_model_path"):
-    """Every leaf in float32, as its expression says."""
-    line = job_words(directory, source, words, "fsdp8", [*more, "--save_dtype=float32"], key)
-    with prepared(parse(line)) as job:
-        found = {leaf.name: leaf.leaf.expr for leaf in job.plan.leaves}
-        names = {t.name for expr in found.values() for t in tensors(expr)}
-        arrays = {name: job.source.tensor(name) for name in names}
-        return {name: evaluate(expr, arrays) for name, expr in found.items()}
 
 
 @pytest.mark.parametrize(

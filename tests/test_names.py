@@ -1,17 +1,15 @@
 """Checkpoints of one architecture under the names of several releases of transformers."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 from headers import HeaderSource, published
-from jobs import job_words
+from jobs import evaluated
 from safetensors.numpy import load_file, save_file
 
-from maxconv.config import parse
-from maxconv.convert import prepared
-from maxconv.engine import Engine
 from maxconv.model import resolve
 from maxconv.tables import model_facts
 
@@ -84,10 +82,49 @@ def test_experts_of_one_tensor_are_the_same_experts(case, parts, tmp_path):
     assert [name for name in want if got[name].tobytes() != want[name].tobytes()] == []
 
 
-def made(case, model, directory):
-    words = job_words(directory, model, tiny.maxtext_words(case, True), "fsdp4_tp2")
-    with prepared(parse(words)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
-        return {leaf.name: np.asarray(engine.make(leaf)) for leaf in job.plan.leaves}
+def test_experts_with_rows_and_columns_exchanged_are_the_same_experts(tmp_path):
+    """transformers 5 writes them as it has them in memory."""
+    case = "qwen3-vl-30b-a3b"
+    model = tiny.write(case, tmp_path / "hf", shard_bytes=None)
+    want = made(case, model, tmp_path, scan=False)
+    tensors = load_file(model / "model.safetensors")
+    for name, x in tensors.items():
+        if ".experts." in name:
+            tensors[name] = np.ascontiguousarray(x.swapaxes(1, 2))
+    save_file(tensors, model / "model.safetensors")
+    got = made(case, model, tmp_path, scan=False)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name].tobytes() != want[name].tobytes()] == []
+
+
+def test_deepseek4_as_transformers_writes_it_is_the_same_model(tmp_path):
+    case = "deepseek4-284b"
+    model = tiny.write(case, tmp_path / "hf", shard_bytes=None)
+    want = made(case, model, tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    others = {
+        name
+        if name.startswith("head.")
+        else "model."
+        + name.replace("attn.kv_norm.", "attn.norm.")
+        .replace("hc_head_", "hc_head.hc_")
+        .replace("embed.", "embed_tokens."): x
+        for name, x in tensors.items()
+        if not name.startswith("mtp.")
+    }
+    save_file(others, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    hashed = config.pop("num_hash_layers")
+    routed = config["num_hidden_layers"] - hashed
+    config["mlp_layer_types"] = ["hash_moe"] * hashed + ["moe"] * routed
+    (model / "config.json").write_text(json.dumps(config))
+    got = made(case, model, tmp_path)
+    assert got.keys() == want.keys()
+    assert [name for name in want if got[name].tobytes() != want[name].tobytes()] == []
+
+
+def made(case, model, directory, scan=True):
+    return evaluated(directory, model, tiny.maxtext_words(case, scan))
 
 
 def renamed(source, names):

@@ -133,6 +133,7 @@ QWEN3_VL_MOE = Family(
     rows=vl_moe_rows,
     sizes=MoeDims,
     names=(("model.language_model.", "model."),),
+    turned=((".experts.gate_up_proj", ".experts.down_proj"),),
     encoders=SEEING,
     scans=False,
     pads_vocab=True,

@@ -182,6 +182,8 @@ class Family:
             that some checkpoints hold in their stead, to be joined on the first axis.
         apart: the same where the table has the tensors of each expert, and some checkpoints those
             of all.
+        turned: how names end of a layer's fused gates and ups, and of its downs, in both of which
+            some checkpoints have rows and columns exchanged.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
@@ -201,6 +203,7 @@ class Family:
     hearing: tuple[str, ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     apart: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    turned: tuple[tuple[str, str], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
