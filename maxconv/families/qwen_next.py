@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from maxconv.algebra import Expr, hf, rearrange
-from maxconv.families.blocks import LAYER, ends, gated_mlp, norm, projection, routed_experts
+from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
 from maxconv.families.qwen import ExpertsOnly
 from maxconv.families.table import Family, Layers, Row, each, row, size
 
@@ -106,4 +106,5 @@ QWEN3_NEXT = Family(
     rows=rows,
     sizes=HybridDims,
     ignored=("mtp.*",),
+    apart=FUSED,
 )
