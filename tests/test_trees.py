@@ -27,7 +27,8 @@ def model_of(name):
 
 OURS = [name for name in TREES if model_of(name) in known_models()]
 FP8_NAME = "float8_e4m3fn"
-FP8 = [name for name in OURS if model_of(name).endswith("-fp8")]
+# With fp8 weights kept; the other sizes and layouts of it differ in nothing that these do not have.
+FP8 = ["qwen3.5-397b-a17b-fp8.scan", "qwen3.5-35b-a3b-fp8.unscan"]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_plan_is_the_tree_of_maxtext(name, save_dtype):
     plan = make_plan(source, model, make_mesh(config), rules, scan_axis, save_dtype, 1 << 40)
     ours = {leaf.leaf.path[1:]: leaf for leaf in plan.leaves}
     theirs = {tuple(leaf["path"]): leaf for leaf in tree["leaves"]}
-    if name in FP8 and not keeps:  # the scales dequantise the weights
+    if model_name.endswith("-fp8") and not keeps:  # the scales dequantise the weights
         theirs = {path: leaf for path, leaf in theirs.items() if not path[-1].endswith("_scale")}
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
