@@ -67,6 +67,12 @@ def adapter_model(
         for letter in (IN, OUT)
         if letter not in parts
     ]
+    ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
+    if ranks and ranks != {adapter.config.get("r", 8)}:
+        have = " and ".join(map(str, sorted(ranks)))
+        problems.append(
+            f"adapter_config.json: r={adapter.config.get('r', 8)}, but tensors have {have}"
+        )
     if problems:
         raise UserError([f"{adapter.root}: {p}." for p in problems])
     rows, tensors = list[Row](), dict[str, Expr]()
@@ -75,14 +81,18 @@ def adapter_model(
         if adapted is not None:
             rows += adapted.rows
             tensors |= adapted.tensors(found)
-    notice = "just the adapter is converted: with --hf_model_path=, it is merged into that model"
+    notices = (
+        "just the adapter is converted: with --hf_model_path=, it is merged into that model",
+        "lora.lora_restore_path of MaxText 0.2.5 takes a tree without params/params/, which this is "
+        "not, nor is what its own converter makes",
+    )
     return Model(
         family,
         dims,
         dims,
         tuple(rows),
         tensors,
-        (notice,),
+        notices,
         rounds=False,
         metadata=_lora(adapter),
     )
