@@ -68,11 +68,10 @@ def adapter_model(
         if letter not in parts
     ]
     ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
-    if ranks and ranks != {adapter.config.get("r", 8)}:
+    stated = adapter.config.get("r", 8)
+    if ranks and ranks != {stated}:
         have = " and ".join(map(str, sorted(ranks)))
-        problems.append(
-            f"adapter_config.json: r={adapter.config.get('r', 8)}, but tensors have {have}"
-        )
+        problems.append(f"adapter_config.json: r={stated}, but tensors have {have}")
     if problems:
         raise UserError([f"{adapter.root}: {p}." for p in problems])
     rows, tensors = list[Row](), dict[str, Expr]()
@@ -83,8 +82,8 @@ def adapter_model(
             tensors |= adapted.tensors(found)
     notices = (
         "just the adapter is converted: with --hf_model_path=, it is merged into that model",
-        "lora.lora_restore_path of MaxText 0.2.5 takes a tree without params/params/, which this is "
-        "not, nor is what its own converter makes",
+        "lora.lora_restore_path of MaxText 0.2.5 wants a tree without params/params/, unlike this, "
+        "and unlike what MaxText's own converter makes",
     )
     return Model(
         family,
