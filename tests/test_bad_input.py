@@ -470,5 +470,5 @@ def test_sizes_that_the_tensors_contradict_are_named(tmp_path, capsys):
     words = [f"--hf_model_path={model}", f"base_output_directory={tmp_path / 'out'}"]
     assert cli.main(["convert", *words, "hardware=cpu", "ici_fsdp_parallelism=8"]) == 2
     said = capsys.readouterr().err
-    assert "mlp.gate_proj.weight" in said and "m=53 does not fit shape (52, 42)" in said
+    assert "mlp.gate_proj.weight" in said and "o=53 does not fit shape (52, 42)" in said
     assert not (tmp_path / "out").exists()

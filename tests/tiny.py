@@ -63,6 +63,7 @@ LAYERS = [(case, scan) for case in CASES for scan in (True, False) if CASES[case
 ADAPTERS = {
     "attention": r"self_attn\.[qkvo]_proj",
     "linear": r".*_proj",
+    "language": r"language_model\..*_proj",
     "some": r"model\.layers\.[02]\.(self_attn\.q_proj|mlp\.down_proj)",
     "router": r".*\.mlp\.gate",
     "experts": r".*\.w[123]",

@@ -273,7 +273,7 @@ def convert(
         counted = tiny.CASES[case].words["base_num_decoder_layers"]
         config["num_hidden_layers"] = int(layers) * (config["num_hidden_layers"] // counted)
     lend_model_config(model_name, config)
-    if (model_name, scan) in REPAIRS:
+    if not adapter and (model_name, scan) in REPAIRS:  # adapters need none
         _, repair = REPAIRS[model_name, scan]
         repair(model_name)
     stand_in_for_torch("float32" if adapter else save_dtype)  # adapters are rounded at the end

@@ -78,7 +78,7 @@ class Run:
         if self.adapter:
             entry["adapter"] = self.adapter
         model_name = tiny.CASES[self.case].model_name
-        if (model_name, self.scan) in oracle.REPAIRS:
+        if not self.adapter and (model_name, self.scan) in oracle.REPAIRS:
             entry["repaired"], _ = oracle.REPAIRS[model_name, self.scan]
         with tempfile.TemporaryDirectory() as directory:
             entry["leaves"] = leaves(self.convert(directory))
@@ -129,7 +129,6 @@ def runs() -> dict[str, Run]:
             ("qwen3-8b", "linear"),
             ("qwen3-30b-a3b", "attention"),
             ("qwen3-30b-a3b", "router"),
-            ("gemma3-4b", "linear"),
             ("deepseek2-16b", "attention"),
             ("qwen3-next-80b-a3b", "attention"),
         )
@@ -138,6 +137,8 @@ def runs() -> dict[str, Run]:
     ]
     every.append(Run("llama3.1-8b", True, "float32", "float32", adapter="linear"))
     every.append(Run("qwen3-30b-a3b", True, "float32", "bfloat16", adapter="linear"))
+    every.append(Run("gemma3-4b", True, "float32", "bfloat16", adapter="language"))
+    every.append(Run("gemma3-4b", False, "bfloat16", "float32", adapter="language"))
     return {run.name: run for run in every}
 
 
