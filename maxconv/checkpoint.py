@@ -372,12 +372,13 @@ def save(
     progress: Progress,
     ctx: ocp.Context | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
+    metadata: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
 
     `window` in bytes per process. `kept`: what `resume.finished` says of leaves that are not to be
-    made, as an attempt before this one wrote them. Returns when everything is durable; until then
-    nothing there reads as a checkpoint.
+    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. Returns
+    when everything is durable; until then nothing there reads as a checkpoint.
     """
     ctx = ctx or context()
     ctx.memory.write_concurrent_bytes = window
@@ -387,7 +388,10 @@ def save(
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
         try:
             saving = checkpointer.save_checkpointables_async(
-                0, {"items": state}, force=True, custom_metadata={"scan_layers": scan_layers}
+                0,
+                {"items": state},
+                force=True,
+                custom_metadata={"scan_layers": scan_layers, **metadata},
             )
         finally:
             progress.begun.set()

@@ -18,13 +18,12 @@ _FIXED_KEYS = (
 )
 
 _CHOICES = {
-    "save_dtype": ("bfloat16", "float32"),
+    "save_dtype": ("bfloat16", "float32", "float8_e4m3fn"),
     "verify": ("none", "sample", "full"),
     "eager_load_method": ("safetensors", "transformers"),
     "hardware": ("tpu", "cpu"),
 }
 _NOT_YET = {
-    "save_dtype": ("float8_e4m3fn",),
     "hardware": ("gpu", "gpu_multiprocess"),
 }
 _MINIMUM = {

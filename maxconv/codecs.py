@@ -4,8 +4,8 @@ A codec is a property of the source. Families never see it, and a box of a weigh
 through it to the packed bytes. Results are float32, unrounded.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maxconv.algebra import (
@@ -18,8 +18,12 @@ from maxconv.algebra import (
     Tensor,
     apply,
     rearrange,
+    renamed,
 )
 from maxconv.errors import UserError
+from maxconv.families import Dims, Family, Row
+
+SCALE = "_scale_inv"  # how the names end of the scales of fp8 blocks
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class Codec:
 
 
 def decoded(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], keep_fp8: bool = False
 ) -> tuple[dict[str, Expr], tuple[str, ...]]:
     """The tensors with the packed ones replaced by the weights they stand for.
 
     Args:
         tensors: all that the checkpoint holds, by name.
         config: its config.json.
+        keep_fp8: fp8 weights stay as they are, and so do their scales.
 
     Returns:
         The weights, and a sentence for each codec that was used.
@@ -59,7 +64,7 @@ def decoded(
     weights: dict[str, Expr] = dict(tensors)
     counts: dict[str, int] = {}
     problems = []
-    for codec in CODECS:
+    for codec in CODECS[1:] if keep_fp8 else CODECS:
         for mark in [name for name in tensors if name.endswith(codec.mark)]:
             weight = mark.removesuffix(codec.mark)
             packed, scale = (tensors.get(weight + end) for end in codec.parts)
@@ -78,12 +83,46 @@ def decoded(
     return weights, tuple(f"{n} tensors are dequantised from {name}" for name, n in counts.items())
 
 
+def scale_rows(
+    family: Family, dims: Dims, config: Mapping[str, Any], names: Iterable[str]
+) -> Iterator[Row]:
+    """The rows of scales that are kept.
+
+    Args:
+        family, dims: the model.
+        config: its config.json.
+        names: of all tensors, in the table's terms.
+
+    Raises:
+        UserError: when MaxText has no place for them.
+    """
+    scaled = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
+    if not scaled:
+        return
+    if family.in_blocks is None:
+        raise UserError(
+            f"MaxText keeps no fp8 weights of {family.architectures[0]}: say "
+            "--save_dtype=bfloat16, to dequantise them."
+        )
+    block, _ = _block_size(config.get("quantization_config") or {})
+    for r in family.rows(family.in_blocks(dims, block)):
+        if not scaled.isdisjoint(r.names()):
+            yield replace(
+                r, path=f"{r.path}_scale", expr=renamed(r.expr, lambda name: name + SCALE)
+            )
+
+
 def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
     """Blocks with a scale each, those at the ends ragged (DeepSeek-V3, inference/kernel.py)."""
     scales: Expr = scale
-    for axis, k in zip((-2, -1), config.get("weight_block_size") or (128, 128), strict=True):
+    for axis, k in zip((-2, -1), _block_size(config), strict=True):
         scales = apply(Repeat(axis, k, weight.shape[axis]), scales)
     return _product(weight, scales)
+
+
+def _block_size(quantization: Mapping[str, Any]) -> tuple[int, int]:
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    return rows, columns
 
 
 def mxfp4(blocks: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Expr:
@@ -112,7 +151,7 @@ def _product(numbers: Expr, scales: Expr) -> Expr:
 
 
 CODECS = (
-    Codec("fp8 with block scales", "_scale_inv", ("", "_scale_inv"), fp8),
+    Codec("fp8 with block scales", SCALE, ("", SCALE), fp8),
     Codec("MXFP4", "_blocks", ("_blocks", "_scales"), mxfp4),
     Codec("int4", "_packed", ("_packed", "_scale"), int4, others=("_shape",)),
 )

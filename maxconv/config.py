@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,12 @@ class Config:
     """What the user typed that decides the checkpoint, without the token: parses to the same."""
 
     @property
+    def adapter_alone(self) -> bool:
+        """Whether an adapter is converted by itself: there is no model to merge it into."""
+        base = self.hf_model_path or self.load_parameters_path
+        return self.hf_lora_adapter_path is not None and not base
+
+    @property
     def scan_axis(self) -> int | None:
         """Where layers are stacked; None if they are not."""
         return self.param_scan_axis if self.scan_layers else None
@@ -192,7 +198,18 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         "notices": tuple(notices),
         "words": _said(words.yml, typed),
     }
-    return Config(**{f.name: values[f.name] for f in fields(Config)})
+    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    return _of_adapter(config) if config.adapter_alone else config
+
+
+def _of_adapter(config: Config) -> Config:
+    """The same with what MaxText has otherwise for an adapter: its directory, and no fp8."""
+    adapter = os.path.basename(os.path.normpath(config.hf_lora_adapter_path or ""))
+    directory = "/".join(
+        (config.base_output_directory.rstrip("/"), config.model_name or "", adapter)
+    )
+    dtype = "float32" if config.save_dtype == "float32" else "bfloat16"
+    return replace(config, base_output_directory=directory, save_dtype=dtype)
 
 
 def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:

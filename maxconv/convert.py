@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from maxconv import __version__, checkpoint, distributed, resume, target, timeline, together
+from maxconv.adapters import adapter_model
 from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
@@ -125,11 +126,9 @@ def opened(config: Config) -> Source:
         max_retries=config.max_retries,
         cache=config.cache,
     )
-    if config.hf_lora_adapter_path and not (path or config.load_parameters_path):
-        raise UserError(
-            "hf_lora_adapter_path alone, to convert just an adapter, is not supported yet: give "
-            "the base model that it is to be merged into as --hf_model_path."
-        )
+    adapter = config.hf_lora_adapter_path
+    if adapter and config.adapter_alone:
+        return open_part(adapter, config.revision, config="adapter_config.json")
     if path is None:
         facts = model_facts(config.model_name)
         if facts is None:
@@ -139,14 +138,17 @@ def opened(config: Config) -> Source:
         base = TransformersSource(path, config.revision, config.hf_access_token)
     else:
         base = open_part(path, config.revision)
-    if (lora := config.hf_lora_adapter_path) is None:
+    if adapter is None:
         return base
-    return AdaptedSource(base, open_part(lora, None, config="adapter_config.json"))
+    return AdaptedSource(base, open_part(adapter, None, config="adapter_config.json"))
 
 
 def resolved(config: Config, source: Source) -> Model:
     """Which model the checkpoint is."""
-    return resolve(source, config.model_name, model_facts(config.model_name), config.overrides)
+    name, facts, words = config.model_name, model_facts(config.model_name), config.overrides
+    if config.adapter_alone:
+        return adapter_model(source, name, facts, words, config.scan_layers)
+    return resolve(source, name, facts, words, config.save_dtype == "float8_e4m3fn")
 
 
 def run(config: Config) -> Job:
@@ -256,6 +258,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
                     config.use_compression,
                 ),
                 kept,
+                plan.model.metadata,
             )
 
 
@@ -310,12 +313,12 @@ def _summary(job: Job, took: float) -> str:
     asked = f" ({size(traffic.nbytes)} came, by {traffic.requests} requests)" * bool(
         traffic.requests
     )
+    how = f"\nto train from it in MaxText: load_parameters_path={job.items}"
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}{asked}, and held "
-        f"{size(peak_memory())} at most\nsaved: {job.items}\n"
-        f"to train from it in MaxText: load_parameters_path={job.items}"
-    )
+        f"{size(peak_memory())} at most\nsaved: {job.items}"
+    ) + ("" if job.config.adapter_alone else how)
 
 
 def _leave_words(job: Job, name: str) -> None:

@@ -1,8 +1,11 @@
-"""LoRA adapters (arXiv:2106.09685), merged into the weights they adapt: W + (alpha / r) B A."""
+"""LoRA adapters (arXiv:2106.09685), merged into the weights they adapt: W + (alpha / r) B A.
+
+For those that stay by themselves see `adapters.py`.
+"""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale
@@ -26,21 +29,10 @@ def merged(
     Raises:
         UserError: everything in the adapter that fits nothing, or is no plain LoRA.
     """
-    problems = [*_config_problems(adapter.config)]
-    pairs: dict[str, dict[str, Expr]] = {}
-    for name, info in adapter.tensors.items():
-        found = _PART.fullmatch(name)
-        weight = rename(f"{found[1]}.weight") if found else ""
-        if found is None or weight not in weights:
-            problems.append(f"tensor {name} fits no weight of the model")
-            continue
-        part: Expr = Tensor(name, info.shape)
-        letter = found[3]
-        if found[2]:  # an embedding is adapted by the transpose, A' B'
-            part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
-        pairs.setdefault(weight, {})[letter] = part
+    found, problems = pairs(adapter, rename, weights.keys())
+    problems += config_problems(adapter.config)
     result = dict(weights)
-    for weight, parts in pairs.items():
+    for weight, parts in found.items():
         try:
             result[weight] = _sum(weights[weight], parts, weight, adapter.config)
         except (AlgebraError, KeyError) as error:
@@ -51,15 +43,44 @@ def merged(
     return result
 
 
+def pairs(
+    adapter: Source, rename: Callable[[str], str], weights: Set[str]
+) -> tuple[dict[str, dict[str, Expr]], list[str]]:
+    """The parts "A", (rank, inputs), and "B", (outputs, rank), of each weight that is adapted.
+
+    Args:
+        adapter: as PEFT saves it.
+        rename: from a checkpoint's name of a tensor to the table's.
+        weights: what can be adapted, by the table's names.
+
+    Returns:
+        The parts, and a sentence for each tensor that fits nothing.
+    """
+    found: dict[str, dict[str, Expr]] = {}
+    problems = []
+    for name, info in adapter.tensors.items():
+        match = _PART.fullmatch(name)
+        weight = rename(f"{match[1]}.weight") if match else ""
+        if match is None or weight not in weights:
+            problems.append(f"tensor {name} fits no weight of the model")
+            continue
+        part: Expr = Tensor(name, info.shape)
+        letter = match[3]
+        if match[2]:  # an embedding is adapted by the transpose, A' B'
+            part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
+        found.setdefault(weight, {})[letter] = part
+    return found, problems
+
+
 def _sum(weight: Expr, parts: Mapping[str, Expr], name: str, config: Mapping[str, Any]) -> Expr:
     product = Combine("matmul", (parts["B"], parts["A"]))
     rank = parts["A"].shape[0]
-    whole = Combine("plus", (weight, apply(scale(_scaling(name, rank, config)), product)))
+    whole = Combine("plus", (weight, apply(scale(scaling(name, rank, config)), product)))
     _ = whole.shape  # raises when the parts differ
     return whole
 
 
-def _scaling(weight: str, rank: int, config: Mapping[str, Any]) -> float:
+def scaling(weight: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / sqrt(r) with rslora (arXiv:2312.03732); alpha may be a module's own."""
     alpha = config.get("lora_alpha", 8)
     module = weight.removesuffix(".weight")
@@ -69,9 +90,16 @@ def _scaling(weight: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[str]:
+    """What is no plain LoRA, or is not MaxText's if it is to stand `alone`, each in a sentence."""
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        yield f"adapter_config.json: peft_type={kind} is not supported; only LORA can be merged"
+        yield f"adapter_config.json: peft_type={kind} is not supported; only LORA can be converted"
+    for key in ("rank_pattern", "alpha_pattern") if alone else ():
+        if config.get(key):
+            yield (
+                f"adapter_config.json: {key} is not supported, as MaxText has one for all; give "
+                "the model as --hf_model_path, to merge the adapter"
+            )
     for key in ("use_dora", "fan_in_fan_out"):
         if config.get(key):
             yield f"adapter_config.json: {key}=true is not supported; merge it with PEFT first"

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from maxconv.algebra import Expr
+from maxconv.codecs import scale_rows
 from maxconv.errors import UserError
-from maxconv.families import BY_ARCHITECTURE, Dims, Family, stated_sizes
+from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, stated_sizes
 from maxconv.logical import logical_tensors
 from maxconv.sources import Source
 
@@ -19,15 +20,20 @@ class Model:
     """A family at its sizes.
 
     `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
-    vocabulary may be padded or cut, its layers may be fewer. `tensors` are the checkpoint's, by the
-    names of the family's table. `notices` says where they differ.
+    vocabulary may be padded or cut, its layers may be fewer. `rows` is the family's table at these.
+    `tensors` are the checkpoint's, by the names of that table. `notices` says where they differ.
+    `rounds`: tensors are rounded to what is saved before anything is computed. `metadata` is what
+    MaxText wants to know beside the tree.
     """
 
     family: Family
     dims: Dims
     published: Dims
+    rows: tuple[Row, ...]
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...]
+    rounds: bool = True
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor is left out on purpose: ignored, tied, or of a layer not wanted.
@@ -51,6 +57,7 @@ def resolve(
     name: str | None = None,
     facts: Mapping[str, Any] | None = None,
     words: Mapping[str, Any] | None = None,
+    keep_fp8: bool = False,
 ) -> Model:
     """The model of a checkpoint.
 
@@ -59,13 +66,14 @@ def resolve(
         name: MaxText's model_name, or None to take everything from config.json.
         facts: MaxText's own configuration of that model.
         words: what the user typed, which overrides both.
+        keep_fp8: fp8 weights are kept, and scales beside them.
 
     Raises:
         UserError: an architecture that is not known, or every difference between config.json and
             what MaxText would build, at once.
     """
     family = _family(source)
-    logical = logical_tensors(source, family)
+    logical = logical_tensors(source, family, keep_fp8)
     published = _published(source, family, logical.tensors)
     # Layers of multi-token prediction are there if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
@@ -80,10 +88,10 @@ def resolve(
         said = words[key] if typed else facts.get(key)
         if said is None:
             continue
-        unit = _unit(f.name, family)
-        ours = chosen[f.name] = said * unit if unit > 1 else said
+        n = unit(f.name, family)
+        ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            fits = theirs // unit if unit > 1 else theirs
+            fits = theirs // n if n > 1 else theirs
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
@@ -109,8 +117,10 @@ def resolve(
         )
     if problems:
         raise UserError(problems)
-    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name)]
-    return Model(family, dims, published, logical.tensors, tuple(notices))
+    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
+    scales = scale_rows(family, dims, source.config, logical.tensors)
+    rows = (*family.rows(dims), *scales)
+    return Model(family, dims, published, rows, logical.tensors, tuple(notices))
 
 
 def _family(source: Source) -> Family:
@@ -176,9 +186,9 @@ def _encoder(f: Field) -> str:
     return {"vision_config": "use_multimodal", "audio_config": "use_audio"}.get(entry, "")
 
 
-def _unit(field: str, family: Family) -> int:
+def unit(name: str, family: Family) -> int:
     """How many of HF's one of MaxText's is."""
-    return family.layers_per_block if field == "layers" else 1
+    return family.layers_per_block if name == "layers" else 1
 
 
 def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -> bool:
@@ -209,6 +219,8 @@ def _notices(dims: Dims, published: Dims):
         )
 
 
-def _advice(family: Family, name: str | None):
+def _advice(family: Family, name: str | None, facts: Mapping[str, Any]):
     if name is None and family.train_with:
         yield f"train it with {family.train_with}, or under a model_name of this family"
+    if train_as := facts.get("train_as"):
+        yield f"train it with model_name={train_as}: only MaxText's converter knows {name}"

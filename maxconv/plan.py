@@ -22,7 +22,7 @@ from maxconv.algebra import (
 from maxconv.cells import Recipe, Step, nbytes_by_process, steps
 from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
-from maxconv.logical import rounded
+from maxconv.logical import rounded, saved_dtype
 from maxconv.model import Model
 from maxconv.placement import local_devices
 from maxconv.sharding import partition_spec
@@ -153,13 +153,16 @@ def make_plan(
         UserError: everything that does not fit, at once.
     """
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
-    stored = {n: rounded(x, dtypes, np.dtype(save_dtype)) for n, x in model.tensors.items()}
+    to_save = np.dtype(save_dtype)
+    stored = model.tensors
+    if model.rounds:
+        stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
     planned, notices = [], list(model.notices)
     for logical in _checked_leaves(source, model, scan_axis):
         leaf = replace(logical, expr=substitute(logical.expr, stored))
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
-        dtype = np.dtype(leaf.dtype or save_dtype)
+        dtype = np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save))
         made = steps(leaf.expr, dtypes, dtype, to, budget)
         parts = slabs(made, leaf.shape, dtype, to, slab)
         planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
@@ -175,7 +178,7 @@ def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list
     if scan_axis is not None and not family.scans:
         raise UserError(f"MaxText cannot scan the layers of {architecture}: add scan_layers=False.")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
-    leaves, problems = bind_rows(family.rows(model.dims), shapes, scan_axis)
+    leaves, problems = bind_rows(model.rows, shapes, scan_axis)
     expressions = {leaf.name: leaf.expr for leaf in leaves}
     if not problems:
         try:

@@ -82,7 +82,10 @@ def config_path(name: str) -> Path:
 
 
 def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
-    """Facts of a model: `hf_id`, `architecture`, and a value for each of `MODEL_KEYS`."""
+    """Facts of a model: `hf_id`, `architecture`, and a value for each of `MODEL_KEYS`.
+
+    `train_as`: MaxText's name, if this one is only its converter's.
+    """
     if model_name is None:
         return None
     models = known_models()

@@ -39,7 +39,7 @@ def main(
         eager_load_method: "safetensors".
         hf_model_path: directory of the checkpoint; else that of MaxText's table for model_name.
         revision: of a model on the Hub.
-        save_dtype: "bfloat16" or "float32".
+        save_dtype: "bfloat16", "float32" or "float8_e4m3fn".
         simulated_cpu_devices_count: with hardware=cpu; else as many as the mesh needs, or 16.
 
     Raises:
@@ -103,7 +103,7 @@ def get_maxtext_model_info(
     with convert.opened(config) as source:
         model = convert.resolved(config, source)
         shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
-        leaves, problems = bind_rows(model.family.rows(model.dims), shapes, config.scan_axis)
+        leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
     tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import tiny
 
+from maxconv.algebra import evaluate, tensors
 from maxconv.config import parse
 from maxconv.convert import Job, prepared
 
@@ -34,14 +36,34 @@ def tiny_job(
 
 
 def job_words(
-    directory: Path, model: Path, words: Sequence[str], mesh: str, more: Sequence[str] = ()
+    directory: Path,
+    model: Path,
+    words: Sequence[str],
+    mesh: str,
+    more: Sequence[str] = (),
+    key: str = "--hf_model_path",
 ) -> list[str]:
-    """A command line that converts `model` into `directory`/out."""
+    """A command line that converts `model`, or what else `key` says, into `directory`/out."""
     return [
         *words,
         *CPU,
         *MESHES[mesh],
-        f"--hf_model_path={model}",
+        f"{key}={model}",
         f"base_output_directory={directory / 'out'}",
         *more,
     ]
+
+
+def evaluated(
+    directory: Path,
+    model: Path,
+    words: Sequence[str],
+    more: Sequence[str] = (),
+    key: str = "--hf_model_path",
+) -> dict[str, np.ndarray]:
+    """Every leaf of a conversion as its expression says, without compiling anything."""
+    with prepared(parse(job_words(directory, model, words, "fsdp8", more, key))) as job:
+        found = {leaf.name: leaf.leaf.expr for leaf in job.plan.leaves}
+        names = {t.name for expr in found.values() for t in tensors(expr)}
+        arrays = {name: job.source.tensor(name) for name in names}
+        return {name: evaluate(expr, arrays) for name, expr in found.items()}

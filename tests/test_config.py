@@ -170,7 +170,7 @@ def test_all_problems_at_once() -> None:
         ("fused_mlp=true", "not supported yet"),
         ("ici_pipeline_parallelism=2", "not supported yet"),
         ("eager_load_method=pytorch", "is not one of safetensors, transformers"),
-        ("save_dtype=float8_e4m3fn", "not supported yet: use bfloat16 or float32"),
+        ("save_dtype=float16", "not one of bfloat16, float32, float8_e4m3fn"),
         ("--save_dtype=half", "not one of bfloat16, float32"),
         ("--verify=some", "none, sample, full"),
         ("hardware=gpu", "not supported yet"),
@@ -230,7 +230,7 @@ def test_model_facts() -> None:
     for name in known_models():
         facts = model_facts(name)
         assert facts
-        assert facts.keys() - {"scan_layers"} == {"hf_id", "architecture", *MODEL_KEYS}
+        assert facts.keys() - {"scan_layers", "train_as"} == {"hf_id", "architecture", *MODEL_KEYS}
         assert facts["base_num_query_heads"] % facts["base_num_kv_heads"] == 0
     mistral = model_facts("mistral-7b")
     assert mistral and (mistral["decoder_block"], mistral["vocab_size"]) == ("mistral", 32000)

@@ -1,57 +1,20 @@
 """Every leaf of every family, bit for bit, against what the real MaxText wrote."""
 
-import hashlib
-import json
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny
 from jobs import job_words
+from recorded import RECORDED, compare
 
 from maxconv.algebra import Affine, Apply, Cast, Concat, evaluate, invert, tensors
 from maxconv.config import parse
 from maxconv.convert import prepared
-from maxconv.engine import Engine
-
-# Written by tests/maxtext/record.py.
-RECORDED = json.loads((Path(__file__).parent / "data/maxtext_leaves.json").read_text())
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_leaves_are_those_of_maxtext(name, tmp_path):
-    recorded = RECORDED[name]
-    model = tiny.write(recorded["case"], tmp_path / "hf", dtype=recorded["source_dtype"])
-    mesh = "fsdp8" if " scan" in name else "fsdp4_tp2"
-    words = [*recorded["words"], f"--save_dtype={recorded['save_dtype']}"]
-    with prepared(parse(job_words(tmp_path, model, words, mesh))) as job:
-        with Engine(job.plan, job.source, window=1 << 20) as engine:
-            ours = {leaf.name: engine.make(leaf) for leaf in job.plan.leaves}
-            compiled = engine.programs.compiled
-    theirs = {ours_of(n): leaf for n, leaf in recorded["leaves"].items() if n != "step"}
-    assert set(ours) == set(theirs)
-    different = [
-        n for n in ours if described(as_recorded(ours[n], theirs[n]["dtype"])) != theirs[n]
-    ]
+    _, different = compare(name, tmp_path)
     assert not different
-    assert compiled == len(job.plan.recipes) + len(job.plan.blanks)
-
-
-def ours_of(name):
-    """The name of a leaf of MaxText's: what it keeps beside params, maxconv has below them."""
-    return re.sub(r"^params\.(MoEBiasVar|Tid2EidVar)\.", "params.params.", name)
-
-
-def as_recorded(leaf, dtype):
-    """A leaf's values; numbers of experts are integers here, which MaxText's converter rounds."""
-    array = np.asarray(leaf)
-    return array.astype(dtype) if array.dtype.kind == "i" else array
-
-
-def described(array):
-    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -59,7 +22,8 @@ def described(array):
 def test_the_way_back_recovers_every_tensor(case, scan, dtype, tmp_path):
     model = tiny.write(case, tmp_path / "hf", dtype=dtype)
     words = job_words(tmp_path, model, tiny.maxtext_words(case, scan), "fsdp8")
-    with prepared(parse(words)) as job:
+    saved = tiny.CASES[case].save_dtypes[0]
+    with prepared(parse([*words, f"--save_dtype={saved}"])) as job:
         model = job.plan.model
         read = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
         arrays = {t.name: job.source.tensor(t.name) for x in read for t in tensors(x)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -38,6 +40,7 @@ class Case:
         tensors: shapes of all tensors, in the order of the shards; before a shape, the dtype that
             a tensor has in any case.
         scans: MaxText can stack the layers of such a model.
+        save_dtypes: in which MaxText's conversion is right.
     """
 
     model_name: str
@@ -45,11 +48,12 @@ class Case:
     config: Mapping[str, Any]
     tensors: Mapping[str, list[Any]]
     scans: bool = True
+    save_dtypes: tuple[str, ...] = ("bfloat16", "float32")
 
     @property
     def is_packed(self) -> bool:
-        """Weights are quantised: MaxText's converter can't read them, nor can one write them."""
-        return "quantization_config" in self.config
+        """Weights are dequantised: MaxText's converter can't do that, nor is there a way back."""
+        return "quantization_config" in self.config and "float8_e4m3fn" not in self.save_dtypes
 
 
 CASES: dict[str, Case] = {
@@ -68,6 +72,19 @@ LAYERS = [
     for scan in (True, False)
     if not case.is_packed and (case.scans or not scan)
 ]
+
+
+# What LoRA adapters adapt: patterns of the names of modules.
+ADAPTERS = {
+    "attention": r"self_attn\.[qkvo]_proj",
+    "linear": r".*_proj",
+    "language": r"language_model\..*_proj",
+    "some": r"model\.layers\.[02]\.(self_attn\.q_proj|mlp\.down_proj)",
+    "router": r".*\.mlp\.gate",
+    "experts": r".*\.w[123]",
+    "vision": r".*\.attn\.(qkv|proj)",
+}
+RANK = 4
 
 
 def tensors(case: str) -> dict[str, tuple[int, ...]]:
@@ -133,6 +150,24 @@ def write(
     size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     _write_json(directory / "model.safetensors.index.json", index)
+    return directory
+
+
+def write_adapter(case: str, adapter: str, directory: str | Path, dtype: str = "float32") -> Path:
+    """Writes a LoRA adapter of a case's model as PEFT saves it, and returns its directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "bias": "none"}
+    _write_json(directory / "adapter_config.json", config)
+    parts = {}
+    for name, shape in tensors(case).items():
+        module = name.removesuffix(".weight")
+        if len(shape) != 2 or not re.search(f"^(.*\\.)?({ADAPTERS[adapter]})$", module):
+            continue
+        for letter, part in (("A", (RANK, shape[1])), ("B", (shape[0], RANK))):
+            of = f"base_model.model.{module}.lora_{letter}.weight"
+            parts[of] = values(of, part).astype(DTYPES[dtype])
+    save_file(parts, directory / "adapter_model.safetensors", {"format": "pt"})
     return directory
 
 

@@ -15,28 +15,41 @@ _UP, _DOWN = np.float32(2.0**100), np.float32(2.0**-100)
 _UNITS = np.float32(2.0**49)  # of 2^-149, the smallest number, in what is scaled by 2^100
 
 
-def times(x: Any, factor: float) -> Any:
+def times(x: Any, factor: float, wide: bool = False) -> Any:
     """The product of a float32 array, numpy's or JAX's, and a float32 of 2^-60 to 2^60.
 
     Small numbers are multiplied 2^100 times larger, and rounded to multiples of 2^-149 by hand.
+    `wide`: the factor is a float64, as is the product before it is rounded.
     """
     xp, s = x.__array_namespace__(), np.float32(factor)
+    tail = np.float32(np.abs(factor) - np.abs(np.float64(s))) if wide else np.float32(0)
     u = x.view(np.uint32)
     magnitude, sign = u & _MAGNITUDE, (u & _SIGN) ^ (np.float32(s).view(np.uint32) & _SIGN)
     a, s = magnitude.view(np.float32), np.abs(s)
     small = a < np.float32(2.0**-60)
     t = xp.where(magnitude < _NORMAL, magnitude.astype(np.float32) / _UNITS, a * _UP)
     t = xp.where(small, t, np.float32(0))
-    product = t * s
+    product, error = _product(t, s, tail)
     units = product * _UNITS
     whole = xp.floor(units)
     rest, odd = units - whole, (whole.astype(np.uint32) & np.uint32(1)) == 1
-    error = _error(t, s, product)
     is_tie = rest == np.float32(0.5)
     up = (rest > np.float32(0.5)) | (is_tie & ((error > 0) | ((error == 0) & odd)))
     subnormal = whole.astype(np.uint32) + up.astype(np.uint32)
     scaled = xp.where(units < np.float32(2.0**24), subnormal, (product * _DOWN).view(np.uint32))
-    return (xp.where(small, scaled, (a * s).view(np.uint32)) | sign).view(np.float32)
+    large = _product(a, s, tail)[0] if tail else a * s
+    return (xp.where(small, scaled, large.view(np.uint32)) | sign).view(np.float32)
+
+
+def _product(t: Any, s: np.float32, tail: np.float32) -> tuple[Any, Any]:
+    """The product of t and s + tail, and what rounding took from it."""
+    product = t * s
+    error = _error(t, s, product)
+    if not tail:
+        return product, error
+    error = error + t * tail
+    whole = t.__array_namespace__().where(product < np.inf, product + error, product)
+    return whole, (product - whole) + error
 
 
 def _error(t: Any, s: np.float32, product: Any) -> Any:

@@ -8,7 +8,7 @@ there is to scanned and unscanned layers.
 """
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -266,17 +266,31 @@ def stack(parts: Sequence[Expr], axis: int) -> Expr:
 
 def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
     """A bound expression with other expressions, of the same shapes, in place of its tensors."""
+    return _mapped(expr, lambda name: tensors[name], apply)
+
+
+def renamed(template: Expr, rename: Callable[[str], str]) -> Expr:
+    """A template over tensors of other names."""
+    return _mapped(template, lambda name: Tensor(rename(name)), Apply)
+
+
+def _mapped(
+    expr: Expr, tensor: Callable[[str], Expr], applied: Callable[[Op | Pattern, Expr], Expr]
+) -> Expr:
+    def parts_of(node: Concat | Combine) -> tuple[Expr, ...]:
+        return tuple(_mapped(part, tensor, applied) for part in node.parts)
+
     match expr:
         case Tensor(name):
-            return tensors[name]
+            return tensor(name)
         case Fill():
             return expr
-        case Concat(axis, parts):
-            return Concat(axis, tuple(substitute(part, tensors) for part in parts))
-        case Combine(op, parts):
-            return Combine(op, tuple(substitute(part, tensors) for part in parts))
+        case Concat(axis):
+            return Concat(axis, parts_of(expr))
+        case Combine(op):
+            return Combine(op, parts_of(expr))
         case Apply(op, x):
-            return apply(op, substitute(x, tensors))
+            return applied(op, _mapped(x, tensor, applied))
 
 
 def tensors(expr: Expr) -> Iterator[Tensor]:

@@ -108,12 +108,14 @@ class Fit(_Resizes):
 class Affine:
     """`x * scale + shift` in float32; `undo` means `(x - shift) / scale`.
 
-    Results are float32: they are rounded once, when the leaf is stored.
+    Results are float32: they are rounded once, when the leaf is stored. `wide`: the scale has the
+    bits of a float64, all of which count; else it is rounded to float32 first.
     """
 
     scale: float = 1.0
     shift: float = 0.0
     undo: bool = False
+    wide: bool = False
 
     def bind(self, shape: Shape) -> "Affine":
         return self
@@ -133,15 +135,15 @@ class Affine:
         if self.undo:
             x = x - shift if self.shift else x
             return x / np.float32(self.scale) if self.scale != 1 else x
-        x = times(x, self.scale) if self.scale != 1 else x
+        x = times(x, self.scale, self.wide) if self.scale != 1 else x
         return x + shift if self.shift else x
 
     def inverse(self, s: Shape) -> "Affine":
-        return Affine(self.scale, self.shift, not self.undo)
+        return Affine(self.scale, self.shift, not self.undo, self.wide)
 
 
 def scale(by: float) -> Affine:
-    """Times a factor, given as the float32 (or rounder) value that the source format used."""
+    """Times a factor, rounded to float32."""
     return Affine(scale=float(by))
 
 

@@ -32,6 +32,11 @@ class Pattern:
         """The canonical movement for an input of `shape`; raises AlgebraError when it can't fit."""
         return _bind(self, tuple(shape))
 
+    @property
+    def groups(self) -> tuple[list[list[str]], list[list[str]]]:
+        """The atoms of each axis, before and after."""
+        return _parse(self.text)
+
     def __str__(self) -> str:
         given = "".join(f", {name}={n}" for name, n in self.sizes)
         return f'"{self.text}"{given}'

@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from maxconv.algebra import Op, Pattern, Slice, fit, hf, rearrange, scale
 from maxconv.families.table import Dims, Row, row
 
@@ -40,8 +38,8 @@ ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 
 
 def query_scale(head_dim: int) -> Op:
-    """1/sqrt(head_dim) in float32: MaxText's decoder does not scale its queries itself."""
-    return scale(float(np.float32(1 / math.sqrt(head_dim))))
+    """1/sqrt(head_dim): MaxText's decoder does not scale its queries itself."""
+    return scale(1 / math.sqrt(head_dim))
 
 
 def ends(
@@ -151,19 +149,15 @@ def gated_mlp(
     parts: tuple[str, str, str] = GATED,
 ) -> Iterator[Row]:
     """gate, up and down projections; `parts` are their names."""
-    at, name = f"{root.path}/{at}", f"{root.name}.{name}"
-    inwards = rearrange("m e -> e m", m=d.mlp, e=d.emb)
-    outwards = rearrange("e m -> m e", m=d.mlp, e=d.emb)
-    gate, up, down = (hf(f"{name}.{part}.weight") for part in parts)
-    yield row(f"{at}/wi_0/kernel", "embed mlp", gate >> inwards)
-    yield row(f"{at}/wi_1/kernel", "embed mlp", up >> inwards)
-    yield row(f"{at}/wo/kernel", "mlp embed", down >> outwards)
+    gate, up, down = (f"{name}.{part}" for part in parts)
+    yield projection(f"{at}/wi_0", "embed mlp", gate, d.emb, d.mlp, root=root)
+    yield projection(f"{at}/wi_1", "embed mlp", up, d.emb, d.mlp, root=root)
+    yield projection(f"{at}/wo", "mlp embed", down, d.mlp, d.emb, root=root)
 
 
 def router(d: Dims, at: str, name: str, root: Root = DECODER, axis: str = "embed") -> Row:
     """What chooses the experts of a token; `axis` is that of its input."""
-    gate = hf(f"{root.name}.{name}.gate.weight") >> rearrange("x e -> e x", x=d.experts, e=d.emb)
-    return row(f"{root.path}/{at}/gate/kernel", f"{axis} -", gate)
+    return projection(f"{at}/gate", f"{axis} -", f"{name}.gate", d.emb, d.experts, root=root)
 
 
 def fused_experts(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:

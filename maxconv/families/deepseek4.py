@@ -27,7 +27,12 @@ class DeepSeek4Dims(Dims):
     experts: int = size("n_routed_experts", maxtext="num_experts")
     chosen: int = size("num_experts_per_tok")
     shared: int = size("n_shared_experts", maxtext="shared_experts")
-    hashed: int = size("num_hash_layers", maxtext="first_num_hash_layers")
+    mlp_kinds: list = size("mlp_layer_types", default=[])
+    hashed: int = size(
+        "num_hash_layers",
+        maxtext="first_num_hash_layers",
+        default=lambda d: d["mlp_kinds"].count("hash_moe") or 3,
+    )
     streams: int = size("hc_mult", maxtext="mhc_expansion_rate")
     q_lora: int = size("q_lora_rank", maxtext="q_lora_rank")
     o_lora: int = size("o_lora_rank", maxtext="o_lora_rank")
@@ -173,6 +178,9 @@ DEEPSEEK_V4 = Family(
         ("layers.", "model.layers."),
         ("norm.", "model.norm."),
         ("head.", "lm_head."),
+        # transformers 5.23 does not turn back all of its own names
+        ("model.layers.*.attn.norm.", "model.layers.*.attn.kv_norm."),
+        ("model.hc_head.hc_", "hc_head_"),
     ),
     ignored=("mtp.*",),
     pads_vocab=True,

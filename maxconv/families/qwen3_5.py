@@ -3,7 +3,7 @@
 transformers modeling_qwen3_5_moe.py; MaxText models/qwen3_5.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maxconv.algebra import Concat, Expr, Slice, hf, rearrange
 from maxconv.families.blocks import FUSED, LAYER, ends, fused_experts
@@ -55,6 +55,11 @@ def woven(d: Dims, *parts: Expr) -> Expr:
     return Concat(1, tuple(part >> of_heads for part in parts)) >> rearrange("h j e -> e (h j)")
 
 
+def in_blocks(d: Dims, n: int) -> Dims:
+    names = ("emb", "mlp", "moe_mlp", "head_dim", "key_dim", "value_dim")
+    return replace(d, **{name: getattr(d, name) // n for name in names})
+
+
 QWEN3_5_MOE = Family(
     architectures=("Qwen3_5MoeForConditionalGeneration",),
     decoder_block="qwen3_5",
@@ -64,4 +69,5 @@ QWEN3_5_MOE = Family(
     ignored=("mtp.*",),
     encoders=("model.visual.*",),
     joined=FUSED,
+    in_blocks=in_blocks,
 )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from maxconv.algebra import Expr, hf, rearrange
-from maxconv.families.blocks import LAYER, ends, gated_mlp, norm, routed_experts
+from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
 from maxconv.families.qwen import ExpertsOnly
 from maxconv.families.table import Family, Layers, Row, each, row, size
 
-MLP, ATTENTION = "decoder/{layers}/mlp", "decoder/{layers}/attention"
+ATTENTION = "decoder/{layers}/attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,7 @@ def norms(d: HybridDims) -> Iterator[Row]:
 def shared_expert(d: HybridDims) -> Iterator[Row]:
     """The expert that sees every token, and its gate."""
     yield from gated_mlp(d, "mlp/shared_expert", name="mlp.shared_expert")
-    gate = hf(f"{LAYER}.mlp.shared_expert_gate.weight") >> rearrange("o e -> e o", o=1, e=d.emb)
-    yield row(f"{MLP}/shared_expert_gate/kernel", "embed -", gate)
+    yield projection("mlp/shared_expert_gate", "embed -", "mlp.shared_expert_gate", d.emb, 1)
 
 
 def delta_net(d: HybridDims, qkvz: Expr, ba: Expr) -> Iterator[Row]:
@@ -81,25 +80,24 @@ def delta_net(d: HybridDims, qkvz: Expr, ba: Expr) -> Iterator[Row]:
         of_heads = rearrange("h -> h", h=d.delta_values)
         yield row(f"{ATTENTION}/{part}", "-", hf(f"{name}.{part}") >> of_heads)
     yield norm("attention/norm/rms_norm", "linear_attn.norm", d.value_dim, axis="-")
-    out = hf(f"{name}.out_proj.weight") >> rearrange("e v -> v e", v=values, e=d.emb)
-    yield row(f"{ATTENTION}/out_proj/kernel", "gdn_head embed_attn", out)
+    axes, out = "gdn_head embed_attn", "linear_attn.out_proj"
+    yield projection("attention/out_proj", axes, out, values, d.emb)
 
 
 def gated_attention(d: HybridDims) -> Iterator[Row]:
     """Attention whose queries come with a gate, as wide as they, for each head."""
-    at, name = f"{ATTENTION}/attention", f"{LAYER}.self_attn"
+    at = "attention/attention"
     for part, short, heads, width, axes in (
         ("query", "q", d.heads, 2 * d.head_dim, "q_heads kv"),
         ("key", "k", d.kv_heads, d.head_dim, "kv_heads kv_head_dim"),
         ("value", "v", d.kv_heads, d.head_dim, "kv_heads kv_head_dim"),
     ):
-        split = rearrange("(h d) e -> e h d", e=d.emb, h=heads, d=width)
-        kernel = hf(f"{name}.{short}_proj.weight") >> split
-        yield row(f"{at}/{part}/kernel", f"embed_attn {axes}", kernel)
-    merge = rearrange("e m -> m e", e=d.emb, m=d.heads * d.head_dim)
-    yield row(f"{at}/out/kernel", "mlp embed_attn", hf(f"{name}.o_proj.weight") >> merge)
-    yield norm("attention/attention/query_norm", "self_attn.q_norm", d.head_dim, axis="-")
-    yield norm("attention/attention/key_norm", "self_attn.k_norm", d.head_dim, axis="-")
+        name = f"self_attn.{short}_proj"
+        yield projection(f"{at}/{part}", f"embed_attn {axes}", name, d.emb, heads, width)
+    width = d.heads * d.head_dim
+    yield projection(f"{at}/out", "mlp embed_attn", "self_attn.o_proj", width, d.emb)
+    yield norm(f"{at}/query_norm", "self_attn.q_norm", d.head_dim, axis="-")
+    yield norm(f"{at}/key_norm", "self_attn.k_norm", d.head_dim, axis="-")
 
 
 QWEN3_NEXT = Family(
@@ -108,4 +106,5 @@ QWEN3_NEXT = Family(
     rows=rows,
     sizes=HybridDims,
     ignored=("mtp.*",),
+    apart=FUSED,
 )

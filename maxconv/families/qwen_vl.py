@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from maxconv.algebra import hf, rearrange
-from maxconv.families.blocks import Root, attention, ends, fused_experts, pre_norms, qk_norms
+from maxconv.families.blocks import FUSED, Root, attention, ends, fused_experts, pre_norms, qk_norms
 from maxconv.families.qwen import ExpertsOnly, qwen3_moe_rows, qwen3_rows
 from maxconv.families.table import Dims, Family, Row, each, row, size, uniform, unrolled
 from maxconv.families.vision import QwenVisionDims, dense, layer_norm, qwen_vision, vector
@@ -133,6 +133,7 @@ QWEN3_VL_MOE = Family(
     rows=vl_moe_rows,
     sizes=MoeDims,
     names=(("model.language_model.", "model."),),
+    turned=((".experts.gate_up_proj", ".experts.down_proj"),),
     encoders=SEEING,
     scans=False,
     pads_vocab=True,
@@ -153,6 +154,7 @@ QWEN3_OMNI_MOE = Family(
         ("thinker.", ""),
     ),
     ignored=("talker.*", "code2wav.*"),
+    apart=FUSED,
     encoders=SEEING,
     hearing=("audio_tower.*",),
     scans=False,

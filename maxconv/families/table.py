@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind
+from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
 
 _REQUIRED = object()
 
@@ -106,6 +106,14 @@ class Row:
     stack: int | None = None
     layers: Layers | None = None
 
+    def names(self, layers: Iterable[int] | None = None) -> set[str]:
+        """The tensors that it reads; of some HF layers, or of all it is of."""
+        if layers is None:
+            layers = [n for _, n in self.layers.unscanned] if self.layers else [0]
+        templates = [t.name for t in tensors(self.expr)]
+        experts = range(max(self.experts, 1))
+        return {name.format(l=n, e=e) for name in templates for n in layers for e in experts}
+
 
 def row(
     path: str,
@@ -174,10 +182,14 @@ class Family:
             that some checkpoints hold in their stead, to be joined on the first axis.
         apart: the same where the table has the tensors of each expert, and some checkpoints those
             of all.
+        turned: how names end of a layer's fused gates and ups, and of its downs, in both of which
+            some checkpoints have rows and columns exchanged.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
         layers_per_block: HF layers in one of those that base_num_decoder_layers counts.
+        in_blocks: the sizes in blocks of so many numbers, where MaxText can keep fp8 weights and
+            the scale of each block. So scales are the kernels of a smaller model.
     """
 
     architectures: tuple[str, ...]
@@ -191,11 +203,13 @@ class Family:
     hearing: tuple[str, ...] = ()
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     apart: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    turned: tuple[tuple[str, str], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
     layers_per_block: int = 1
     marked_by: str = ""
+    in_blocks: Callable[[Any, int], Dims] | None = None
 
     def fits(self, hf_config: Mapping[str, Any]) -> bool:
         """Whether a config.json, of one of the architectures, is of this family."""
@@ -204,16 +218,26 @@ class Family:
     def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
         """The sizes that config.json states; KeyError names the entry that is missing.
 
-        Absent entries default as transformers' configuration classes do. Whether the table is tied
-        is left out of some files: then an lm_head among `names` decides.
+        Whether the table is tied is left out of some files: then an lm_head among `names` decides.
+        """
+        known = {
+            f.name: next(iter(stated.values()))
+            for f in fields(self.sizes)
+            if (stated := stated_sizes(hf_config, f))
+        }
+        if "tied" not in known:
+            known["tied"] = "lm_head.weight" not in names
+        return self.complete(known)
+
+    def complete(self, known: Mapping[str, Any]) -> Dims:
+        """Sizes of which some are known; KeyError names the entry of a config.json that is missing.
+
+        The others default as transformers' configuration classes do.
         """
         found: dict[str, Any] = {}
         for f in fields(self.sizes):
-            stated = stated_sizes(hf_config, f)
-            if stated:
-                found[f.name] = next(iter(stated.values()))
-            elif f.name == "tied":
-                found[f.name] = "lm_head.weight" not in names
+            if f.name in known:
+                found[f.name] = known[f.name]
             elif (default := f.metadata["default"]) is _REQUIRED:
                 raise KeyError(f.metadata["hf"][0])
             else:
@@ -314,6 +338,11 @@ def _instances(
             axis = min((scan_axis or 0) if r.stack is None else r.stack, len(named))
             logical = (*named[:axis], *r.layers.axes[-_depth(numbers) :], *named[axis:])
             yield at, logical, {"l": Stacked(numbers, axis), **experts}
+
+
+def flat(numbers: Numbers) -> list[int]:
+    """The HF layers in a stack, or in stacks of stacks."""
+    return [numbers] if isinstance(numbers, int) else [n for one in numbers for n in flat(one)]
 
 
 def _depth(numbers: Numbers) -> int:

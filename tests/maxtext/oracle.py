@@ -3,8 +3,9 @@
     python oracle.py CASE --scan --dtype bfloat16 --save_dtype bfloat16 --out DIR [KEY=VALUE ...]
 
 writes the checkpoint that `tests/tiny.py` makes to DIR/hf and MaxText's conversion of it to
-DIR/0/items. Runs in the environment that `environment.sh` makes, not in maxconv's. Words after the
-options are further MaxText config words; they win over those of the case.
+DIR/0/items; with `--adapter NAME` a LoRA adapter of the case instead, to DIR/adapter and
+DIR/MODEL/adapter/0/items. Runs in the environment that `environment.sh` makes, not in maxconv's.
+Words after the options are further MaxText config words; they win over those of the case.
 
 MaxText's converter runs unchanged, as a program. Only what it finds in its surroundings is
 different, each for the reason given at the function that does it.
@@ -214,8 +215,9 @@ def stand_in_for_torch(save_dtype: str) -> None:
     """Rounds tensors to bfloat16 while they are read, as MaxText does where torch is installed.
 
     Without torch (gigabytes of CUDA for one cast) `_convert_tensor_to_numpy` returns arrays as
-    they are. With torch it is `tensor.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)`. Files
-    that MaxText opens for torch, without lazy loading, are opened for numpy.
+    they are. With torch it is `tensor.to(torch.float32).numpy().astype(ml_dtypes.bfloat16)`, and
+    for float8 what is fp8, bfloat16 or float32 stays as it is. Files that MaxText opens for torch,
+    without lazy loading, are opened for numpy.
     """
     import numpy as np
     import safetensors
@@ -235,30 +237,46 @@ def stand_in_for_torch(save_dtype: str) -> None:
             self._file.__exit__(*args)
 
         def get_tensor(self, name: str) -> np.ndarray:
-            tensor = self._file.get_tensor(name).astype(np.float32)
-            return tensor.astype(tiny.DTYPES[save_dtype])
+            tensor = self._file.get_tensor(name)
+            if save_dtype == "float8_e4m3fn" and tensor.dtype in kept:
+                return tensor
+            return tensor.astype(np.float32).astype(rounded)
 
+    kept = [tiny.DTYPES[name] for name in ("float8_e4m3fn", "bfloat16", "float32")]
+    rounded = tiny.DTYPES["float32" if save_dtype == "float8_e4m3fn" else save_dtype]
+
+    np.float8_e4m3fn = tiny.DTYPES["float8_e4m3fn"]  # type: ignore[attr-defined] # asked for it
     original: Callable[..., Any] = safetensors.safe_open
     safetensors.safe_open = RoundingFile  # type: ignore[assignment, misc]
 
 
 def convert(
-    case: str, scan: bool, dtype: str, save_dtype: str, out: Path, words: list[str]
+    case: str,
+    scan: bool,
+    dtype: str,
+    save_dtype: str,
+    out: Path,
+    words: list[str],
+    adapter: str | None = None,
 ) -> None:
-    """Writes the checkpoint of a case and converts it."""
+    """Writes the checkpoint of a case, or an adapter alone, and converts it."""
     model_name = tiny.CASES[case].model_name
     overrides = dict(word.split("=", 1) for word in words)
-    checkpoint = tiny.write(case, out / "hf", dtype)
+    if adapter:
+        written = tiny.write_adapter(case, adapter, out / "adapter", dtype)
+        source = f"hf_lora_adapter_path={written}"
+    else:
+        source = f"--hf_model_path={tiny.write(case, out / 'hf', dtype)}"
     config = dict(tiny.CASES[case].config)
     # MaxText's mapping asks for as many layers as this says, and refuses another count.
     if layers := overrides.get("base_num_decoder_layers"):
         counted = tiny.CASES[case].words["base_num_decoder_layers"]
         config["num_hidden_layers"] = int(layers) * (config["num_hidden_layers"] // counted)
     lend_model_config(model_name, config)
-    if (model_name, scan) in REPAIRS:
+    if not adapter and (model_name, scan) in REPAIRS:  # adapters need none
         _, repair = REPAIRS[model_name, scan]
         repair(model_name)
-    stand_in_for_torch(save_dtype)
+    stand_in_for_torch("float32" if adapter else save_dtype)  # adapters are rounded at the end
     gc.collect = lambda *_: 0  # MaxText collects once per leaf, 0.4 s each.
 
     sys.argv = [
@@ -271,7 +289,7 @@ def convert(
         "attention=dot_product",
         "per_device_batch_size=1",
         "max_target_length=32",
-        f"--hf_model_path={checkpoint}",
+        source,
         f"--save_dtype={save_dtype}",
         # MaxText refuses to load the tensors of multimodal models lazily.
         f"--lazy_load_tensors={'use_multimodal' not in tiny.CASES[case].words}",
@@ -287,12 +305,13 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", choices=tiny.DTYPES, default="bfloat16")
-    parser.add_argument("--save_dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--save_dtype", choices=tiny.DTYPES, default="bfloat16")
+    parser.add_argument("--adapter", choices=tiny.ADAPTERS)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_intermixed_args()
     # Neither the network nor an accelerator is needed; libraries must not look for one.
     os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    convert(args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words)
+    convert(args.case, args.scan, args.dtype, args.save_dtype, args.out, args.words, args.adapter)
 
 
 if __name__ == "__main__":

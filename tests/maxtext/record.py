@@ -42,19 +42,26 @@ class Run:
     dtype: str = "bfloat16"
     save_dtype: str = "bfloat16"
     words: tuple[str, ...] = ()
+    adapter: str = ""
 
     @property
     def name(self) -> str:
         layers = "scan" if self.scan else "unscan"
-        return " ".join([self.case, layers, f"{self.dtype}->{self.save_dtype}", *self.words])
+        adapter = [f"adapter={self.adapter}"] if self.adapter else []
+        dtypes = f"{self.dtype}->{self.save_dtype}"
+        return " ".join([self.case, layers, dtypes, *self.words, *adapter])
 
     def convert(self, directory: str) -> Path:
         """Converts in a process of its own and returns the directory of the checkpoint's item."""
         command = [sys.executable, oracle.__file__, self.case, *self.words]
         command += ["--scan" if self.scan else "--no-scan", "--out", directory]
         command += ["--dtype", self.dtype, "--save_dtype", self.save_dtype]
+        place = Path(directory)
+        if self.adapter:
+            command += ["--adapter", self.adapter]
+            place = place / tiny.CASES[self.case].model_name / "adapter"
         result = subprocess.run(command, capture_output=True, text=True)
-        items = Path(directory, "0", "items")
+        items = place / "0" / "items"
         if result.returncode or not items.is_dir():
             raise RuntimeError(f"MaxText did not convert {self.name!r}:\n{result.stderr[-4000:]}")
         return items
@@ -68,8 +75,10 @@ class Run:
             "source_dtype": self.dtype,
             "save_dtype": self.save_dtype,
         }
+        if self.adapter:
+            entry["adapter"] = self.adapter
         model_name = tiny.CASES[self.case].model_name
-        if (model_name, self.scan) in oracle.REPAIRS:
+        if not self.adapter and (model_name, self.scan) in oracle.REPAIRS:
             entry["repaired"], _ = oracle.REPAIRS[model_name, self.scan]
         with tempfile.TemporaryDirectory() as directory:
             entry["leaves"] = leaves(self.convert(directory))
@@ -81,7 +90,7 @@ def runs() -> dict[str, Run]:
     every = [
         Run(case, scan, save_dtype=save_dtype)
         for case, scan in tiny.LAYERS
-        for save_dtype in ("bfloat16", "float32")
+        for save_dtype in tiny.CASES[case].save_dtypes
     ]
     every += [
         # Sources that MaxText rounds before its hooks see them.
@@ -110,6 +119,26 @@ def runs() -> dict[str, Run]:
             ),
         )
     ]
+    # Adapters alone. What MaxText makes of others is not what its model adds: of those of experts
+    # that are not scanned, and of queries that are scaled in models other than llama3.1.
+    every += [
+        Run(case, scan, dtype, save_dtype, adapter=adapter)
+        for case, adapter in (
+            ("llama3.1-8b", "linear"),
+            ("llama3.1-8b", "some"),
+            ("qwen3-8b", "linear"),
+            ("qwen3-30b-a3b", "attention"),
+            ("qwen3-30b-a3b", "router"),
+            ("deepseek2-16b", "attention"),
+            ("qwen3-next-80b-a3b", "attention"),
+        )
+        for scan in (True, False)
+        for dtype, save_dtype in (("float32", "bfloat16"), ("bfloat16", "float32"))
+    ]
+    every.append(Run("llama3.1-8b", True, "float32", "float32", adapter="linear"))
+    every.append(Run("qwen3-30b-a3b", True, "float32", "bfloat16", adapter="linear"))
+    every.append(Run("gemma3-4b", True, "float32", "bfloat16", adapter="language"))
+    every.append(Run("gemma3-4b", False, "bfloat16", "float32", adapter="language"))
     return {run.name: run for run in every}
 
 
@@ -135,9 +164,9 @@ def load() -> dict[str, Any]:
 
 
 def save(entries: dict[str, Any]) -> None:
-    """Stores the entries, one leaf a line."""
+    """Stores the entries, one leaf a line, in the order in which they were first made."""
     lines = []
-    for name in [name for name in runs() if name in entries]:
+    for name in [name for name in entries if name in runs()]:
         fields = []
         for key, value in entries[name].items():
             text = json.dumps(value)

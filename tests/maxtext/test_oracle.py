@@ -15,6 +15,7 @@ SAMPLE = (
     "mistral-7b unscan bfloat16->bfloat16",
     "qwen2.5-1.5b scan bfloat16->float32",
     "qwen3-0.6b+pad unscan bfloat16->bfloat16",
+    "llama3.1-8b scan float32->bfloat16 adapter=linear",
 )
 
 
