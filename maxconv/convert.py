@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 import jax
 from etils import epath
 
-from maxconv import __version__, checkpoint, distributed, resume, target, together
+from maxconv import __version__, checkpoint, distributed, publish, resume, target, together
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
@@ -42,6 +42,15 @@ class Job:
     identity: Mapping[str, str]
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
     """What the target holds of this very conversion, if it is to be gone on with."""
+    publication: publish.Publication | None = None
+    """If it goes to the Hub."""
+
+    @property
+    def directory(self) -> str:
+        """Where Orbax writes."""
+        if self.publication is not None:
+            return os.fspath(self.publication.scratch)
+        return self.config.base_output_directory
 
     @property
     def items(self) -> str:
@@ -130,7 +139,7 @@ def run(config: Config) -> Job:
         VerificationError: what was written is not what it should be.
     """
     started = time.monotonic()
-    with prepared(config) as job:
+    with prepared(config) as job, _cleared(job):
         speaks = jax.process_index() == 0
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
@@ -140,6 +149,8 @@ def run(config: Config) -> Job:
                 _save(job, _begin(job, speaks), speaks)
             if speaks:
                 _finish(job)
+            if job.publication is not None:
+                distributed.once(job.publication.commit, patience=checkpoint.TIMEOUT_SECONDS)
         if speaks:
             print(_summary(job, time.monotonic() - started), flush=True)
         _verify(job, job.items, speaks)
@@ -149,6 +160,8 @@ def run(config: Config) -> Job:
 def _with_target(job: Job) -> Job:
     """The job, once its target was looked at; UserError when something is in the way there."""
     config, directory = job.config, job.config.base_output_directory
+    if publish.is_repository(directory):
+        return _with_publication(job)
     problems = target.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
     if config.resume and (recorded := resume.recorded(directory)) is not None:
@@ -165,9 +178,46 @@ def _with_target(job: Job) -> Job:
     return replace(job, there=there)
 
 
+def _with_publication(job: Job) -> Job:
+    config, place = job.config, job.config.base_output_directory
+    problems: list[str] = []
+    if jax.process_index() == 0:
+        token = config.hf_access_token
+        problems = publish.problems(place, config.overwrite, config.public, token)
+        if not problems:
+            problems = target.scratch_problems(publish.scratch(place), _scratch_nbytes(job))
+    if problems:
+        raise UserError(problems)
+    going = publish.Publication(place, config.hf_access_token, config.max_retries, config.public)
+    return replace(job, publication=going)
+
+
+def _scratch_nbytes(job: Job) -> int:
+    """What all processes have on disk at most of a checkpoint that goes to the Hub.
+
+    Each starts to make a leaf when no more than a window waits to be uploaded, and while the leaves
+    of another window are being written.
+    """
+    if not job.config.lazy_load_tensors:
+        return job.plan.output_nbytes
+    largest = max(leaf.local_nbytes for leaf in job.plan.leaves)
+    bound = (2 * job.window + 2 * largest) * len(job.plan.processes)
+    return min(bound, job.plan.output_nbytes)
+
+
+@contextmanager
+def _cleared(job: Job) -> Iterator[None]:
+    """Removes in the end what is on disk of a checkpoint that went to the Hub."""
+    try:
+        yield
+    finally:
+        if job.publication is not None and jax.process_index() == 0:
+            job.publication.close()
+
+
 def _begin(job: Job, speaks: bool) -> dict[str, Any]:
     """Makes the target ready; returns the leaves that an attempt before this one finished."""
-    directory, kept = job.config.base_output_directory, dict[str, Any]()
+    directory, kept = job.directory, dict[str, Any]()
     if job.there == "unfinished":
         distributed.once(partial(resume.keep, directory))
         kept = resume.finished(directory)
@@ -176,12 +226,27 @@ def _begin(job: Job, speaks: bool) -> dict[str, Any]:
     if not kept:
         distributed.once(partial(target.clear, directory))
         distributed.once(partial(_leave_words, job, target.UNFINISHED_WORDS))
+    if job.publication is not None:
+        _begin_publication(job, job.publication, speaks)
     return kept
+
+
+def _begin_publication(job: Job, going: publish.Publication, speaks: bool) -> None:
+    with distributed.same_error_everywhere():
+        if not (epath.Path(job.directory) / target.UNFINISHED_WORDS).exists():
+            raise UserError(
+                f"The processes do not share {going.scratch.parent}, where the checkpoint is put "
+                f"together for {going.place}: set HF_HOME to a directory that all of them see, or "
+                "convert to gs:// and upload from there."
+            )
+    with distributed.same_error_everywhere():
+        for notice in going.begin() if speaks else ():
+            print(f"note: {notice}", file=sys.stderr)
 
 
 def _finish(job: Job) -> None:
     """Turns what was left for another attempt into words about the checkpoint."""
-    directory = job.config.base_output_directory
+    directory = job.directory
     _leave_words(job, target.WORDS)
     (epath.Path(directory) / target.UNFINISHED_WORDS).unlink(missing_ok=True)
     resume.clear(directory)
@@ -194,11 +259,16 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
     progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
     with Engine(replace(plan, leaves=left), job.source, job.window) as engine:
 
+        def make(planned: LeafPlan) -> jax.Array:
+            if job.publication is not None:
+                job.publication.wait_for_room(jax.process_index(), job.window)
+            return engine.make(planned)
+
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
             if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
                 return engine.make(planned)
             return checkpoint.LazyTensor(
-                partial(engine.make, planned),
+                partial(make, planned),
                 planned.shape,
                 planned.dtype,
                 planned.name,
@@ -207,7 +277,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
 
         with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
-                config.base_output_directory,
+                job.directory,
                 checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
                 config.scan_layers,
                 job.window - job.window // 4,
@@ -269,7 +339,7 @@ def _summary(job: Job, took: float) -> str:
 def _leave_words(job: Job, name: str) -> None:
     """Says beside the checkpoint where it came from: for verify, --resume and people."""
     words = {"maxconv": __version__, "words": list(job.config.words), "identity": job.identity}
-    directory = epath.Path(job.config.base_output_directory)
+    directory = epath.Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(json.dumps(words, indent=2) + "\n")
 

@@ -242,20 +242,23 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     """
-    values = _value_spans(items)
+    values = value_spans(items)
     databases = [items, *sorted(items.glob("ocdbt.process_*"))]
     files = [d / "manifest.ocdbt" for d in databases]
     files += [file for d in databases for file in sorted(d.glob("d/*"))]
     found = {}
     for file in files[jax.process_index() :: jax.process_count()]:
         name = str(file.relative_to(items))
-        if bad := [*_bad_bytes(file, sorted(values.get(name, ())))]:
+        if bad := [*unexplained(file, sorted(values.get(name, ())))]:
             found[name] = f"{name} is damaged: {', '.join(bad)}."
     return found
 
 
-def _value_spans(items: epath.Path) -> Spans:
-    """Where in the data files the values lie that the checkpoint's tree points to."""
+def value_spans(items: epath.PathLike) -> Spans:
+    """Where in the data files of a database the values lie that its tree points to.
+
+    Raises ValueError if there is none.
+    """
     store = open_store(items)
     (version,) = ts.ocdbt.dump(store).result()["versions"][-1:]
     spans: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
@@ -277,7 +280,7 @@ def _parsed(location: str) -> tuple[str, int, int]:
     return match[1].replace(":", ""), int(match[2]), int(match[3])
 
 
-def _bad_bytes(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
+def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
     """The runs of bytes, in words, that are neither values nor nodes nor padding."""
     size, start = file.stat().length, 0
     with file.open("rb") as data:

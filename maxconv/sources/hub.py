@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from threading import Lock
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url, snapshot_download
@@ -33,8 +34,7 @@ def open_hub(
 
     With `cache`, or when HF_HUB_OFFLINE is set, it is that of the Hugging Face cache.
     """
-    token = token or next((os.environ[k] for k in _TOKENS if os.environ.get(k)), None)
-    token = token or get_token()
+    token = find_token(token)
     if not (cache or constants.HF_HUB_OFFLINE):
         return HubSource(name, revision, token, max_retries, config)
     try:
@@ -47,8 +47,13 @@ def open_hub(
             f"run `hf download {name}` where there is a network."
         ) from None
     except Exception as error:
-        raise _told(error, name, revision, token) from None
+        raise told(error, name, revision, token) from None
     return LocalSource(path, config)
+
+
+def find_token(given: str | None) -> str | None:
+    """The token for the Hub: the one that was given, of the environment, or of `hf auth login`."""
+    return given or next((os.environ[k] for k in _TOKENS if os.environ.get(k)), None) or get_token()
 
 
 class HubSource(RemoteSource):
@@ -78,7 +83,7 @@ class HubSource(RemoteSource):
             api.auth_check(name)
             info = api.model_info(name, revision=revision, files_metadata=True)
         except Exception as error:
-            raise _told(error, name, revision, token) from None
+            raise told(error, name, revision, token) from None
         self.revision = info.sha
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         self._examine(config)
@@ -117,7 +122,7 @@ class HubSource(RemoteSource):
         return {self.root: f"commit {self.revision}"}
 
 
-def _told(error: Exception, name: str, revision: str | None, token: str | None) -> Exception:
+def told(error: BaseException, name: str, revision: str | None, token: str | None) -> Any:
     """What keeps us from a model, in a sentence that says what to do, if we know."""
     page = f"{constants.ENDPOINT}/{name}"
     match error:
