@@ -153,7 +153,7 @@ def run(config: Config) -> Job:
                 distributed.once(job.publication.commit, patience=checkpoint.TIMEOUT_SECONDS)
         if speaks:
             print(_summary(job, time.monotonic() - started), flush=True)
-        _verify(job, job.items, speaks)
+        _verify(job, target.items(job.directory), speaks)
     return job
 
 
@@ -309,7 +309,8 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
         Engine(checked, job.source, job.window) as engine,
         ProgressLine("verified", lambda: (report.nbytes, checked.output_nbytes), _told(speaks)),
     ):
-        report = verify(saved, job.plan, engine, mode, job.window, say)
+        whole = job.publication.whole if job.publication is not None else lambda item: item
+        report = verify(saved, job.plan, engine, mode, job.window, say, whole)
     if not report.ok:
         raise VerificationError(saved, report.problems)
     if speaks:
@@ -332,8 +333,15 @@ def _summary(job: Job, took: float) -> str:
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}, and held "
         f"{size(peak_memory())} at most\nsaved: {job.items}\n"
-        f"to train from it in MaxText: load_parameters_path={job.items}"
+        f"to train from it in MaxText: {_loaded_by(job)}"
     )
+
+
+def _loaded_by(job: Job) -> str:
+    if job.publication is None:
+        return f"load_parameters_path={job.items}"
+    download = f"hf download {job.publication.name} --local-dir DIR"
+    return f"{download}, then load_parameters_path={target.items('DIR')}"
 
 
 def _leave_words(job: Job, name: str) -> None:

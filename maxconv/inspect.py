@@ -13,6 +13,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from maxconv.algebra import Box
 from maxconv.errors import UserError
 from maxconv.report import size
 from maxconv.sources import Source, open_source
@@ -71,10 +72,15 @@ class Item:
     zarr3: bool
     store: ts.KvStore
 
-    def open(self, name: str) -> ts.Future[ts.TensorStore]:
-        """An array, to read from."""
-        driver = "zarr3" if self.zarr3 else "zarr"
-        return ts.open({"driver": driver}, kvstore=self.store / f"{name}/")
+    def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
+        """An array, to read these boxes from."""
+        del boxes  # others may be read as well
+        return ts.open({"driver": self.driver}, kvstore=self.store / f"{name}/")
+
+    @property
+    def driver(self) -> str:
+        """TensorStore's, of the arrays."""
+        return "zarr3" if self.zarr3 else "zarr"
 
 
 def describe(path: str | epath.Path) -> str:
@@ -113,6 +119,12 @@ def find_items(path: epath.Path) -> list[epath.Path]:
 def open_store(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore:
     """A directory, or the OCDBT database in it, as TensorStore sees it."""
     path = f"{directory}/"
+    if path.startswith("hf://"):
+        org, name, *_ = path.removeprefix("hf://").split("/")
+        raise UserError(
+            f"{directory} can be read where it is downloaded: `hf download {org}/{name} "
+            "--local-dir DIR`, then give DIR."
+        )
     files = path if "://" in path else {"driver": "file", "path": path}
     if not ocdbt:
         return ts.KvStore.open(files).result()

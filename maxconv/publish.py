@@ -24,10 +24,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
-from maxconv import target, together
+from maxconv import distributed, target, together
 from maxconv.errors import ConversionError, RetryableError, UserError
-from maxconv.sources.hub import find_token, told
-from maxconv.verify import unexplained, value_spans
+from maxconv.hollow import MODE, NEW, HollowItem, make_hollow
+from maxconv.inspect import Item
+from maxconv.ocdbt import unexplained, value_spans
+from maxconv.sources.hub import HubSource, find_token, told
 
 T = TypeVar("T")
 
@@ -36,10 +38,9 @@ LARGE = 1 << 20  # bytes of a file that is uploaded before the end
 AT_ONCE = 8  # files
 INTERVAL = 0.2  # seconds between two looks at what Orbax has written
 _STORES = f"{target.STEP}*/items*/ocdbt.process_*"  # under their last names, and those before
+_ITEMS = f"{target.STEP}/items"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")
-_UPLOADED = 0o444  # the mode of a file that was: so other processes see it
-_NEW = ".hollow"
 _LONGEST = 30  # seconds between two attempts
 _MAY_PASS = (408, 425, 429)  # and all above 499
 
@@ -126,23 +127,24 @@ class Publication:
 
     def __init__(self, place: str, token: str | None, max_retries: int, public: bool):
         self.place, self.scratch = place, Path(scratch(place))
-        self._name, self._public, self._retries = _name(place), public, max_retries
+        self.name, self._public, self._retries = _name(place), public, max_retries
         self._token = find_token(token)
         self._api = HfApi(token=self._token)
         self._operations: dict[str, CommitOperationAdd] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._error: Exception | None = None
+        self.made: str | None = None  # the id of the commit
 
     def begin(self) -> list[str]:
         """Makes the repository and starts to upload; returns what the user should be told."""
         disable_progress_bars()
         try:
-            self._api.create_repo(self._name, private=not self._public, exist_ok=True)
-            _ask_to_write(self._api, self._name)
-            is_public = not self._api.model_info(self._name).private
+            self._api.create_repo(self.name, private=not self._public, exist_ok=True)
+            _ask_to_write(self._api, self.name)
+            is_public = not self._api.model_info(self.name).private
         except Exception as error:
-            raise _refused(error, self._name, self._token) from None
+            raise _refused(error, self.name, self._token) from None
         self._thread.start()
         return [f"{self.place} is public."] if is_public and not self._public else []
 
@@ -158,8 +160,8 @@ class Publication:
         if self._error is not None:
             raise self._error
 
-    def commit(self) -> str:
-        """Uploads the rest, and makes the commit; returns its id. Orbax must be done.
+    def commit(self) -> None:
+        """Uploads the rest, and makes the commit. Orbax must be done.
 
         Raises:
             ConversionError: what is in the repository then is not what was sent.
@@ -173,14 +175,22 @@ class Publication:
                 self._operations[path] = CommitOperationAdd(path, str(file))
         additions = list(self._operations.values())
         sizes = {a.path_in_repo: a.upload_info.size for a in additions}
-        old = _step_files(self._persistently(lambda: self._api.model_info(self._name)))
+        old = _step_files(self._persistently(lambda: self._api.model_info(self.name)))
         deletions = [CommitOperationDelete(file) for file in sorted(old - sizes.keys())]
         message = f"MaxText checkpoint, {len(sizes)} files, by maxconv"
         made = self._persistently(
-            lambda: self._api.create_commit(self._name, [*deletions, *additions], commit_message=message)
+            lambda: self._api.create_commit(
+                self.name, [*deletions, *additions], commit_message=message
+            )
         )
         self._look(made.oid, sizes)
-        return made.oid
+        self.made = made.oid
+
+    def whole(self, item: Item) -> Item:
+        """What Orbax wrote, as it is in the repository: values are read there. On all processes."""
+        (commit, *_) = distributed.gathered(self.made)
+        files = HubSource(self.name, commit, self._token, self._retries, config=None)
+        return HollowItem.of(item, lambda file, *what: files.fetch(f"{_ITEMS}/{file}", *what))
 
     def close(self) -> None:
         """Stops, and removes what is on disk."""
@@ -191,18 +201,18 @@ class Publication:
 
     def _look(self, commit: str, sizes: Mapping[str, int]) -> None:
         info = self._persistently(
-            lambda: self._api.model_info(self._name, revision=commit, files_metadata=True)
+            lambda: self._api.model_info(self.name, revision=commit, files_metadata=True)
         )
         there = {file.rfilename: file.size for file in info.siblings or ()}
         if wrong := sorted(file for file, size in sizes.items() if there.get(file) != size):
             raise ConversionError(
-                f"{self.place} did not take {wrong[0]} and {len(wrong) - 1} more as they were sent; "
-                "look for a .gitignore there, and convert again."
+                f"{self.place} did not take {wrong[0]} and {len(wrong) - 1} more as they were "
+                "sent; look for a .gitignore there, and convert again."
             )
 
     def _files(self) -> list[Path]:
         files = (path for path in sorted(self.scratch.rglob("*")) if path.is_file())
-        return [path for path in files if not path.name.endswith(_NEW)]
+        return [path for path in files if not path.name.endswith(NEW)]
 
     def _run(self) -> None:
         try:
@@ -218,13 +228,13 @@ class Publication:
         for store in map(epath.Path, self.scratch.glob(_STORES)):
             files = [epath.Path(file) for file, _ in _data_files(store)]
             try:
-                spans = value_spans(store) if files else {}
-                values = {file: sorted(spans.get(f"d/{file.name}", ())) for file in files}
-                ready = [file for file in files if not any(unexplained(file, values[file]))]
+                values = value_spans(store) if files else {}
+                spans = {file: sorted(values.get(f"d/{file.name}", ())) for file in files}
+                ready = [file for file in files if not any(unexplained(file, spans[file]))]
                 for i in range(0, len(ready), AT_ONCE):
                     self._upload(ready[i : i + AT_ONCE])
                 for file in ready:
-                    _hollow(file, values[file])
+                    make_hollow(file, spans[file])
             except (OSError, ValueError):
                 # Its first version is not written, or Orbax gave the directory its last name.
                 if (store / "manifest.ocdbt").exists():
@@ -239,7 +249,7 @@ class Publication:
         ]
         if not additions:
             return
-        upload = partial(self._api.preupload_lfs_files, self._name, additions)
+        upload = partial(self._api.preupload_lfs_files, self.name, additions)
         self._persistently(upload, files[0].exists)
         for addition in additions:
             if addition.path_or_fileobj != b"":
@@ -249,7 +259,9 @@ class Publication:
                 )
             self._operations[addition.path_in_repo] = addition
 
-    def _persistently(self, action: Callable[[], T], makes_sense: Callable[[], bool] = _always) -> T:
+    def _persistently(
+        self, action: Callable[[], T], makes_sense: Callable[[], bool] = _always
+    ) -> T:
         """Does something that may fail for a while."""
         for attempt in count():
             try:
@@ -258,7 +270,7 @@ class Publication:
                 if not makes_sense():
                     raise FileNotFoundError(str(error)) from None
                 if attempt == self._retries or not _may_pass(error):
-                    raise _refused(error, self._name, self._token) from None
+                    raise _refused(error, self.name, self._token) from None
             time.sleep(min(_LONGEST, 2**attempt / 2) * random.uniform(0.5, 1.5))
         raise AssertionError
 
@@ -279,7 +291,7 @@ def _data_files(store: epath.PathLike) -> Iterator[tuple[str, int]]:
         with os.scandir(os.path.join(store, "d")) as entries:
             for entry in entries:
                 about = entry.stat()
-                is_waiting = about.st_mode & 0o777 != _UPLOADED and about.st_size >= LARGE
+                is_waiting = about.st_mode & 0o777 != MODE and about.st_size >= LARGE
                 if is_waiting and _DATA_FILE.fullmatch(entry.name):
                     yield entry.path, about.st_size
     except FileNotFoundError:  # it has none yet, or a new name
@@ -291,39 +303,26 @@ def _waiting(root: Path, process: int) -> int:
     return sum(size for store in stores for _, size in _data_files(store))
 
 
-def _hollow(path: epath.PathLike, values: Sequence[tuple[int, int]]) -> None:
-    """Replaces a file by one with holes where values were."""
-    file, at = Path(path), 0
-    size, new = file.stat().st_size, file.with_name(file.name + _NEW)
-    with file.open("rb") as old, new.open("wb") as hollow:
-        hollow.truncate(size)
-        for start, stop in [*values, (size, size)]:
-            old.seek(at)
-            hollow.seek(at)
-            hollow.write(old.read(max(0, start - at)))
-            at = max(at, stop)
-    new.chmod(_UPLOADED)
-    new.replace(file)
+def _answer(error: BaseException | None) -> HfHubHTTPError | None:
+    """What the Hub answered, if that is what an error came of."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return error
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether what went wrong may go right later: not what the Hub refused."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            return status in _MAY_PASS or status > 499
-        error = error.__cause__ or error.__context__
-    return True
+    answer = _answer(error)
+    status = 500 if answer is None else answer.response.status_code
+    return status in _MAY_PASS or status >= 500
 
 
 def _refused(error: Exception, name: str, token: str | None) -> Exception:
     """What keeps us from writing, in a sentence, if we know."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, HfHubHTTPError):
-        cause = cause.__cause__
-    if cause is not None and cause.response.status_code == 403:
+    answer = _answer(error)
+    if answer is not None and answer.response.status_code == 403:
         return UserError(_may_not_write(f"{SCHEME}{name}"))
-    said = told(cause or error, name, None, token)
+    said = told(answer or error, name, None, token)
     if said is error and isinstance(error, RuntimeError):
         return RetryableError(f"The Hub did not take all of {name} ({error}): try again.")
     return said

@@ -19,7 +19,8 @@ from maxconv import checkpoint
 from maxconv.convert import Job
 from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.verify import Report, _difference, leaves_to_check, value_spans, verify
+from maxconv.ocdbt import value_spans
+from maxconv.verify import Report, _difference, leaves_to_check, verify
 
 WINDOW = 64 << 10  # bytes: a few leaves at a time
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from threading import Lock
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url, snapshot_download
@@ -20,7 +19,7 @@ from urllib3.exceptions import HTTPError
 from maxconv.errors import RetryableError, UserError
 from maxconv.sources.files import FileSource
 from maxconv.sources.local import LocalSource
-from maxconv.sources.remote import RemoteSource
+from maxconv.sources.remote import RemoteSource, Span, spans
 
 _TOKENS = ("HF_TOKEN", "HF_AUTH_TOKEN")  # the latter is what MaxText's documents name
 _NETWORK = ("httpx", "requests", "urllib3")  # what releases of huggingface_hub ask with
@@ -62,6 +61,8 @@ class HubSource(RemoteSource):
     The Hub itself is asked once for each file where it lies; the ranges come from there. The token
     goes to the Hub's own host and to no other.
 
+    Without a `config` it is not looked at as a model: its files are there to `fetch` from.
+
     Raises:
         UserError: when there is no such model or revision, or it may not be read.
     """
@@ -72,7 +73,7 @@ class HubSource(RemoteSource):
         revision: str | None,
         token: str | None,
         max_retries: int,
-        config: str = "config.json",
+        config: str | None = "config.json",
     ):
         super().__init__(max_retries)
         self.root = f"hf://{name}"
@@ -86,7 +87,18 @@ class HubSource(RemoteSource):
             raise told(error, name, revision, token) from None
         self.revision = info.sha
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        self._examine(config)
+        if config is not None:
+            self._examine(config)
+
+    def fetch(self, file: str, start: int, into: memoryview) -> None:
+        """Fills a buffer from byte `start` of a file."""
+
+        def bring(span: Span) -> None:
+            first, stop, _ = span
+            self._get(file, first, into[first - start : stop - start])
+
+        for _ in self._pool.map(bring, spans([start], len(into))):
+            pass
 
     def _names(self) -> set[str]:
         return set(self._sizes)
@@ -122,7 +134,7 @@ class HubSource(RemoteSource):
         return {self.root: f"commit {self.revision}"}
 
 
-def told(error: BaseException, name: str, revision: str | None, token: str | None) -> Any:
+def told(error: Exception, name: str, revision: str | None, token: str | None) -> Exception:
     """What keeps us from a model, in a sentence that says what to do, if we know."""
     page = f"{constants.ENDPOINT}/{name}"
     match error:
@@ -142,6 +154,11 @@ def told(error: BaseException, name: str, revision: str | None, token: str | Non
             return UserError(
                 "The Hub does not accept the token: make one at "
                 f"{constants.ENDPOINT}/settings/tokens, or unset HF_TOKEN."
+            )
+        case HfHubHTTPError(response=response) if response.status_code == 403:
+            return UserError(
+                f"The token may not read {name}: see what it is for at "
+                f"{constants.ENDPOINT}/settings/tokens."
             )
         case HfHubHTTPError(response=response):
             return RetryableError(f"The Hub answered {response.status_code} about {name}.")

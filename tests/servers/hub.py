@@ -44,6 +44,7 @@ PRIVATE: set[str] = set()  # models that were made so here
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are sent one after the other
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -113,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
     def is_valid(self) -> bool:
         """Whether the token is; else answers as the Hub does."""
         if self.token is not None and self.token not in self.settings.get("tokens", []):
-            self.answer(401, b"{}", {"X-Error-Message": "Invalid credentials"})
+            said = "Invalid credentials in Authorization header"
+            self.answer(401, b"{}", {"X-Error-Message": said})
             return False
         return True
 
@@ -239,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, model: str, revision: str, name: str) -> None:
         if not self.may_see(model, content=True):
             return
-        if revision != self.commit(model):
+        if revision not in ("main", self.commit(model)):
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         path = ROOT / model / name
         if not path.is_file():
