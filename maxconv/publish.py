@@ -22,7 +22,7 @@ import jax
 from etils import epath
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, logging
 
 from maxconv import distributed, target, together
 from maxconv.errors import ConversionError, RetryableError, UserError
@@ -139,6 +139,7 @@ class Publication:
     def begin(self) -> list[str]:
         """Makes the repository and starts to upload; returns what the user should be told."""
         disable_progress_bars()
+        logging.set_verbosity_error()  # its warnings have signed addresses in them
         try:
             self._api.create_repo(self.name, private=not self._public, exist_ok=True)
             _ask_to_write(self._api, self.name)
