@@ -15,7 +15,8 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
         model_name=llama3.1-8b          MaxText's name; without it config.json decides
         --hf_model_path=PLACE           a directory, or org/name on the Hugging Face Hub;
                                         without it, where model_name is published
-        base_output_directory=DIR       writes DIR/0/items (default ./mt_output)
+        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); also to
+                                        gs://bucket/path and hf://org/name (private, or --public)
         scan_layers=true                layers stacked (default), or one by one
         ici_fsdp_parallelism=4 ici_tensor_parallelism=2 ...      the training mesh
         hardware=cpu                    on simulated devices; --simulated_cpu_devices_count=16
