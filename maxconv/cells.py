@@ -2,11 +2,11 @@
 
 A *cell* is the part of a leaf that one evaluation makes, such as one layer of a scanned kernel.
 Where the axis along which cells follow each other is itself sharded (experts over devices), a
-*step* makes one cell in each shard at once: these are its lanes. A cell that reads more than a
-budget is made in slabs, in the same way.
+*step* makes one cell in each shard at once: these are its lanes. A cell that takes more than a
+budget is made in slices, in the same way.
 
-What a cell reads is sharded as its output is, pulled back through the expression, so that each
-device is given what its part needs and the compiled function has no collectives.
+What a cell reads is needed sharded as its output is, pulled back through the expression, so that
+each device computes its part by itself. Who reads it from storage is another matter: `shares`.
 """
 
 import math
@@ -36,22 +36,10 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
-from maxconv.placement import boxes_by_process
+from maxconv.placement import local_devices, mesh_axes, shards
+from maxconv.shares import CellRead, cell_read
 
 Offset = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CellRead:
-    """One read of a recipe, as an array over the mesh: (lanes, *box) with lanes, else (*box,)."""
-
-    shape: Shape
-    dtype: np.dtype
-    sharding: NamedSharding
-
-    @property
-    def shard_nbytes(self) -> int:
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,12 @@ class Recipe:
 
     Attributes:
         cell: expression over tensors named "0", "1", ...
-        box: the part of it that is made, in the first lane of the first slab.
+        box: the part of it that is made, in the first lane of the first slice.
         reads: in the order of `algebra.trace(cell, box).reads`.
         lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
-        is_local: each device is given just what its part needs. If not, reads are replicated where
-            they could not be cut, and the compiler may exchange data between devices.
-        shape, dtype, sharding: of the leaf that the cell is written into.
+        is_local: each device computes with just what its part needs. If not, reads are replicated
+            where they could not be cut.
+        shape, dtype, sharding: of the leaf, or the slab of it, that the cell is written into.
     """
 
     cell: Expr
@@ -78,17 +66,34 @@ class Recipe:
     sharding: NamedSharding
 
     @property
+    def size(self) -> int:
+        """Elements that a step makes."""
+        lanes = 1 if self.lanes is None else self.reads[0].shape[0]
+        return lanes * volume(self.box)
+
+    @property
     def is_whole(self) -> bool:
-        """The cell is the leaf: there is nothing to write it into."""
-        return dims(self.box) == self.shape
+        """A step makes all of the leaf: there is nothing to write it into."""
+        return self.size == math.prod(self.shape)
 
     @cached_property
     def buffer_nbytes(self) -> int:
         """Host bytes that the reads of one step take, in the process that reads most."""
+        return sum(read.shard_nbytes * max(map(len, read.parts.values())) for read in self.reads)
+
+    @cached_property
+    def device_nbytes(self) -> int:
+        """Bytes that a device is given for one step, and what it has of them once exchanged."""
         return sum(
-            read.shard_nbytes * max(map(len, boxes_by_process(read.sharding, read.shape).values()))
-            for read in self.reads
+            read.shard_nbytes + (read.needed_nbytes if read.share else 0) for read in self.reads
         )
+
+    @cached_property
+    def made_nbytes(self) -> int:
+        """Bytes that a step makes in a process, on all its devices."""
+        shard = math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+        made = shard * self.size // max(math.prod(self.shape), 1)
+        return made * local_devices(self.sharding)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ def steps(
         expr: the leaf.
         dtypes: of the tensors, by name.
         dtype, to: of the leaf.
-        budget: bytes that a step should read at most in a process; cells are cut down to it.
+        budget: bytes that a step should read at most in a process, and half of what it should make;
+            cells are cut down to it.
     """
     found = []
     for lanes, offset, cells in _in_lanes(expr, dtypes, to):
@@ -154,22 +160,24 @@ class _Cell:
     def steps(
         self, lanes: int | None, offset: Offset, names: Sequence[tuple[str, ...]], budget: int
     ) -> Iterator[Step]:
-        """One step, or as many as there are slabs. `names`: of the tensors of each lane."""
+        """One step, or as many as there are slices. `names`: of the tensors of each lane."""
         whole = full(self.expr.shape)
         recipe = _recipe(self, whole, lanes)
-        excess = recipe.buffer_nbytes / budget
-        if excess <= 1 or (cut := _slabs(self, excess, lanes)) is None:
+        # Of packed weights twice as much is made as read; of what is replicated, many times.
+        most = max(recipe.buffer_nbytes, recipe.device_nbytes, recipe.made_nbytes // 2)
+        excess = most / budget
+        if excess <= 1 or (cut := _slices(self, excess, lanes)) is None:
             yield self._step(recipe, offset, names, [whole] * len(names))
             return
-        axis, n, shards = cut
-        in_shards = lanes is None and shards > 1  # then the slabs of all shards go together
+        axis, n, pieces = cut
+        in_shards = lanes is None and pieces > 1  # then the slices of all shards go together
         recipe = _recipe(self, with_axis(whole, axis, (0, n)), axis if in_shards else lanes)
-        for at in range(0, self.expr.shape[axis] // shards, n):
-            starts = [s * (self.expr.shape[axis] // shards) + at for s in range(shards)]
+        for at in range(0, self.expr.shape[axis] // pieces, n):
+            starts = [s * (self.expr.shape[axis] // pieces) + at for s in range(pieces)]
             boxes = [with_axis(whole, axis, (start, start + n)) for start in starts]
             moved = (*offset[:axis], offset[axis] + at, *offset[axis + 1 :])
             if in_shards:
-                yield self._step(recipe, moved, list(names) * shards, boxes)
+                yield self._step(recipe, moved, list(names) * pieces, boxes)
             else:
                 yield self._step(recipe, moved, names, boxes * len(names))
 
@@ -193,13 +201,13 @@ def _in_lanes(
     """The cells of a leaf, those of one step together: axis of lanes, offset, a cell a lane."""
     cells = list(_cells(expr, (0,) * len(expr.shape)))
     for axis, n in enumerate(expr.shape):
-        shards = _shards(to, axis)
-        if shards > 1 and any(cell.shape[axis] != n for _, cell in cells):
+        pieces = shards(to, axis)
+        if pieces > 1 and any(cell.shape[axis] != n for _, cell in cells):
             groups: dict[Offset, list[Expr]] = {}
             for at, cell in cells:
-                inner = (*at[:axis], at[axis] % (n // shards), *at[axis + 1 :])
+                inner = (*at[:axis], at[axis] % (n // pieces), *at[axis + 1 :])
                 groups.setdefault(inner, []).append(cell)
-            if all(len(group) == shards and _alike(group, dtypes) for group in groups.values()):
+            if all(len(group) == pieces and _alike(group, dtypes) for group in groups.values()):
                 yield from ((axis, at, group) for at, group in groups.items())
                 return
     yield from ((None, at, [cell]) for at, cell in cells)
@@ -242,23 +250,23 @@ def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
 
 
 @cache
-def _slabs(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int] | None:
-    """Along which axis to cut a cell, into slabs how long, in how many shards of the axis.
+def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int] | None:
+    """Along which axis to cut a cell, into slices how long, in how many shards of the axis.
 
     It is cut where every read is cut alike, by preference where the runs in the file stay long.
     """
     best: tuple[int, tuple[int, int, int]] | None = None
     for axis, n in enumerate(cell.expr.shape):
-        shards = _shards(cell.to, axis) if n == cell.shape[axis] else 1
-        if lanes is not None and (axis == lanes or shards > 1):
+        pieces = shards(cell.to, axis) if n == cell.shape[axis] else 1
+        if lanes is not None and (axis == lanes or pieces > 1):
             continue
-        rows = n // shards
+        rows = n // pieces
         parts = next((p for p in range(1, rows + 1) if rows % p == 0 and p >= excess), rows)
-        cuts = _cuts(cell.expr, full(cell.expr.shape), axis, shards * parts)
+        cuts = _cuts(cell.expr, full(cell.expr.shape), axis, pieces * parts)
         if parts > 1 and None not in cuts:
             rank = max(cut for cut in cuts if cut is not None)
             if best is None or rank < best[0]:
-                best = rank, (axis, rows // parts, shards)
+                best = rank, (axis, rows // parts, pieces)
     return best[1] if best else None
 
 
@@ -266,13 +274,15 @@ def _slabs(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int
 def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
     reads = []
     pulled, is_local = _pulled_back(cell, box, lanes)
+    shapes = {tensor.name: tensor.shape for tensor in tensors(cell.expr)}
     for read, spec in pulled:
         shape, entries = dims(read.box), spec
         if lanes is not None:
-            shape = (_shards(cell.to, lanes), *shape)
-            entries = [_entry(cell.to, lanes), *spec]
+            shape = (shards(cell.to, lanes), *shape)
+            entries = [mesh_axes(cell.to, lanes), *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
-        reads.append(CellRead(shape, cell.dtypes[int(read.name)], sharding))
+        dtype = cell.dtypes[int(read.name)]
+        reads.append(cell_read(shape, dtype, sharding, shapes[read.name], lanes is not None))
     return Recipe(
         cell.expr,
         box,
@@ -298,15 +308,15 @@ def _pulled_back(
     specs: list[list[Any]] = [[None] * len(read.box) for read in reads]
     is_local = True
     for axis, (lo, hi) in enumerate(box):
-        shards = _shards(cell.to, axis)
-        if axis == lanes or shards == 1:
+        pieces = shards(cell.to, axis)
+        if axis == lanes or pieces == 1:
             continue
         if hi - lo != cell.shape[axis]:
             is_local = False
             continue
-        for spec, cut in zip(specs, _cuts(cell.expr, box, axis, shards), strict=True):
+        for spec, cut in zip(specs, _cuts(cell.expr, box, axis, pieces), strict=True):
             if cut is not None and spec[cut] is None:
-                spec[cut] = _entry(cell.to, axis)
+                spec[cut] = mesh_axes(cell.to, axis)
             else:
                 is_local = False
     return list(zip(reads, specs, strict=True)), is_local
@@ -341,18 +351,6 @@ def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
     return trace(expr, box).reads
 
 
-def _entry(sharding: NamedSharding, axis: int) -> Any:
-    spec = sharding.spec
-    return spec[axis] if axis < len(spec) else None
-
-
-def _shards(sharding: NamedSharding, axis: int) -> int:
-    """Into how many pieces an axis of the leaf is cut."""
-    entry = _entry(sharding, axis)
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
-
-
 def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
     """Bytes that each process reads for some steps.
 
@@ -369,14 +367,11 @@ def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Cou
         ):
             alike[step.recipe] += 1
         else:
-            processes = {
-                p for read in step.recipe.reads for p in boxes_by_process(read.sharding, read.shape)
-            }
+            processes = {p for read in step.recipe.reads for p in read.parts}
             total.update({p: nbytes_read(step, shapes, p) for p in processes})
     for recipe, n in alike.items():
         for read in recipe.reads:
-            held = boxes_by_process(read.sharding, read.shape)
-            total.update({p: n * read.shard_nbytes * len(boxes) for p, boxes in held.items()})
+            total.update({p: n * nbytes for p, nbytes in read.nbytes_by_process.items()})
     return total
 
 
@@ -384,10 +379,7 @@ def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
     for i, read in enumerate(step.recipe.reads):
-        sources = {
-            step.source(i, box)
-            for box in boxes_by_process(read.sharding, read.shape).get(process, ())
-        }
+        sources = {step.source(i, box) for box in read.parts.get(process, ())}
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

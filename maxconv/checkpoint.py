@@ -11,7 +11,7 @@ import contextvars
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,7 @@ from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handl
 from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
 
 from maxconv import resume, together
+from maxconv.algebra import Box, Shape, slices
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
@@ -38,6 +39,7 @@ class LazyTensor:
 
     Attributes:
         shape, dtype, name, sharding: of the array. Without a sharding it goes to one device.
+        parts: that it is made and written in, each with where a box of it is in the whole.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class LazyTensor:
         dtype: Any,
         name: str = "unknown",
         sharding: jax.sharding.Sharding | None = None,
+        parts: Sequence["Part"] = (),
     ):
         self._load_fn = load_fn
+        self.parts = parts or [(lambda box: box, self)]
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.name = name
@@ -98,6 +102,9 @@ class LazyTensor:
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, {self.shape}, {self.dtype})"
+
+
+Part = tuple[Callable[[Box], Box], LazyTensor]
 
 
 @dataclass
@@ -152,7 +159,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 
     async def _make_and_write(
         self,
-        values: list[Any],
+        values: Sequence[LazyTensor],
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
@@ -162,6 +169,8 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
         journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
 
+        left = [len(value.parts) for value in values]
+
         async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
             try:
                 (metadata[i],) = await self._write(array, infos[i], args[i])
@@ -170,9 +179,11 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 self.progress.hold(-cost)
                 async with room:
                     room.notify_all()
-            journal.add(metadata[i])
             self.progress.written += cost
-            self.progress.leaves += 1
+            left[i] -= 1
+            if not left[i]:
+                journal.add(metadata[i])
+                self.progress.leaves += 1
 
         # One thread: leaves are made in one order on all processes, as collectives must be.
         with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
@@ -181,16 +192,17 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     if infos[i].name in self.kept:
                         metadata[i] = self.kept[infos[i].name]
                         continue
-                    cost = value.local_nbytes
-                    async with room:
-                        await room.wait_for(lambda cost=cost: self._has_room(cost))
-                    self.progress.hold(cost)
-                    # jax.config is thread-local
-                    make: Any = partial(contextvars.copy_context().run, self._to_host, value)
-                    array = await asyncio.get_running_loop().run_in_executor(maker, make)
-                    values[i] = None
-                    writes.create_task(write(i, array, cost))
-                    del array
+                    for in_whole, part in value.parts:
+                        cost = part.local_nbytes
+                        async with room:
+                            await room.wait_for(lambda cost=cost: self._has_room(cost))
+                        self.progress.hold(cost)
+                        # jax.config is thread-local
+                        copied: Any = contextvars.copy_context().run
+                        make = partial(copied, self._to_host, part, value.shape, in_whole)
+                        array = await asyncio.get_running_loop().run_in_executor(maker, make)
+                        writes.create_task(write(i, array, cost))
+                        del array
         journal.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
@@ -202,15 +214,25 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     def _has_room(self, cost: int) -> bool:
         return not self.progress.held or self.progress.held + cost <= self.window
 
-    def _to_host(self, value: LazyTensor) -> replica_slices.ReplicaSlices:
+    def _to_host(
+        self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
+    ) -> replica_slices.ReplicaSlices:
+        """What this process writes of a part, where it belongs in the whole."""
         (on_host,) = replica_slices.transfer_arrays_to_host(
-            [value.load()],
+            [part.load()],
             self._replica_id,
             self._use_replica_parallel,
             self._min_slice_bytes_for_replica_parallel,
             self._max_replicas_for_replica_parallel,
         )
-        return on_host
+
+        def moved(held: replica_slices.ReplicaSlice) -> replica_slices.ReplicaSlice:
+            pairs = zip(held.index, part.shape, strict=True)
+            box = in_whole(tuple(s.indices(n)[:2] for s, n in pairs))
+            return replace(held, index=slices(box))
+
+        held = [moved(one) for one in on_host.replica_slices]
+        return replace(on_host, global_shape=whole, replica_slices=held)
 
     def _write(
         self,

@@ -1,8 +1,10 @@
 """The command `maxconv`."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from maxconv import __version__
 from maxconv.errors import UserError, VerificationError
@@ -28,6 +30,7 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
       What a conversion would do, without reading a tensor.
         --tpu_type=v5p-64 --num_slices=2     on slices that are not here
         --report=plan.html                   a page of pictures, too
+        --compile                            and what the TPU compiler makes of every cell
   maxconv verify CHECKPOINT [the words of the conversion]
       Read a converted checkpoint back, recompute it from its source, compare every bit.
   maxconv inspect PATH
@@ -56,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return run(lambda: COMMANDS[name](rest))
+
+
+def script(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a program. It ends at once: Python would clear all that JAX made, for seconds."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(command: Callable[[], None]) -> int:
@@ -93,6 +107,7 @@ def plan(words: Sequence[str]) -> None:
 
     import jax
 
+    from maxconv.compiled import compiled_text
     from maxconv.convert import prepared
     from maxconv.distributed import start
     from maxconv.page import plan_page
@@ -105,6 +120,8 @@ def plan(words: Sequence[str]) -> None:
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
         print(plan_text(job.plan, job.window, readable, on))
+        if job.config.compile:
+            print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
             Path(page).write_text(plan_page(job.plan, job.window, readable, on))
 
@@ -150,4 +167,4 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -44,6 +44,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "max_host_memory_gb": (float, None),
     "tpu_type": (str, None),
     "report": (str, None),
+    "compile": (bool, False),
 }
 _FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
 
@@ -63,6 +64,7 @@ _OF_ONE_RUN = (
     "jax_distributed_initialization_timeout",
     "tpu_type",
     "report",
+    "compile",
 )
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -129,6 +131,8 @@ class Config:
     """Of slices that are not here, to plan for."""
     report: str | None
     """Where `plan` writes a page about it."""
+    compile: bool
+    """Ask the TPU compiler about the cells of a plan."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""

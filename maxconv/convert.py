@@ -1,10 +1,11 @@
 """A conversion from beginning to end: source, plan, checks, save, verification."""
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,20 +15,25 @@ import jax
 from etils import epath
 
 from maxconv import __version__, checkpoint, distributed, publish, resume, target, together
+from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
 from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
 from maxconv.inspect import find_items
 from maxconv.model import Model, resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
-from maxconv.report import ProgressLine, duration, peak_memory, size
+from maxconv.report import ProgressLine, duration, machine_memory, peak_memory, size
 from maxconv.sharding import make_mesh
+from maxconv.slabs import Slab
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
 from maxconv.tpus import slice_of
 from maxconv.verify import Report, leaves_to_check, verify
 
-WINDOW = 512 << 20  # bytes per process, unless --max_host_memory_gb says otherwise
+# Bytes of a process' window unless --max_host_memory_gb says otherwise: a part of the machine's
+# memory, and no more than serves. On a CPU the devices' memory is the host's, too.
+WINDOW_PART = 48
+WINDOW_MOST = {"tpu": 4 << 30, "cpu": 512 << 20}
 BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
 
 
@@ -66,12 +72,15 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         UserError: with everything that is in the way, the same on all processes. The target is
             only looked at when something `writes` to it.
     """
-    for word in ("tpu_type", "report"):
-        if writes and getattr(config, word) is not None:
+    for word in ("tpu_type", "report", "compile"):
+        if writes and getattr(config, word):
             raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
+    if config.compile and config.tpu_type is None:
+        raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
     with distributed.same_error_everywhere():
         source = opened(config)
     with source:
+        window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
         with distributed.same_error_everywhere():
             plan = make_plan(
                 source,
@@ -80,11 +89,12 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.logical_axis_rules,
                 config.scan_axis,
                 config.save_dtype,
-                _window(config) // 8,
+                window // 8,
+                window * 3 // 8 if config.lazy_load_tensors else math.inf,
             )
         # That of process 0: a copy of the source on another host has other times.
         same = distributed.gathered(resume.identity(config, source, plan))[0]
-        job = Job(config, source, plan, _window(config), same)
+        job = Job(config, source, plan, window, same)
         with distributed.same_error_everywhere():
             if writes:
                 job = _with_target(job)
@@ -95,7 +105,8 @@ def _devices(config: Config) -> Sequence[Any] | None:
     """Those to plan for, where they are not the ones that are here."""
     if config.tpu_type is None:
         return None
-    return slice_of(config.tpu_type).chips(max(config.num_slices, 1))
+    on, num_slices = slice_of(config.tpu_type), max(config.num_slices, 1)
+    return chips(on, num_slices) if config.compile else on.chips(num_slices)
 
 
 def opened(config: Config) -> Source:
@@ -195,12 +206,12 @@ def _with_publication(job: Job) -> Job:
 def _scratch_nbytes(job: Job) -> int:
     """What all processes have on disk at most of a checkpoint that goes to the Hub.
 
-    Each starts to make a leaf when no more than a window waits to be uploaded, and while the leaves
+    Each starts to make a slab when no more than a window waits to be uploaded, and while the slabs
     of another window are being written.
     """
     if not job.config.lazy_load_tensors:
         return job.plan.output_nbytes
-    largest = max(leaf.local_nbytes for leaf in job.plan.leaves)
+    largest = max(slab.local_nbytes for leaf in job.plan.leaves for slab in leaf.slabs)
     bound = (2 * job.window + 2 * largest) * len(job.plan.processes)
     return min(bound, job.plan.output_nbytes)
 
@@ -259,21 +270,15 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
     progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
     with Engine(replace(plan, leaves=left), job.source, job.window) as engine:
 
-        def make(planned: LeafPlan) -> jax.Array:
+        def make(slab: Slab) -> jax.Array:
             if job.publication is not None:
                 job.publication.wait_for_room(jax.process_index(), job.window)
-            return engine.make(planned)
+            return engine.make_slab(slab)
 
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
             if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
                 return engine.make(planned)
-            return checkpoint.LazyTensor(
-                partial(make, planned),
-                planned.shape,
-                planned.dtype,
-                planned.name,
-                planned.sharding,
-            )
+            return _lazy(planned, make)
 
         with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
@@ -291,6 +296,20 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool) -> None:
             )
 
 
+def _lazy(leaf: LeafPlan, make: Callable[[Slab], jax.Array]) -> checkpoint.LazyTensor:
+    def part(slab: Slab) -> checkpoint.LazyTensor:
+        return checkpoint.LazyTensor(
+            partial(make, slab), slab.shape, slab.dtype, leaf.name, slab.sharding
+        )
+
+    def whole() -> jax.Array:
+        (slab,) = leaf.slabs
+        return make(slab)
+
+    parts = [(slab.in_leaf, part(slab)) for slab in leaf.slabs]
+    return checkpoint.LazyTensor(whole, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
+
+
 def _verify(job: Job, saved: str, speaks: bool) -> None:
     """Reads a checkpoint back and compares; VerificationError when it is not as it should be."""
     mode = job.config.verify
@@ -298,6 +317,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
         return
     started = time.monotonic()
     checked = replace(job.plan, leaves=tuple(leaves_to_check(job.plan, mode)))
+    total = sum(slab.nbytes for leaf in checked.leaves for slab in leaf.slabs)
     report = Report()
 
     def say(now: Report) -> None:
@@ -307,7 +327,7 @@ def _verify(job: Job, saved: str, speaks: bool) -> None:
     with (
         together.all_or_none(),
         Engine(checked, job.source, job.window) as engine,
-        ProgressLine("verified", lambda: (report.nbytes, checked.output_nbytes), _told(speaks)),
+        ProgressLine("verified", lambda: (report.nbytes, total), _told(speaks)),
     ):
         whole = job.publication.whole if job.publication is not None else lambda item: item
         report = verify(saved, job.plan, engine, mode, job.window, say, whole)
@@ -353,9 +373,15 @@ def _leave_words(job: Job, name: str) -> None:
 
 
 def _window(config: Config) -> int:
-    if config.max_host_memory_gb is None:
-        return WINDOW
-    return max(int(config.max_host_memory_gb * 2**30) - BASE, 64 << 20)
+    """Bytes that a process may hold of what it reads, makes and writes."""
+    if config.max_host_memory_gb is not None:
+        window = int(config.max_host_memory_gb * 2**30) - BASE
+    elif config.tpu_type is not None:
+        window = min(slice_of(config.tpu_type).kind.host_ram // WINDOW_PART, WINDOW_MOST["tpu"])
+    else:
+        most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
+        window = min(machine_memory() // WINDOW_PART, most)
+    return max(window, 64 << 20)
 
 
 def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:

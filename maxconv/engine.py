@@ -1,7 +1,7 @@
-"""Makes leaves: read ahead, raw bytes to the devices, one compiled cell after another.
+"""Makes slabs of leaves: read ahead, raw bytes to the devices, one compiled cell after another.
 
-One byte budget, the window, bounds what a process holds besides the leaf it is making: a quarter
-of it is for bytes read ahead, the rest for finished leaves that are being written (checkpoint.py).
+One byte budget, the window, bounds what a process holds: a quarter of it is for bytes read ahead,
+the rest for the slab in the making and those that are being written (checkpoint.py).
 """
 
 from collections import deque
@@ -15,11 +15,12 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from maxconv.algebra import Box, clip, dims, slices
+from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.cells import Step
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits, compile_blank, compile_cell
+from maxconv.slabs import Slab
 from maxconv.sources import Part, Source, aligned_empty
 
 READERS = 2  # threads that read cells: one copies while the other waits for its storage
@@ -33,16 +34,15 @@ class Stats:
     """
 
     compiled: int = 0
-    leaves: int = 0
     steps: int = 0
     ahead: int = 0
     peak_ahead: int = 0
 
 
 class Engine:
-    """Makes the leaves of a plan, preferably in its order: that is how it reads ahead.
+    """Makes the slabs of a plan, preferably in its order: that is how it reads ahead.
 
-    A context manager. Leaves are made by one thread at a time: a cell that has collectives must be
+    A context manager. Slabs are made by one thread at a time: a cell that has collectives must be
     launched in the same order on all processes.
     """
 
@@ -54,9 +54,14 @@ class Engine:
         self._ahead = _ReadAhead(plan, source, window // 4, self.stats)
 
     def make(self, leaf: LeafPlan) -> jax.Array:
-        """The whole leaf, as a global array in its training sharding."""
+        """A leaf that is a single slab, as a global array in its training sharding."""
+        (slab,) = leaf.slabs
+        return self.make_slab(slab)
+
+    def make_slab(self, slab: Slab) -> jax.Array:
+        """A slab of a leaf, as a global array in the leaf's training sharding."""
         array = None
-        for step in leaf.steps:
+        for step in slab.steps:
             recipe = step.recipe
             with self._ahead.take(step) as reads:
                 run = self._cells(recipe)
@@ -69,7 +74,6 @@ class Engine:
                 array.block_until_ready()  # what it read may go
             self.stats.steps += 1
         assert array is not None
-        self.stats.leaves += 1
         return array
 
     def _counted(self, compile: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,17 +143,21 @@ def _fetch(source: Source, step: Step) -> list[jax.Array]:
 
 def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     read = step.recipe.reads[i]
-    boxes = local_boxes(read.sharding, read.shape)
+    shape, sharding = read.as_read
+    boxes = local_boxes(sharding, shape)
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        of = step.source(i, box)
+        of = step.source(i, read.part(box))
         inside = clip(of.box, source.tensors[of.name].shape)
         # Aligned, so that a CPU device takes the memory as it is.
-        memory = aligned_empty(dims(of.box), bits(read.dtype), zero=inside != of.box)
-        host[box] = memory.reshape(dims(box))
-        parts.setdefault(of.name, []).append((inside, memory[slices(inside, of.box)]))
+        is_short = volume(inside) < volume(box)
+        memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
+        host[box] = memory
+        whole = read.buffer(box)
+        within = memory.reshape(whole[len(whole) - len(of.box) :])  # without the axis of lanes
+        parts.setdefault(of.name, []).append((inside, within[slices(inside, of.box)]))
     for name, boxes_of in parts.items():
         source.read(source.tensors[name], boxes_of)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
-    return jax.make_array_from_single_device_arrays(read.shape, read.sharding, shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)

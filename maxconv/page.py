@@ -7,7 +7,7 @@ from itertools import groupby
 from maxconv.algebra import Box
 from maxconv.placement import device_boxes
 from maxconv.plan import LeafPlan, Plan
-from maxconv.report import device_estimate, duration, host_estimate, size
+from maxconv.report import device_estimate, duration, held_nbytes, host_estimate, size
 from maxconv.tpus import Slice
 
 _LEAVES = 12  # drawn: the largest
@@ -51,12 +51,13 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         "</div>",
         "<h2>Bytes that each host reads</h2>",
         _hosts(reads),
-        "<h2>Who reads what</h2><p>A row is a leaf, a column a host, left to right as above. "
-        "Its colour is the part of the leaf that it makes, and reads the tensors of: hosts of one "
-        "colour have the same.</p>",
+        "<h2>Who has what</h2><p>A row is a leaf, a column a host, left to right as above. Its "
+        "colour is the part of the leaf that it makes: hosts of one colour have the same. Each "
+        "reads the tensors of that part itself (direct), or an even share of their rows, which the "
+        "chips then exchange over the mesh axes named.</p>",
         _who(plan),
-        "<h2>Memory of a host, leaf by leaf</h2><p>Window, reads and the shards of the leaf in "
-        "the making, in the order of the save.</p>",
+        "<h2>Memory of a host, leaf by leaf</h2><p>What is read ahead, in the making and being "
+        "written, in the order of the save.</p>",
         _memory(plan, window),
         "<h2>Largest leaves</h2>",
         _largest(plan),
@@ -109,7 +110,7 @@ def _hosts(reads: Sequence[int]) -> str:
 
 def _who(plan: Plan) -> str:
     """Leaves by hosts, in the colour of the part of the leaf that is on the host."""
-    left, row, right = 330, 18, 70
+    left, row, right = 330, 18, 270
     width = (_WIDTH - left - right) / len(plan.processes)
     marks = []
     leaves = sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:_LEAVES]
@@ -120,7 +121,9 @@ def _who(plan: Plan) -> str:
         parts = [tuple(sorted(boxes[process])) for process in plan.processes]
         ranks = {part: rank for rank, part in enumerate(sorted(set(parts)))}
         marks.append(_text(left - 8, i * row + 13, _short(leaf), "end"))
-        marks.append(_text(_WIDTH - right + 8, i * row + 13, f"{len(ranks)} parts"))
+        ways = dict.fromkeys(read.way for step in leaf.steps for read in step.recipe.reads)
+        said = f"{len(ranks)} parts, {'; '.join(ways)}"
+        marks.append(_text(_WIDTH - right + 8, i * row + 13, said))
         at = 0
         for part, hosts in groupby(parts):
             n = len(list(hosts))
@@ -140,10 +143,7 @@ def _short(leaf: LeafPlan) -> str:
 def _memory(plan: Plan, window: int) -> str:
     """A host's memory over the save: bars as wide as their leaf is large."""
     total, top = plan.output_nbytes, 16
-    held = [
-        window + leaf.local_nbytes + max((s.recipe.buffer_nbytes for s in leaf.steps), default=0)
-        for leaf in plan.leaves
-    ]
+    held = [held_nbytes(leaf, window) for leaf in plan.leaves]
     most, x, marks = max(held), 0.0, []
     for leaf, nbytes in zip(plan.leaves, held, strict=True):
         w, h = _WIDTH * leaf.nbytes / total, 100 * nbytes / most

@@ -1,5 +1,6 @@
 """Which device, and which process, holds which box of an array."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -8,6 +9,25 @@ from jax.sharding import NamedSharding
 from maxconv.algebra import Box, Shape
 
 Device = Any  # jax.Device, which type checkers do not take for a type
+
+
+def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that cut an axis of an array; the first outermost."""
+    entry = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return tuple(n for n in names if n is not None and sharding.mesh.shape[n] > 1)
+
+
+def shards(sharding: NamedSharding, axis: int) -> int:
+    """Into how many pieces an axis of an array is cut."""
+    return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
+
+
+@cache
+def local_devices(sharding: NamedSharding) -> int:
+    """Devices of a process in the mesh, which are as many in each."""
+    processes = {device.process_index for device in sharding.device_set}
+    return len(sharding.device_set) // len(processes)
 
 
 @cache

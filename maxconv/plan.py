@@ -24,13 +24,15 @@ from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
 from maxconv.logical import rounded
 from maxconv.model import Model
+from maxconv.placement import local_devices
 from maxconv.sharding import partition_spec
+from maxconv.slabs import Slab, slabs
 from maxconv.sources import Source, TensorInfo
 
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """A leaf: what it is, where it lives, how it comes about.
+    """A leaf: what it is, where it lives, how it comes about, slab by slab.
 
     `replicated` says, in words, which axes could not be sharded as the rules have it.
     """
@@ -38,8 +40,12 @@ class LeafPlan:
     leaf: Leaf
     dtype: np.dtype
     sharding: NamedSharding
-    steps: tuple[Step, ...]
+    slabs: tuple[Slab, ...]
     replicated: tuple[str, ...]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for slab in self.slabs for step in slab.steps]
 
     @property
     def name(self) -> str:
@@ -59,8 +65,8 @@ class LeafPlan:
 
     @property
     def local_nbytes(self) -> int:
-        """Bytes of this process' shards on all its devices."""
-        return self.shard_nbytes * len(self.sharding.addressable_devices)
+        """Bytes of a process' shards on all its devices."""
+        return self.shard_nbytes * local_devices(self.sharding)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Plan:
 
     @property
     def blanks(self) -> set[tuple[Shape, np.dtype, NamedSharding]]:
-        """The kinds of leaves that are written cell by cell: each is compiled, too."""
+        """The kinds of slabs that are written cell by cell: each is compiled, too."""
         return {(r.shape, r.dtype, r.sharding) for r in self.recipes if not r.is_whole}
 
     @property
@@ -129,6 +135,7 @@ def make_plan(
     scan_axis: int | None = 1,
     save_dtype: np.dtype | str = "bfloat16",
     budget: int = 64 << 20,
+    slab: float = math.inf,
 ) -> Plan:
     """Plans a conversion.
 
@@ -140,6 +147,7 @@ def make_plan(
         scan_axis: param_scan_axis, or None for unscanned layers.
         save_dtype: of the leaves.
         budget: bytes that a step should read at most, in a process.
+        slab: bytes of a leaf that should be made before they are written, in a process.
 
     Raises:
         UserError: everything that does not fit, at once.
@@ -152,8 +160,9 @@ def make_plan(
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
         dtype = np.dtype(leaf.dtype or save_dtype)
-        made = tuple(steps(leaf.expr, dtypes, dtype, to, budget))
-        planned.append(LeafPlan(leaf, dtype, to, made, dropped))
+        made = steps(leaf.expr, dtypes, dtype, to, budget)
+        parts = slabs(made, leaf.shape, dtype, to, slab)
+        planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")
     return Plan(model, mesh, tuple(planned), source.tensors, tuple(notices))

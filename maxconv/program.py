@@ -1,7 +1,8 @@
 """The jitted functions that make a leaf out of raw bytes.
 
-Every input crosses as unsigned bits in the sharding that the plan chose, and is given its type on
-the device; a recipe that only moves data stays in bits to the end, so that NaN payloads survive.
+Every input crosses as unsigned bits in the sharding that the plan chose, is exchanged if other
+devices need it, and is then given its type; a recipe that only moves data stays in bits to the end,
+so that NaN payloads survive.
 Leaves of several cells are written cell by cell into one donated buffer.
 """
 
@@ -38,23 +39,33 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
         typed = [_retype(x, r.dtype) for x, r in zip(reads, recipe.reads, strict=True)]
         return jnp.asarray(run(typed)).astype(recipe.dtype)
 
+    def made(*reads: jax.Array) -> jax.Array:
+        needed = [r.local(x) for r, x in zip(recipe.reads, reads, strict=True)]
+        if recipe.lanes is None:
+            return cell(*needed)
+        return jnp.moveaxis(jax.vmap(cell)(*needed), 0, recipe.lanes)
+
     def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
         at = [offset[axis] for axis in range(leaf.ndim)]
         if recipe.lanes is None:
-            return _update(leaf, cell(*reads), at)
-        axis, lanes = recipe.lanes, reads[0].shape[0]
+            return _update(leaf, made(*reads), at)
+        axis, lanes = recipe.lanes, recipe.reads[0].shape[0]
         by_lane = leaf.reshape(*leaf.shape[:axis], lanes, -1, *leaf.shape[axis + 1 :])
-        made = jnp.moveaxis(jax.vmap(cell)(*reads), 0, axis)
         zero = jnp.zeros((), offset.dtype)
-        return _update(by_lane, made, [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
+        return _update(by_lane, made(*reads), [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
 
-    return cell if recipe.is_whole else write
+    def whole(*reads: jax.Array) -> jax.Array:
+        return made(*reads).reshape(recipe.shape)
+
+    return whole if recipe.is_whole else write
 
 
 def compile_cell(recipe: Recipe) -> Any:
     """The compiled function of a recipe, for the mesh of its shardings; the leaf is donated."""
     reads = [
-        jax.ShapeDtypeStruct(r.shape, bits(r.dtype), sharding=r.sharding) for r in recipe.reads
+        jax.ShapeDtypeStruct(shape, bits(r.dtype), sharding=sharding)
+        for r in recipe.reads
+        for shape, sharding in [r.as_read]
     ]
     function = cell_function(recipe)
     if recipe.is_whole:

@@ -122,7 +122,7 @@ def _step_files(info: Any) -> set[str]:
 class Publication:
     """The checkpoint on its way to a repository. Process 0 makes one; others only wait for room.
 
-    `limit`: bytes of data files that a process may have on disk before it makes another leaf.
+    `limit`: bytes of data files that a process may have on disk before it makes another slab.
     """
 
     def __init__(self, place: str, token: str | None, max_retries: int, public: bool):

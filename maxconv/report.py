@@ -53,6 +53,16 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or lets this container have."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(allowed)) if allowed.isdigit() else there
+
+
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns; numbers to the right."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
@@ -89,7 +99,8 @@ def plan_text(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         _leaves(plan.leaves),
         "",
         f"read     {size(total)} in all, {size(over)} ({_percent(over, plan.needed_nbytes)}) more "
-        "than the tensors used",
+        f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
+        "the mean",
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
         f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
         f"device   at most {size(device_estimate(plan))} on each",
@@ -121,15 +132,21 @@ def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
 
 
 def host_estimate(plan: Plan, window: int) -> int:
-    """Bytes a process holds at most: the window, and the largest leaf's shards and reads."""
-    cells = max(recipe.buffer_nbytes for recipe in plan.recipes)
-    return window + max(leaf.local_nbytes for leaf in plan.leaves) + cells
+    """Bytes that a process holds at most, beside what it takes to compute one cell."""
+    return max(held_nbytes(leaf, window) for leaf in plan.leaves)
+
+
+def held_nbytes(leaf: LeafPlan, window: int) -> int:
+    """Bytes that a process holds while it makes a leaf: the window, unless one part is larger."""
+    reads = max(step.recipe.buffer_nbytes for step in leaf.steps)
+    slab = max(slab.local_nbytes for slab in leaf.slabs)
+    return max(window // 4, reads) + max(window - window // 4, slab)
 
 
 def device_estimate(plan: Plan) -> int:
-    """Bytes a device holds at most: its shard of a leaf and what two cells read."""
-    cells = max(sum(r.shard_nbytes for r in recipe.reads) for recipe in plan.recipes)
-    return max(leaf.shard_nbytes for leaf in plan.leaves) + 2 * cells
+    """Bytes a device holds at most: its shards of two slabs and what two cells read."""
+    cells = max(recipe.device_nbytes for recipe in plan.recipes)
+    return 2 * max(slab.shard_nbytes for leaf in plan.leaves for slab in leaf.slabs) + 2 * cells
 
 
 def _sizes(plan: Plan) -> str:
@@ -154,8 +171,10 @@ def _leaves(leaves: Sequence[LeafPlan]) -> str:
         if len(alike) > 1:
             name = name.replace("layers_0", f"layers_{{0..{len(alike) - 1}}}")
         spec = ", ".join(_axes(entry) for entry in first.sharding.spec)
-        rows.append((name, first.shape, first.dtype, f"({spec})", size(first.nbytes * len(alike))))
-    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes"))
+        ways = dict.fromkeys(read.way for step in first.steps for read in step.recipe.reads)
+        nbytes = size(first.nbytes * len(alike))
+        rows.append((name, first.shape, first.dtype, f"({spec})", nbytes, "; ".join(ways)))
+    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes", "read"))
 
 
 def _axes(entry: object) -> str:

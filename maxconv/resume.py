@@ -37,7 +37,9 @@ _serializer = array_metadata_store.Serializer()
 def identity(config: Config, source: Source, plan: Plan) -> dict[str, str]:
     """What must be the same for two attempts to make the same bits in the same places."""
     words = (word.partition("=") for word in config.words)
-    leaves = [(p.name, p.shape, str(p.dtype), str(p.sharding.spec)) for p in plan.leaves]
+    leaves = [  # with the shape of their slabs, which is that of the chunks in storage
+        (p.name, p.shape, str(p.dtype), str(p.sharding.spec), p.slabs[0].shape) for p in plan.leaves
+    ]
     devices = [(d.id, d.process_index) for d in plan.mesh.devices.flat]
     made = repr((leaves, plan.mesh.axis_names, plan.mesh.devices.shape, devices))
     return {

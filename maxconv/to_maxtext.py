@@ -114,4 +114,4 @@ def get_maxtext_model_info(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["convert", *sys.argv[1:]]))
+    cli.script(["convert", *sys.argv[1:]])

@@ -6,7 +6,7 @@ leaf and the one that the engine makes again are compared where they live, on th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import jax
@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from maxconv import checkpoint
 from maxconv.algebra import Box, slices
+from maxconv.cells import Recipe
 from maxconv.distributed import gathered
 from maxconv.engine import Engine
 from maxconv.errors import UserError
@@ -27,6 +28,7 @@ from maxconv.ocdbt import unexplained, value_spans
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits
+from maxconv.slabs import Slab
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
@@ -59,7 +61,7 @@ def verify(
     """Compares a checkpoint with what the plan makes of its source.
 
     All processes call it, and get the same report. A process holds at most the window and two
-    copies of its part of a leaf. What cannot be read is a problem in the report, not an exception.
+    copies of its part of a slab. What cannot be read is a problem in the report, not an exception.
 
     Args:
         directory: of the checkpoint: `<out>`, `<out>/0` or `<out>/0/items`.
@@ -69,7 +71,7 @@ def verify(
         mode: "sample" compares `leaves_to_check` only. "full" compares every leaf, and checks every
             byte of the OCDBT files that no leaf is made of.
         window: the budget, in bytes per process; the engine's is the same one.
-        say: called after every leaf.
+        say: called after every slab.
         seen_as: turns what is in the directory into what is to be read.
 
     Raises:
@@ -87,38 +89,46 @@ def verify(
     leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
     report.total = len(leaves)
     for leaf in leaves:
-        stored, why = _read(item, leaf, window - window // 4)  # the engine has the rest
-        failed = _everyones({leaf.name: why} if why else {})
-        expected = engine.make(leaf)
-        if failed:
-            report.problems.append(f"{leaf.name} cannot be read: {failed[leaf.name]}.")
-        elif stored is not None and (sentence := _difference(leaf, expected, stored)):
-            report.problems.append(sentence)
-        report.leaves += 1
-        report.nbytes += leaf.nbytes
-        say(report)
+        problem = None
+        for slab in leaf.slabs:  # in any case all of them: the engine is reading ahead
+            problem = _compared(item, leaf, slab, engine, window) or problem
+            report.nbytes += slab.nbytes
+            report.leaves += slab is leaf.slabs[-1]
+            say(report)
+        report.problems += [problem] if problem else []
     return report
+
+
+def _compared(item: Item, leaf: LeafPlan, slab: Slab, engine: Engine, window: int) -> str | None:
+    """What is wrong with a slab, in a sentence."""
+    stored, why = _read(item, leaf, slab, window - window // 4)  # the engine has the rest
+    failed = _everyones({leaf.name: why} if why else {})
+    expected = engine.make_slab(slab)
+    if failed:
+        return f"{leaf.name} cannot be read: {failed[leaf.name]}."
+    return _difference(leaf, slab, expected, stored) if stored is not None else None
 
 
 def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
     """The leaves that a mode compares, in the plan's order.
 
-    A sample has every leaf of at most 1 MiB. Of the others, smallest first, it has those that are
-    made by a recipe that the sample lacks, while a process' share of them stays within 1 GiB.
+    A sample has every leaf of at most 1 MiB. Of the others, smallest first, it has those slabs that
+    are made by a recipe that the sample lacks, while a process' share of them stays within 1 GiB.
     """
     if mode == "full":
         return list(plan.leaves)
-    chosen, recipes, left = set(), set(), SAMPLE_BYTES
+    chosen: dict[str, list[Slab]] = {}
+    recipes, left = set[Recipe](), SAMPLE_BYTES
     for leaf in sorted(plan.leaves, key=lambda leaf: leaf.nbytes):
-        share = leaf.shard_nbytes * plan.mesh.size // len(plan.processes)
-        new = {step.recipe for step in leaf.steps} - recipes
-        if leaf.nbytes > SMALL_BYTES:
-            if not new or share > left:
-                continue
-            left -= share
-        chosen.add(leaf.name)
-        recipes |= new
-    return [leaf for leaf in plan.leaves if leaf.name in chosen]
+        for slab in leaf.slabs:
+            new = {step.recipe for step in slab.steps} - recipes
+            if leaf.nbytes > SMALL_BYTES:
+                if not new or slab.local_nbytes > left:
+                    continue
+                left -= slab.local_nbytes
+            chosen.setdefault(leaf.name, []).append(slab)
+            recipes |= new
+    return [replace(p, slabs=tuple(chosen[p.name])) for p in plan.leaves if p.name in chosen]
 
 
 def _open(directory: epath.Path, plan: Plan, mode: str) -> tuple[Item | None, dict[str, str]]:
@@ -167,25 +177,25 @@ def _step_problem(directory: epath.Path) -> dict[str, str]:
     return {} if step == 0 else {"step": f"step is {step}, planned is 0."}
 
 
-def _read(item: Item, leaf: LeafPlan, window: int) -> tuple[jax.Array | None, str]:
-    """A stored leaf, or why this process cannot read it; `window` bounds the bytes in flight."""
-    boxes = local_boxes(leaf.sharding, leaf.shape)
+def _read(item: Item, leaf: LeafPlan, slab: Slab, window: int) -> tuple[jax.Array | None, str]:
+    """A stored slab, or why this process cannot read it; `window` bounds the bytes in flight."""
+    boxes = local_boxes(slab.sharding, slab.shape)
     distinct = list(set(boxes.values()))
-    at_once = max(1, window // (2 * leaf.shard_nbytes))  # what is read is copied once
+    at_once = max(1, window // (2 * slab.shard_nbytes))  # what is read is copied once
     host: dict[Box, np.ndarray] = {}
     try:
         for i in range(0, len(distinct), at_once):
-            batch = distinct[i : i + at_once]
-            store = item.open(leaf.name, batch).result()
-            reads = {box: store[slices(box)].read() for box in batch}
+            batch = {box: slab.in_leaf(box) for box in distinct[i : i + at_once]}
+            store = item.open(leaf.name, [*batch.values()]).result()
+            reads = {box: store[slices(there)].read() for box, there in batch.items()}
             host |= {box: read.result() for box, read in reads.items()}
     except (ValueError, OSError) as error:
         return None, reason(error)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards), ""
+    return jax.make_array_from_single_device_arrays(slab.shape, slab.sharding, shards), ""
 
 
-def _difference(leaf: LeafPlan, expected: jax.Array, stored: jax.Array) -> str | None:
+def _difference(leaf: LeafPlan, slab: Slab, expected: jax.Array, stored: jax.Array) -> str | None:
     """A sentence about the first element that is not as it should be, if there is one."""
     differ, locate = _comparison(leaf.sharding.mesh)
     rows = np.flatnonzero(differ(expected, stored))
@@ -193,10 +203,11 @@ def _difference(leaf: LeafPlan, expected: jax.Array, stored: jax.Array) -> str |
         return None
     found = locate(expected, stored, np.int32(rows[0]))
     counts, position, *values = (np.asarray(x) for x in found)
-    index = (rows[0], *np.unravel_index(int(position), leaf.shape[1:]))
+    index = (rows[0], *np.unravel_index(int(position), slab.shape[1:]))
+    in_leaf = slab.in_leaf(tuple((int(i), int(i) + 1) for i in index))
     should, got = (f"{value.view(leaf.dtype)} (0x{int(value):x})" for value in values)
     return (
-        f"{leaf.name}[{', '.join(str(int(i)) for i in index)}] is {got}, the source makes it "
+        f"{leaf.name}[{', '.join(str(at) for at, _ in in_leaf)}] is {got}, the source makes it "
         f"{should}; {counts.sum(dtype=np.int64):,} of {expected.size:,} elements differ."
     )
 

@@ -1,6 +1,7 @@
 """Leaves, however cut and sharded, equal the whole expression, and nothing is done twice."""
 
 import json
+import math
 
 import jax
 import ml_dtypes
@@ -27,6 +28,7 @@ from maxconv.cells import steps
 from maxconv.engine import Engine
 from maxconv.families import Leaf
 from maxconv.plan import LeafPlan, Plan, make_plan
+from maxconv.slabs import slabs
 from maxconv.sources import LocalSource
 
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
@@ -85,7 +87,7 @@ def plan_of(source, named, budget):
     expr = bind(template, {n: i.shape for n, i in source.tensors.items()}, LAYERS)
     to, dtype = NamedSharding(MESH, spec), np.dtype(ml_dtypes.bfloat16)
     dtypes = {n: i.dtype for n, i in source.tensors.items()}
-    made = tuple(steps(expr, dtypes, dtype, to, budget))
+    made = slabs(steps(expr, dtypes, dtype, to, budget), expr.shape, dtype, to, math.inf)
     leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
     return Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
 
@@ -153,7 +155,7 @@ def test_leaves_can_be_made_in_any_order(tmp_path):
                 np.testing.assert_array_equal(np.asarray(engine.make(leaf)), first[leaf.name])
 
 
-def test_a_large_cell_is_made_in_slabs(tmp_path):
+def test_a_large_cell_is_made_in_slices(tmp_path):
     with tiny_job(tmp_path, "qwen3-8b") as job:
         config = job.config
         args = (job.source, job.plan.model, job.plan.mesh, config.logical_axis_rules)
@@ -174,7 +176,8 @@ def test_experts_of_several_dtypes(tmp_path):
         template = hf("e{e}") >> rearrange("m e -> e m")
         expr = bind(template, {n: (8, 4) for n in tensors}, {"e": Stacked(range(4), 0)})
         to, dtype = NamedSharding(MESH, P(("x", "y"))), np.dtype(ml_dtypes.bfloat16)
-        made = tuple(steps(expr, {n: t.dtype for n, t in tensors.items()}, dtype, to, 1 << 20))
+        parts = steps(expr, {n: t.dtype for n, t in tensors.items()}, dtype, to, 1 << 20)
+        made = slabs(parts, expr.shape, dtype, to, math.inf)
         leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
         plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
         with Engine(plan, source, 1 << 20) as engine:
@@ -192,7 +195,8 @@ def test_nan_payloads_survive(tmp_path):
         template = hf("w{l}") >> rearrange("o i -> i o")
         expr = bind(template, {n: (256, 256) for n in tensors}, {"l": Stacked((0, 1), 1)})
         to, dtype = NamedSharding(MESH, P("x", None, "y")), np.dtype(ml_dtypes.bfloat16)
-        made = tuple(steps(expr, dict.fromkeys(tensors, dtype), dtype, to, 1 << 20))
+        parts = steps(expr, dict.fromkeys(tensors, dtype), dtype, to, 1 << 20)
+        made = slabs(parts, expr.shape, dtype, to, math.inf)
         leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
         plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
         with Engine(plan, source, 1 << 20) as engine:

@@ -23,6 +23,7 @@ from maxconv.model import resolve
 from maxconv.plan import Plan, make_plan
 from maxconv.program import compile_blank, compile_cell
 from maxconv.sharding import make_mesh
+from maxconv.shares import CellRead
 from maxconv.tables import model_facts
 
 pytestmark = pytest.mark.skipif(
@@ -35,12 +36,18 @@ FSDP_8 = "ici_fsdp_parallelism=8"
 FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
 EXPERT_4 = "ici_expert_parallelism=4 ici_fsdp_parallelism=2"  # an expert in each lane
+FSDP_64 = "ici_fsdp_parallelism=64 ici_tensor_parallelism=8"
+FSDP_TENSOR_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=16"
+EXPERT_8 = "ici_fsdp_parallelism=64 ici_expert_parallelism=8"
+REPLICAS = "ici_data_parallelism=4 ici_fsdp_parallelism=2"
 TENSOR_8 = "ici_fsdp_parallelism=1 ici_tensor_parallelism=8"  # of 28 and 4 heads: replicated
 
-# What moves data to another chip or to the host, or hides what it does.
+# What moves data to another chip or to the host, or hides what it does. Two of the calls do not:
+# what they crop is padding of a tile, and what they assume is that our indices are right.
 FOREIGN = re.compile(
     r" ((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter"
-    r"|collective-(?:permute|broadcast)|send|recv|infeed|outfeed|custom-call)(?:-start)?\("
+    r"|collective-(?:permute|broadcast)|send|recv|infeed|outfeed"
+    r"|custom-call(?!.*(?:ZeroCrop|AssumeGatherIndicesInBound)))(?:-start)?\("
 )
 
 
@@ -58,10 +65,19 @@ FOREIGN = re.compile(
         ("qwen2.5-7b", "v5e:2x4", TENSOR_8),
         ("qwen3-0.6b", "v5e:16x16", ""),
         ("qwen3-30b-a3b", "v5e:2x4", EXPERT_4),
+        ("qwen3-0.6b", "v5e:2x4", REPLICAS),
+        ("llama3.1-405b", "v5e:16x16", FSDP_TENSOR_16),
+        ("llama3.1-405b", "v5p:8x8x8", FSDP_64),
+        ("deepseek3-671b", "v5p:8x8x8", EXPERT_8),
     ],
 )
-def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) -> None:
+def test_cells_exchange_what_they_must_and_no_more(
+    model_name: str, topology: str, words: str
+) -> None:
     plan = plan_of(model_name, topology, words)
+    reads = [plan.read_nbytes(process) for process in plan.processes]
+    assert sum(reads) == plan.needed_nbytes
+    assert max(reads) * len(reads) <= 1.05 * sum(reads)
     converting: set[str] = set()
     recipes = names(plan)
     with ThreadPoolExecutor(2) as pool:
@@ -69,8 +85,8 @@ def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) ->
     for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
         check_memory(name, recipe, compiled.memory_analysis())
         text = compiled.as_text()
-        assert recipe.is_local and not FOREIGN.findall(text), name
-        if " convert(" in text:
+        assert recipe.is_local and set(FOREIGN.findall(text)) <= exchanges(recipe), name
+        if re.search(r" = f32\S* convert\(", text):
             converting.add(name.split(".")[-2])
     for blank in plan.blanks:
         compiled = compile_blank(*blank)
@@ -80,12 +96,22 @@ def test_cells_stay_on_their_chip(model_name: str, topology: str, words: str) ->
     assert converting == ({"query"} if model_name.startswith("llama") else set())
 
 
+def exchanges(recipe: Recipe) -> set[str]:
+    """The collectives that a recipe may have: XLA gathers small arrays by an all-reduce."""
+    shares = [read.share for read in recipe.reads if read.share]
+    return {
+        *(["all-to-all"] if any(share.moves for share in shares) else []),
+        *(["all-gather", "all-reduce"] if any(share.copies for share in shares) else []),
+    }
+
+
 def test_an_exchange_would_be_seen() -> None:
     plan = plan_of("qwen3-0.6b", "v5e:2x4", FSDP_4)
     recipe = next(r for r, name in names(plan).items() if name.endswith("query.kernel"))
     rows = NamedSharding(plan.mesh, PartitionSpec(("tensor", "fsdp")))
-    recipe = replace(recipe, reads=tuple(replace(read, sharding=rows) for read in recipe.reads))
-    assert FOREIGN.findall(compile_cell(recipe).as_text())
+    (read,) = recipe.reads
+    elsewhere = replace(recipe, reads=(replace(read, sharding=rows, share=None),))
+    assert FOREIGN.findall(compile_cell(elsewhere).as_text())
 
 
 def test_a_process_reads_what_its_chips_hold() -> None:
@@ -112,8 +138,17 @@ def check_memory(name: str, recipe: Recipe, memory: Any) -> None:
     # size 1 padded to 2 and others to whole tiles. In HBM (temp) or on the chip (peak): both count.
     arguments_and_output = memory.argument_size_in_bytes + output - alias
     beside = max(memory.temp_size_in_bytes, memory.peak_memory_in_bytes - arguments_and_output)
-    assert beside <= 4 * cell + MIB, name
+    if not exchanges(recipe):
+        assert beside <= 4 * cell + MIB, name
+    else:  # what was exchanged, in tiles of 128 columns, on its way
+        assert beside <= 6 * max(cell, *map(tiled_nbytes, recipe.reads)) + 4 * MIB, name
     assert memory.host_temp_size_in_bytes == memory.host_output_size_in_bytes == 0, name
+
+
+def tiled_nbytes(read: CellRead) -> int:
+    """Bytes of a device's part of a read, its last axis padded to whole tiles of 128."""
+    *rows, columns = read.sharding.shard_shape(read.shape)
+    return math.prod(rows) * -(-columns // 128) * 128 * read.dtype.itemsize
 
 
 def names(plan: Plan) -> dict[Recipe, str]:

@@ -1,7 +1,5 @@
 """Slices that are not here: their chips are those that libtpu tells of, and plans over them."""
 
-import json
-import math
 import platform
 import re
 import sys
@@ -9,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from headers import HeaderSource, published
+from headers import published, write_headers
 from test_tpu_compile import devices, plan_of
 
 from maxconv import cli
@@ -19,7 +17,6 @@ from maxconv.errors import UserError
 from maxconv.model import resolve
 from maxconv.plan import make_plan
 from maxconv.sharding import device_array, make_mesh
-from maxconv.sources.safetensors import DTYPES
 from maxconv.tpus import slice_of
 
 needs_libtpu = pytest.mark.skipif(
@@ -98,18 +95,3 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
 def test_no_such_slice(name: str) -> None:
     with pytest.raises(UserError, match=f"tpu_type={name}"):
         slice_of(name)
-
-
-def write_headers(source: HeaderSource, directory: Path) -> None:
-    """A checkpoint of the full size that takes no room: its file is a hole behind the header."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header, end = {}, 0
-    for name, info in source.tensors.items():
-        offsets = [end, end := end + math.prod(info.shape) * info.dtype.itemsize]
-        shape = list(info.shape)
-        header[name] = {"dtype": codes[info.dtype], "shape": shape, "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    (directory / "config.json").write_text(json.dumps(source.config))
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)

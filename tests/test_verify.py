@@ -250,8 +250,9 @@ def test_nan_payloads_count(case: Case) -> None:
     other = raw.copy()
     other[3, 1] ^= 1
     a, b = (jax.device_put(x.view(jnp.bfloat16), leaf.sharding) for x in (raw, other))
-    assert _difference(leaf, a, a) is None
-    assert _difference(leaf, a, b) == (
+    (slab,) = leaf.slabs
+    assert _difference(leaf, slab, a, a) is None
+    assert _difference(leaf, slab, a, b) == (
         f"{leaf.name}[3, 1] is nan (0x7fc1), the source makes it nan (0x7fc0); "
         f"1 of {raw.size:,} elements differ."
     )

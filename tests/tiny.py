@@ -51,6 +51,11 @@ CASES: dict[str, Case] = {
     path.stem: Case(**shapes.load(path)) for path in sorted((shapes.DATA / "tiny").glob("*.json"))
 }
 
+# Sizes that meshes of eight devices divide, so that all processes have the same to do.
+EVEN: dict[str, Case] = {
+    path.stem: Case(**shapes.load(path)) for path in sorted((shapes.DATA / "even").glob("*.json"))
+}
+
 # Each case with its layers scanned, and not.
 LAYERS = [(case, scan) for case in CASES for scan in (True, False) if CASES[case].scans or not scan]
 
@@ -78,7 +83,7 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write(
-    case: str,
+    case: str | Case,
     directory: str | Path,
     dtype: str = "bfloat16",
     shard_bytes: int | None = 40_000,
@@ -89,11 +94,12 @@ def write(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = dict(CASES[case].config) | {"torch_dtype": dtype}
+    case = CASES[case] if isinstance(case, str) else case
+    config = dict(case.config) | {"torch_dtype": dtype}
     _write_json(directory / "config.json", config)
 
     shards: list[dict[str, np.ndarray]] = [{}]
-    for name, stated in CASES[case].tensors.items():
+    for name, stated in case.tensors.items():
         own, shape = shapes.split(stated)
         tensor = values(name, shape)
         if own is not None and own.kind == "i":  # numbers of experts, say
@@ -118,10 +124,11 @@ def write(
     return directory
 
 
-def maxtext_words(case: str, scan_layers: bool, **overrides: Any) -> list[str]:
+def maxtext_words(case: str | Case, scan_layers: bool, **overrides: Any) -> list[str]:
     """The `key=value` words that make MaxText, and maxconv, convert a case's checkpoint."""
-    words = {"model_name": CASES[case].model_name, "override_model_config": True}
-    words |= dict(CASES[case].words) | {"scan_layers": scan_layers} | overrides
+    case = CASES[case] if isinstance(case, str) else case
+    words = {"model_name": case.model_name, "override_model_config": True}
+    words |= dict(case.words) | {"scan_layers": scan_layers} | overrides
     return [f"{key}={value}" for key, value in words.items()]
 
 

@@ -1,0 +1,237 @@
+"""Who reads what of an array, so that no byte is read twice, and how it gets where it is needed.
+
+What a cell reads is needed in some sharding. Where the processes need different parts of it that
+lie well in the file, each reads its own. Else (replicas, columns) each device is given an even
+share of the rows, and the compiled cell exchanges them over the interconnect: an all-to-all over
+each mesh axis that cuts another axis than the rows, an all-gather over those that have replicas.
+No chip ever holds more than the part that it needs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxconv.algebra import Box, Interval, Shape, dims, volume
+from maxconv.placement import boxes_by_process, mesh_axes
+from maxconv.sources import coalesce
+
+LONG = 1 << 20  # bytes in a row: longer runs of a file are not read any better
+
+
+@dataclass(frozen=True)
+class Share:
+    """An array cut into even shares along one axis, its rows.
+
+    Where the rows are sharded, each of these blocks is cut by itself. A share may have one row less
+    than another; as it is read it ends in zeros then.
+
+    Attributes:
+        axis: of the rows.
+        block: rows in a block.
+        shares: of a block.
+        rows: of the longest share.
+        moves: mesh axes whose all-to-all brings what the array has on another axis, in order; and
+            that axis.
+        copies: mesh axes over which the array is replicated.
+        sharding: of the array as it is read, (..., blocks, shares * rows, ...).
+    """
+
+    axis: int
+    block: int
+    shares: int
+    rows: int
+    moves: tuple[tuple[str, int], ...]
+    copies: tuple[str, ...]
+    sharding: NamedSharding
+
+    def shape(self, needed: Shape) -> Shape:
+        """Of the array as it is read."""
+        blocks, rows = needed[self.axis] // self.block, self.shares * self.rows
+        return (*needed[: self.axis], blocks, rows, *needed[self.axis + 1 :])
+
+    def needed(self, box: Box) -> Box:
+        """What lies in a share, a box of the array as it is read: a box of the array."""
+        (block, _), (lo, _) = box[self.axis : self.axis + 2]
+        first, end = (block * self.block + at for at in self._rows(lo // self.rows))
+        return (*box[: self.axis], (first, end), *box[self.axis + 2 :])
+
+    def _rows(self, share: int) -> Interval:
+        """Those of a block that a share has."""
+        first, end = (i * self.block // self.shares for i in (share, share + 1))
+        return first, end
+
+    def exchanged(self, x: jax.Array, to: NamedSharding) -> jax.Array:
+        """The array in its own sharding, `to`, from its shares; for use in a jitted function."""
+
+        def on_device(x: jax.Array) -> jax.Array:
+            x = lax.squeeze(x, [self.axis])
+            for name, axis in self.moves:
+                x = lax.all_to_all(x, name, axis, self.axis, tiled=True)
+            if self.copies:
+                x = lax.all_gather(x, self.copies, axis=self.axis, tiled=True)
+            return self._without_gaps(x)
+
+        on_mesh = jax.shard_map(
+            on_device,
+            mesh=to.mesh,
+            in_specs=self.sharding.spec,
+            out_specs=to.spec,
+            check_vma=False,  # what is gathered is the same on all, which it cannot tell
+        )
+        # Else XLA would exchange it in the tiles that the next op likes, mostly padding.
+        return lax.optimization_barrier(on_mesh(x))
+
+    def _without_gaps(self, x: jax.Array) -> jax.Array:
+        """The rows of a block, of shares one after another."""
+        if self.block == self.shares * self.rows:
+            return x
+        at = (self.rows * i + np.arange(len(range(*self._rows(i)))) for i in range(self.shares))
+        index = (*[slice(None)] * self.axis, np.concatenate([*at]))
+        return x.at[index].get(
+            mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True
+        )
+
+
+@dataclass(frozen=True)
+class CellRead:
+    """One read of a recipe, as an array over the mesh: (lanes, *box) with lanes, else (*box,).
+
+    Attributes:
+        shape, dtype: of the array.
+        sharding: that it is needed in.
+        share: how it is read, if not in that sharding.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    sharding: NamedSharding
+    share: Share | None = None
+
+    @property
+    def as_read(self) -> tuple[Shape, NamedSharding]:
+        """Shape and sharding of the array as it comes from storage."""
+        if self.share is None:
+            return self.shape, self.sharding
+        return self.share.shape(self.shape), self.share.sharding
+
+    def part(self, box: Box) -> Box:
+        """The part of the array that a box of it, as it is read, is filled with."""
+        return box if self.share is None else self.share.needed(box)
+
+    def buffer(self, box: Box) -> Shape:
+        """The shape, of as many axes as the array has, of a box of it as it is read."""
+        axis = len(box) if self.share is None else self.share.axis
+        return (*dims(box)[:axis], *dims(box)[axis + 1 :])
+
+    def local(self, x: jax.Array) -> jax.Array:
+        """The array where it is needed; for use in a jitted function."""
+        return x if self.share is None else self.share.exchanged(x, self.sharding)
+
+    @property
+    def way(self) -> str:
+        """How it comes from storage to the devices, in words."""
+        if self.share is None:
+            return "direct"
+        moves = "+".join(name for name, _ in self.share.moves)
+        copies = "+".join(self.share.copies)
+        return ", ".join(
+            f"{what} {axes}"
+            for what, axes in (("all-to-all", moves), ("all-gather", copies))
+            if axes
+        )
+
+    @property
+    def shard_nbytes(self) -> int:
+        """Bytes that a device is given."""
+        shape, sharding = self.as_read
+        return math.prod(sharding.shard_shape(shape)) * self.dtype.itemsize
+
+    @property
+    def needed_nbytes(self) -> int:
+        """Bytes that a device computes with."""
+        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+
+    @cached_property
+    def parts(self) -> Mapping[int, frozenset[Box]]:
+        """The parts of the array that each process reads."""
+        shape, sharding = self.as_read
+        held = boxes_by_process(sharding, shape)
+        return {p: frozenset(map(self.part, boxes)) for p, boxes in held.items()}
+
+    @cached_property
+    def nbytes_by_process(self) -> Mapping[int, int]:
+        """Bytes that each process reads."""
+        itemsize = self.dtype.itemsize
+        return {p: sum(map(volume, boxes)) * itemsize for p, boxes in self.parts.items()}
+
+
+def cell_read(
+    shape: Shape, dtype: np.dtype, sharding: NamedSharding, of: Shape, lanes: bool
+) -> CellRead:
+    """A read that takes each byte once over all processes, in the longest runs there are.
+
+    Args:
+        shape: of the array.
+        dtype: of the array.
+        sharding: in which it is needed.
+        of: shape of the tensor that it, or each of its lanes, is a box of.
+        lanes: its first axis is that of the lanes.
+    """
+    direct = CellRead(shape, dtype, sharding)
+    if len(direct.parts) == 1:
+        return direct
+    if (share := _even(shape, sharding, int(lanes))) is None:
+        return direct
+    shared = CellRead(shape, dtype, sharding, share)
+    once = sum(direct.nbytes_by_process.values()) == math.prod(shape) * dtype.itemsize
+    even = len(set(direct.nbytes_by_process.values())) == 1
+    if once and even and _run(direct, of, lanes) >= min(LONG, _run(shared, of, lanes)):
+        return direct
+    return shared
+
+
+def _even(shape: Shape, to: NamedSharding, first: int) -> Share | None:
+    """Even shares of an array, of the first axis that is long enough for all devices."""
+    sizes = {name: n for name, n in to.mesh.shape.items() if n > 1}
+    names = [mesh_axes(to, axis) for axis in range(len(shape))]
+    copies = tuple(name for name in sizes if not any(name in axis for axis in names))
+    found: list[Share] = []
+    for axis in range(first, len(shape)):
+        moves = tuple((name, a) for a in range(axis + 1, len(shape)) for name in names[a])
+        block = shape[axis] // math.prod(sizes[name] for name in names[axis])
+        shares = math.prod(sizes[name] for name in (*copies, *(name for name, _ in moves)))
+        rows = -(-block // shares)
+        # What is exchanged first is cut last: axes that stay, replicas, then the moves backwards.
+        order = (*names[axis], *copies, *(name for name, _ in reversed(moves)))
+        blocks, inner = order[: len(names[axis])], order[len(names[axis]) :]
+        before = (n or None for n in names[:axis])
+        sharding = NamedSharding(to.mesh, PartitionSpec(*before, blocks or None, inner or None))
+        found.append(Share(axis, block, shares, rows, moves, copies, sharding))
+        if block >= shares:
+            return found[-1]
+    return min(found, key=lambda share: share.rows * share.shares / share.block, default=None)
+
+
+def _run(read: CellRead, of: Shape, lanes: bool) -> int:
+    """Bytes of the shortest run in the file that a process reads for itself."""
+    shortest = math.inf
+    for parts in read.parts.values():
+        by_lane: dict[Interval | None, list[Box]] = {}
+        for part in filter(volume, parts):
+            by_lane.setdefault(part[0] if lanes else None, []).append(part[1:] if lanes else part)
+        for boxes in by_lane.values():
+            shortest = min(shortest, *(_run_length(of, dims(box)) for box in coalesce(boxes)))
+        break  # the others' are alike
+    return int(shortest * read.dtype.itemsize) if shortest < math.inf else 0
+
+
+def _run_length(of: Shape, extents: Shape) -> int:
+    """Elements that lie side by side in a box of a tensor."""
+    cut = max((axis for axis, n in enumerate(of) if extents[axis] < n), default=0)
+    return math.prod(extents[cut:])
