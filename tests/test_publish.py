@@ -77,6 +77,14 @@ def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
     assert hub.convert(*FROM_THE_HUB[:-1], f"--hf_model_path={OUT}").returncode == 2
 
 
+def test_two_processes_from_the_hub_to_a_directory(hub, alone, tmp_path):
+    words = [*FROM_THE_HUB, f"base_output_directory={tmp_path / 'out'}", "--verify=none"]
+    with processes(2, words, tmp_path / "logs", environ=hub.environ(HF_TOKEN=TOKEN)) as running:
+        codes = [process.wait(timeout=240) for process in running]
+    assert codes == [0, 0], "\n".join(said(tmp_path / "logs"))
+    assert stored(tmp_path / "out") == stored(alone / "out")
+
+
 def test_two_processes(hub, alone, tmp_path):
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", "--public"]
     with processes(2, words, tmp_path / "logs", environ=hub.environ(HF_TOKEN=TOKEN)) as running:
