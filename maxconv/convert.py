@@ -391,6 +391,11 @@ def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:
         checkpoint_path: `<out>`, `<out>/0` or `<out>/0/items`.
         words: they win over those that the conversion left beside the checkpoint.
     """
+    if publish.is_repository(checkpoint_path):
+        raise UserError(
+            f"{checkpoint_path} can be verified where it is downloaded: give the directory of "
+            "`hf download org/name --local-dir DIR`."
+        )
     saved = _saved_items(checkpoint_path)
     config = distributed.start([*_words_beside(saved), *words, "--verify=full"])
     with prepared(config, writes=False) as job:

@@ -90,6 +90,9 @@ def describe(path: str | epath.Path) -> str:
         UserError: if it is neither, or damaged.
     """
     path = str(path)
+    if path.startswith("hf://"):  # which is asked as a source only
+        with open_source(path) as source:
+            return _describe_source(source)
     if items := find_items(epath.Path(path)):
         return "\n\n".join(_describe_item(open_item(item)) for item in items)
     directory = epath.Path(path)
@@ -119,12 +122,6 @@ def find_items(path: epath.Path) -> list[epath.Path]:
 def open_store(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore:
     """A directory, or the OCDBT database in it, as TensorStore sees it."""
     path = f"{directory}/"
-    if path.startswith("hf://"):
-        org, name, *_ = path.removeprefix("hf://").split("/")
-        raise UserError(
-            f"{directory} can be read where it is downloaded: `hf download {org}/{name} "
-            "--local-dir DIR`, then give DIR."
-        )
     files = path if "://" in path else {"driver": "file", "path": path}
     if not ocdbt:
         return ts.KvStore.open(files).result()

@@ -73,6 +73,10 @@ def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
     assert plan.returncode == 0 and page.exists(), plan.stderr
     hub.assert_secret(done.stdout, done.stderr, plan.stdout, plan.stderr)
     assert not list((tmp_path / "home/maxconv").iterdir())
+    again = hub.run("-m", "maxconv.cli", "verify", OUT, HF_TOKEN=TOKEN)
+    assert again.returncode == 2 and "can be verified where it is downloaded" in again.stderr
+    shown = hub.run("-m", "maxconv.cli", "inspect", f"hf://{MODEL}", HF_TOKEN=TOKEN)
+    assert shown.returncode == 0 and "Qwen3MoeForCausalLM" in shown.stdout, shown.stderr
     # What is private is so for others, too.
     assert hub.convert(*FROM_THE_HUB[:-1], f"--hf_model_path={OUT}").returncode == 2
 
