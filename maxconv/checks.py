@@ -65,6 +65,11 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
         may_be_minus_one = key.endswith("_parallelism") or key in _POSITIVE_OR_MINUS_ONE
         if may_be_minus_one and value < 1 and value != -1:
             yield f"{key}={value} is neither positive nor -1"
+    to_the_hub = str(values["base_output_directory"]).startswith("hf://")
+    if values["public"] and not to_the_hub:
+        yield "public=True is for repositories of the Hub: give base_output_directory=hf://org/name"
+    if to_the_hub and not values["checkpoint_storage_use_ocdbt"]:
+        yield "checkpoint_storage_use_ocdbt=False is for directories and buckets: take it out"
     if (memory := values["max_host_memory_gb"]) is not None and not memory > 0:
         yield f"max_host_memory_gb={memory} is not positive"
     yield from _mesh_problems(values["mesh_axes"], values["logical_axis_rules"])

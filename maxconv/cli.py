@@ -15,9 +15,10 @@ maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout 
   maxconv convert [base.yml] key=value ... [--flag=value ...]
       Convert. The words are those of MaxText's to_maxtext, and so is the result.
         model_name=llama3.1-8b          MaxText's name; without it config.json decides
-        --hf_model_path=PLACE           a directory, gs://BUCKET/DIRECTORY, or org/name on the
-                                        Hugging Face Hub; without it, where model_name is published
-        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); gs://, too
+        --hf_model_path=PLACE           a directory, gs://bucket/path, or org/name on the Hugging
+                                        Face Hub; without it, where model_name is published
+        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); also to
+                                        gs://bucket/path and hf://org/name (private, or --public)
         scan_layers=true                layers stacked (default), or one by one
         ici_fsdp_parallelism=4 ici_tensor_parallelism=2 ...      the training mesh
         hardware=cpu                    on simulated devices; --simulated_cpu_devices_count=16

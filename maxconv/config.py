@@ -37,6 +37,7 @@ _FLAGS: Mapping[str, tuple[type, Any]] = {
     "verify": (str, "sample"),
     "overwrite": (bool, False),
     "resume": (bool, False),
+    "public": (bool, False),
     "coordinator_address": (str, None),
     "num_processes": (int, None),
     "process_id": (int, None),
@@ -56,6 +57,7 @@ _OF_ONE_RUN = (
     "cache",
     "overwrite",
     "resume",
+    "public",
     "verify",
     "coordinator_address",
     "num_processes",
@@ -83,7 +85,7 @@ class Config:
 
     model_name: str | None
     base_output_directory: str
-    """An absolute path, or a URL such as gs://bucket/path as it was given."""
+    """An absolute path, or a URL such as gs://bucket/path or hf://org/name as it was given."""
     hf_access_token: str | None = field(repr=False)
     hf_lora_adapter_path: str | None
     load_parameters_path: str | None
@@ -121,6 +123,8 @@ class Config:
     verify: str
     overwrite: bool
     resume: bool
+    public: bool
+    """Of a repository that is made on the Hub."""
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,16 @@ from typing import Any, Literal, TextIO
 import jax
 from etils import epath
 
-from maxconv import __version__, checkpoint, distributed, resume, target, timeline, together
+from maxconv import (
+    __version__,
+    checkpoint,
+    distributed,
+    publish,
+    resume,
+    target,
+    timeline,
+    together,
+)
 from maxconv.adapters import adapter_model
 from maxconv.compiled import chips
 from maxconv.config import Config, model_facts
@@ -51,6 +60,15 @@ class Job:
     identity: Mapping[str, str]
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
     """What the target holds of this very conversion, if it is to be gone on with."""
+    publication: publish.Publication | None = None
+    """If it goes to the Hub."""
+
+    @property
+    def directory(self) -> str:
+        """Where Orbax writes."""
+        if self.publication is not None:
+            return os.fspath(self.publication.scratch)
+        return self.config.base_output_directory
 
     @property
     def items(self) -> str:
@@ -159,7 +177,7 @@ def run(config: Config) -> Job:
         VerificationError: what was written is not what it should be.
     """
     started = time.monotonic()
-    with prepared(config) as job, Programs(job.plan.recipes) as programs:
+    with prepared(config) as job, Programs(job.plan.recipes) as programs, _cleared(job):
         speaks = jax.process_index() == 0
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
@@ -172,11 +190,13 @@ def run(config: Config) -> Job:
                 _save(job, _begin(job, speaks), speaks, programs)
             if speaks:
                 _finish(job)
+            if job.publication is not None:
+                distributed.once(job.publication.commit, patience=checkpoint.TIMEOUT_SECONDS)
             if spans is not None:
                 _tell_time(config, spans, speaks)
         if speaks:
             print(_summary(job, time.monotonic() - started), flush=True)
-        _verify(job, job.items, speaks, programs)
+        _verify(job, target.items(job.directory), speaks, programs)
     return job
 
 
@@ -195,6 +215,8 @@ def _tell_time(config: Config, spans: timeline.Timeline, speaks: bool) -> None:
 def _with_target(job: Job) -> Job:
     """The job, once its target was looked at; UserError when something is in the way there."""
     config, directory = job.config, job.config.base_output_directory
+    if publish.is_repository(directory):
+        return _with_publication(job)
     problems = target.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
     if config.resume and (recorded := resume.recorded(directory)) is not None:
@@ -211,9 +233,46 @@ def _with_target(job: Job) -> Job:
     return replace(job, there=there)
 
 
+def _with_publication(job: Job) -> Job:
+    config, place = job.config, job.config.base_output_directory
+    problems: list[str] = []
+    if jax.process_index() == 0:
+        token = config.hf_access_token
+        problems = publish.problems(place, config.overwrite, config.public, token)
+        if not problems:
+            problems = target.scratch_problems(publish.scratch(place), _scratch_nbytes(job))
+    if problems:
+        raise UserError(problems)
+    going = publish.Publication(place, config.hf_access_token, config.max_retries, config.public)
+    return replace(job, publication=going)
+
+
+def _scratch_nbytes(job: Job) -> int:
+    """What all processes have on disk at most of a checkpoint that goes to the Hub.
+
+    Each starts to make a slab when no more than a window waits to be uploaded, and while the slabs
+    of another window are being written.
+    """
+    if not job.config.lazy_load_tensors:
+        return job.plan.output_nbytes
+    largest = max(slab.local_nbytes for leaf in job.plan.leaves for slab in leaf.slabs)
+    bound = (2 * job.window + 2 * largest) * len(job.plan.processes)
+    return min(bound, job.plan.output_nbytes)
+
+
+@contextmanager
+def _cleared(job: Job) -> Iterator[None]:
+    """Removes in the end what is on disk of a checkpoint that went to the Hub."""
+    try:
+        yield
+    finally:
+        if job.publication is not None and jax.process_index() == 0:
+            job.publication.close()
+
+
 def _begin(job: Job, speaks: bool) -> dict[str, Any]:
     """Makes the target ready; returns the leaves that an attempt before this one finished."""
-    directory, kept = job.config.base_output_directory, dict[str, Any]()
+    directory, kept = job.directory, dict[str, Any]()
     if job.there == "unfinished":
         distributed.once(partial(resume.keep, directory))
         kept = resume.finished(directory)
@@ -222,12 +281,27 @@ def _begin(job: Job, speaks: bool) -> dict[str, Any]:
     if not kept:
         distributed.once(partial(target.clear, directory))
         distributed.once(partial(_leave_words, job, target.UNFINISHED_WORDS))
+    if job.publication is not None:
+        _begin_publication(job, job.publication, speaks)
     return kept
+
+
+def _begin_publication(job: Job, going: publish.Publication, speaks: bool) -> None:
+    with distributed.same_error_everywhere():
+        if not (epath.Path(job.directory) / target.UNFINISHED_WORDS).exists():
+            raise UserError(
+                f"The processes do not share {going.scratch.parent}, where the checkpoint is put "
+                f"together for {going.place}: set HF_HOME to a directory that all of them see, or "
+                "convert to gs:// and upload from there."
+            )
+    with distributed.same_error_everywhere():
+        for notice in going.begin() if speaks else ():
+            print(f"note: {notice}", file=sys.stderr)
 
 
 def _finish(job: Job) -> None:
     """Turns what was left for another attempt into words about the checkpoint."""
-    directory = job.config.base_output_directory
+    directory = job.directory
     _leave_words(job, target.WORDS)
     (epath.Path(directory) / target.UNFINISHED_WORDS).unlink(missing_ok=True)
     resume.clear(directory)
@@ -240,14 +314,19 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
     progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
     with Engine(replace(plan, leaves=left), job.source, job.window, programs) as engine:
 
+        def make(slab: Slab) -> jax.Array:
+            if job.publication is not None:
+                job.publication.wait_for_room(jax.process_index(), job.window)
+            return engine.make_slab(slab)
+
         def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
             if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
                 return engine.make(planned)
-            return _lazy(planned, engine)
+            return _lazy(planned, make)
 
         with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
-                config.base_output_directory,
+                job.directory,
                 checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
                 config.scan_layers,
                 job.window - job.window // 4,
@@ -262,14 +341,18 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
             )
 
 
-def _lazy(leaf: LeafPlan, engine: Engine) -> checkpoint.LazyTensor:
+def _lazy(leaf: LeafPlan, make: Callable[[Slab], jax.Array]) -> checkpoint.LazyTensor:
     def part(slab: Slab) -> checkpoint.LazyTensor:
-        make = partial(engine.make_slab, slab)
-        return checkpoint.LazyTensor(make, slab.shape, slab.dtype, leaf.name, slab.sharding)
+        return checkpoint.LazyTensor(
+            partial(make, slab), slab.shape, slab.dtype, leaf.name, slab.sharding
+        )
+
+    def whole() -> jax.Array:
+        (slab,) = leaf.slabs
+        return make(slab)
 
     parts = [(slab.in_leaf, part(slab)) for slab in leaf.slabs]
-    make = partial(engine.make, leaf)
-    return checkpoint.LazyTensor(make, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
+    return checkpoint.LazyTensor(whole, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
 
 
 def _verify(job: Job, saved: str, speaks: bool, programs: Programs | None = None) -> None:
@@ -291,7 +374,8 @@ def _verify(job: Job, saved: str, speaks: bool, programs: Programs | None = None
         Engine(checked, job.source, job.window, programs) as engine,
         ProgressLine("verified", lambda: (report.nbytes, total), _told(speaks)),
     ):
-        report = verify(saved, job.plan, engine, mode, job.window, say)
+        whole = job.publication.whole if job.publication is not None else lambda item: item
+        report = verify(saved, job.plan, engine, mode, job.window, say, whole)
     if not report.ok:
         raise VerificationError(saved, report.problems)
     if speaks:
@@ -313,7 +397,7 @@ def _summary(job: Job, took: float) -> str:
     asked = f" ({size(traffic.nbytes)} came, by {traffic.requests} requests)" * bool(
         traffic.requests
     )
-    how = f"\nto train from it in MaxText: load_parameters_path={job.items}"
+    how = f"\nto train from it in MaxText: {_loaded_by(job)}"
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}{asked}, and held "
@@ -321,10 +405,17 @@ def _summary(job: Job, took: float) -> str:
     ) + ("" if job.config.adapter_alone else how)
 
 
+def _loaded_by(job: Job) -> str:
+    if job.publication is None:
+        return f"load_parameters_path={job.items}"
+    download = f"hf download {job.publication.name} --local-dir DIR"
+    return f"{download}, then load_parameters_path={target.items('DIR')}"
+
+
 def _leave_words(job: Job, name: str) -> None:
     """Says beside the checkpoint where it came from: for verify, --resume and people."""
     words = {"maxconv": __version__, "words": list(job.config.words), "identity": job.identity}
-    directory = epath.Path(job.config.base_output_directory)
+    directory = epath.Path(job.directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(json.dumps(words, indent=2) + "\n")
 
@@ -348,6 +439,11 @@ def verify_saved(checkpoint_path: str, words: Sequence[str]) -> None:
         checkpoint_path: `<out>`, `<out>/0` or `<out>/0/items`.
         words: they win over those that the conversion left beside the checkpoint.
     """
+    if publish.is_repository(checkpoint_path):
+        raise UserError(
+            f"{checkpoint_path} can be verified where it is downloaded: give the directory of "
+            "`hf download org/name --local-dir DIR`."
+        )
     saved = _saved_items(checkpoint_path)
     config = distributed.start([*_words_beside(saved), *words, "--verify=full"])
     with prepared(config, writes=False) as job:

@@ -221,13 +221,23 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 
 
-def once(action: Callable[[], None]) -> None:
-    """Does something on process 0, while the others wait for it to be done."""
+def once(action: Callable[[], object], patience: int | None = None) -> None:
+    """Does something on process 0, while the others wait for it to be done.
+
+    `patience`: seconds that it may take, if more than collectives wait.
+    """
     import jax
 
     if jax.process_index() == 0:
         action()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    if jax.process_count() == 1:
+        return
+    if patience is not None:
+        from jax._src.distributed import global_state
 
-        multihost_utils.sync_global_devices("maxconv: done on process 0")
+        client: Any = global_state.client
+        client.wait_at_barrier("maxconv: done at length", timeout_in_ms=1000 * patience)
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("maxconv: done on process 0")

@@ -13,6 +13,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from maxconv.algebra import Box
 from maxconv.errors import UserError
 from maxconv.report import size
 from maxconv.sources import Source, open_source
@@ -72,10 +73,15 @@ class Item:
     zarr3: bool
     store: ts.KvStore
 
-    def open(self, name: str) -> ts.Future[ts.TensorStore]:
-        """An array, to read from."""
-        driver = "zarr3" if self.zarr3 else "zarr"
-        return ts.open({"driver": driver}, kvstore=self.store / f"{name}/")
+    def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
+        """An array, to read these boxes from."""
+        del boxes  # others may be read as well
+        return ts.open({"driver": self.driver}, kvstore=self.store / f"{name}/")
+
+    @property
+    def driver(self) -> str:
+        """TensorStore's, of the arrays."""
+        return "zarr3" if self.zarr3 else "zarr"
 
 
 def describe(path: str | epath.Path) -> str:
@@ -85,6 +91,9 @@ def describe(path: str | epath.Path) -> str:
         UserError: if it is neither, or damaged.
     """
     path = str(path)
+    if path.startswith("hf://"):  # which is asked as a source only
+        with open_source(path) as source:
+            return _describe_source(source)
     if items := find_items(epath.Path(path)):
         return "\n\n".join(_describe_item(open_item(item)) for item in items)
     directory = epath.Path(path)

@@ -85,6 +85,22 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
         )
 
 
+def scratch_problems(directory: str, nbytes: int) -> list[str]:
+    """Why `nbytes` cannot lie for a while in a directory on disk, in sentences."""
+    there = _nearest(Path(directory))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        return [f"{there} cannot be written to ({error.strerror}); set HF_HOME."]
+    if free >= nbytes:
+        return []
+    return [
+        f"{there} has {size(free)} free, but what is on its way to the Hub takes {size(nbytes)} "
+        "there; make room, set HF_HOME, or give less --max_host_memory_gb."
+    ]
+
+
 def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
     del nbytes  # a bucket has room for any number of them
     if not directory.startswith("gs://"):

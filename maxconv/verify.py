@@ -5,17 +5,13 @@ Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by oursel
 leaf and the one that the engine makes again are compared where they live, on the mesh.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from etils import epath
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,20 +23,16 @@ from maxconv.cells import Recipe
 from maxconv.distributed import gathered
 from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.inspect import Item, find_items, open_item, open_store, reason
+from maxconv.inspect import Item, find_items, open_item, reason
+from maxconv.ocdbt import unexplained, value_spans
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import bits
 from maxconv.slabs import Slab
 
-Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and end, in bytes
-
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
-PAGE = 4096  # bytes: TensorStore fills up the last of a large file with zeros
 _UNREADABLE = ""  # the key of a problem that spares all others
-# The three kinds of OCDBT nodes: manifest, B+tree node, version tree node.
-_MAGIC = {bytes.fromhex(magic) for magic in ("0cdb3a2a", "0cdb20de", "0cdb1234")}
 
 
 @dataclass
@@ -64,6 +56,7 @@ def verify(
     mode: str = "sample",
     window: int = 512 << 20,
     say: Callable[[Report], object] = lambda report: None,
+    seen_as: Callable[[Item], Item] = lambda item: item,
 ) -> Report:
     """Compares a checkpoint with what the plan makes of its source.
 
@@ -79,6 +72,7 @@ def verify(
             byte of the OCDBT files that no leaf is made of.
         window: the budget, in bytes per process; the engine's is the same one.
         say: called after every slab.
+        seen_as: turns what is in the directory into what is to be read.
 
     Raises:
         UserError: if there is no checkpoint.
@@ -91,6 +85,7 @@ def verify(
     report = Report(problems=list(found.values()))
     if item is None or _UNREADABLE in found:
         return report
+    item = seen_as(item)
     leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
     report.total = len(leaves)
     for leaf in leaves:
@@ -189,13 +184,12 @@ def _read(item: Item, leaf: LeafPlan, slab: Slab, window: int) -> tuple[jax.Arra
     at_once = max(1, window // (2 * slab.shard_nbytes))  # what is read is copied once
     host: dict[Box, np.ndarray] = {}
     try:
-        store = item.open(leaf.name).result()
         for i in range(0, len(distinct), at_once):
-            reads = {
-                box: store[slices(slab.in_leaf(box))].read() for box in distinct[i : i + at_once]
-            }
+            batch = {box: slab.in_leaf(box) for box in distinct[i : i + at_once]}
+            store = item.open(leaf.name, [*batch.values()]).result()
+            reads = {box: store[slices(there)].read() for box, there in batch.items()}
             host |= {box: read.result() for box, read in reads.items()}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return None, reason(error)
     shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
     return jax.make_array_from_single_device_arrays(slab.shape, slab.sharding, shards), ""
@@ -255,57 +249,13 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     """
-    values = _value_spans(items)
+    values = value_spans(items)
     databases = [items, *sorted(items.glob("ocdbt.process_*"))]
     files = [d / "manifest.ocdbt" for d in databases]
     files += [file for d in databases for file in sorted(d.glob("d/*"))]
     found = {}
     for file in files[jax.process_index() :: jax.process_count()]:
         name = str(file.relative_to(items))
-        if bad := [*_bad_bytes(file, sorted(values.get(name, ())))]:
+        if bad := [*unexplained(file, sorted(values.get(name, ())))]:
             found[name] = f"{name} is damaged: {', '.join(bad)}."
     return found
-
-
-def _value_spans(items: epath.Path) -> Spans:
-    """Where in the data files the values lie that the checkpoint's tree points to."""
-    store = open_store(items)
-    (version,) = ts.ocdbt.dump(store).result()["versions"][-1:]
-    spans: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
-    nodes = [version["root"]["location"]]
-    while nodes:
-        for entry in ts.ocdbt.dump(store, nodes.pop()).result()["entries"]:
-            if "location" in entry:
-                nodes.append(entry["location"])
-            elif "indirect_value" in entry:
-                file, start, length = _parsed(entry["indirect_value"])
-                spans[file].add((start, start + length))
-    return spans
-
-
-def _parsed(location: str) -> tuple[str, int, int]:
-    """File, offset and length of `value:<base>:<file>:<offset>:<length>`."""
-    match = re.fullmatch(r"\w+:(.*):(\d+):(\d+)", location)
-    assert match is not None, location
-    return match[1].replace(":", ""), int(match[2]), int(match[3])
-
-
-def _bad_bytes(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """The runs of bytes, in words, that are neither values nor nodes nor padding."""
-    size, start = file.stat().length, 0
-    with file.open("rb") as data:
-        for begin, end in [*values, (size, size)]:
-            while start < begin:
-                data.seek(start)
-                header = data.read(12)
-                length = int.from_bytes(header[4:], "little")
-                if header[:4] not in _MAGIC or not 16 <= length <= begin - start:
-                    padding = begin == size and begin - start < PAGE
-                    if not padding or any(header + data.read()):
-                        yield f"bytes {start} to {begin} belong to nothing"
-                    break
-                node = header + data.read(length - 12)
-                if google_crc32c.value(node[:-4]) != int.from_bytes(node[-4:], "little"):
-                    yield f"the node at bytes {start} to {start + length} has another CRC"
-                start += length
-            start = max(start, end)

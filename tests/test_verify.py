@@ -19,7 +19,8 @@ from maxconv import checkpoint
 from maxconv.convert import Job
 from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.verify import Report, _difference, _value_spans, leaves_to_check, verify
+from maxconv.ocdbt import value_spans
+from maxconv.verify import Report, _difference, leaves_to_check, verify
 
 WINDOW = 64 << 10  # bytes: a few leaves at a time
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
@@ -174,7 +175,7 @@ def test_one_bit_of_one_leaf(case: Case) -> None:
 
 
 def test_a_leaf_that_does_not_decode_does_not_hide_the_others(case: Case) -> None:
-    values = _value_spans(epath.Path(case.items))
+    values = value_spans(epath.Path(case.items))
     file, spans = next((f, sorted(s)) for f, s in values.items())
     flip(case.items / file, 8 * (spans[0][1] - 1))  # the end of a shard is its index's CRC
     (name,) = {leaf for a, _, leaf in owners(case.items, file) if a == spans[0][0]}

@@ -19,7 +19,7 @@ from maxconv.errors import RetryableError, UserError
 from maxconv.http import RETRIED, Fault
 from maxconv.sources.files import FileSource
 from maxconv.sources.local import LocalSource
-from maxconv.sources.remote import RemoteSource
+from maxconv.sources.remote import RemoteSource, Span, spans
 
 _TOKENS = ("HF_TOKEN", "HF_AUTH_TOKEN")  # the latter is what MaxText's documents name
 _NETWORK = ("httpx", "requests", "urllib3")  # what releases of huggingface_hub ask with
@@ -33,8 +33,7 @@ def open_hub(
 
     With `cache`, or when HF_HUB_OFFLINE is set, it is that of the Hugging Face cache.
     """
-    token = token or next((os.environ[k] for k in _TOKENS if os.environ.get(k)), None)
-    token = token or get_token()
+    token = find_token(token)
     if not (cache or constants.HF_HUB_OFFLINE):
         return HubSource(name, revision, token, max_retries, config)
     try:
@@ -47,8 +46,13 @@ def open_hub(
             f"run `hf download {name}` where there is a network."
         ) from None
     except Exception as error:
-        raise _told(error, name, revision, token) from None
+        raise told(error, name, revision, token) from None
     return LocalSource(path, config)
+
+
+def find_token(given: str | None) -> str | None:
+    """The token for the Hub: the one that was given, of the environment, or of `hf auth login`."""
+    return given or next((os.environ[k] for k in _TOKENS if os.environ.get(k)), None) or get_token()
 
 
 class HubSource(RemoteSource):
@@ -56,6 +60,8 @@ class HubSource(RemoteSource):
 
     The Hub itself is asked once for each file where it lies; the ranges come from there. The token
     goes to the Hub's own host and to no other.
+
+    Without a `config` it is not looked at as a model: its files are there to `fetch` from.
 
     Raises:
         UserError: when there is no such model or revision, or it may not be read.
@@ -67,7 +73,7 @@ class HubSource(RemoteSource):
         revision: str | None,
         token: str | None,
         max_retries: int,
-        config: str = "config.json",
+        config: str | None = "config.json",
     ):
         super().__init__(max_retries)
         self.root = f"hf://{name}"
@@ -79,10 +85,21 @@ class HubSource(RemoteSource):
             api.auth_check(name)
             info = api.model_info(name, revision=revision, files_metadata=True)
         except Exception as error:
-            raise _told(error, name, revision, token) from None
+            raise told(error, name, revision, token) from None
         self.revision = info.sha
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        self._examine(config)
+        if config is not None:
+            self._examine(config)
+
+    def fetch(self, file: str, start: int, into: memoryview) -> None:
+        """Fills a buffer from byte `start` of a file."""
+
+        def bring(span: Span) -> None:
+            first, stop, _ = span
+            self._get(file, first, into[first - start : stop - start])
+
+        for _ in self._pool.map(bring, spans([start], len(into))):
+            pass
 
     def _names(self) -> set[str]:
         return set(self._sizes)
@@ -121,7 +138,7 @@ class HubSource(RemoteSource):
         return {self.root: f"commit {self.revision}"}
 
 
-def _told(error: Exception, name: str, revision: str | None, token: str | None) -> Exception:
+def told(error: Exception, name: str, revision: str | None, token: str | None) -> Exception:
     """What keeps us from a model, in a sentence that says what to do, if we know."""
     page = f"{constants.ENDPOINT}/{name}"
     match error:
@@ -141,6 +158,11 @@ def _told(error: Exception, name: str, revision: str | None, token: str | None) 
             return UserError(
                 "The Hub does not accept the token: make one at "
                 f"{constants.ENDPOINT}/settings/tokens, or unset HF_TOKEN."
+            )
+        case HfHubHTTPError(response=response) if response.status_code == 403:
+            return UserError(
+                f"The token may not read {name}: see what it is for at "
+                f"{constants.ENDPOINT}/settings/tokens."
             )
         case HfHubHTTPError(response=response):
             return RetryableError(f"The Hub answered {response.status_code} about {name}.")
