@@ -108,9 +108,9 @@ def plan(words: Sequence[str]) -> None:
     import jax
 
     from maxconv.compiled import compiled_text
-    from maxconv.convert import prepared
     from maxconv.distributed import start
     from maxconv.forecast import network_text
+    from maxconv.job import prepared
     from maxconv.page import plan_page
     from maxconv.report import plan_text, size
     from maxconv.tpus import slice_of

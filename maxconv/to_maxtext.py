@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxconv import cli, convert
+from maxconv import cli
 from maxconv.checkpoint import LazyTensor, LazyTensorHandler, train_state
 from maxconv.config import Config
 from maxconv.errors import UserError
 from maxconv.families import bind_rows
+from maxconv.job import opened, resolved
 from maxconv.sources import open_source
 
 __all__ = ["LazyHFLoader", "LazyTensor", "LazyTensorHandler", "get_maxtext_model_info", "main"]
@@ -100,8 +101,8 @@ def get_maxtext_model_info(
     Raises:
         UserError: with everything that is wrong with the checkpoint.
     """
-    with convert.opened(config) as source:
-        model = convert.resolved(config, source)
+    with opened(config) as source:
+        model = resolved(config, source)
         shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:

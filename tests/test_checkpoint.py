@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 from maxconv import checkpoint
 from maxconv.checkpoint import LazyTensor
-from maxconv.convert import Job
 from maxconv.engine import Engine
+from maxconv.job import Job
 
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
     "ocdbt, zarr3": (True, True, False, True),

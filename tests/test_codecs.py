@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from maxconv.algebra import Tensor, dims, evaluate, full, slices, trace
 from maxconv.codecs import decoded
 from maxconv.config import parse
-from maxconv.convert import prepared
 from maxconv.engine import Engine
 from maxconv.errors import UserError
+from maxconv.job import prepared
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from maxconv.adapters import described
 from maxconv.config import parse
-from maxconv.convert import prepared, run
+from maxconv.convert import run
 from maxconv.engine import Engine
 from maxconv.errors import UserError
+from maxconv.job import prepared
 from maxconv.model import resolve
 from maxconv.tables import known_models, model_facts
 

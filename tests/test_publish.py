@@ -136,10 +136,10 @@ def here(hub, monkeypatch, tmp_path):
 MEASURED = """
 import os, sys
 from pathlib import Path
-from maxconv import cli, convert, publish, target
+from maxconv import cli, job, publish, target
 from maxconv.ocdbt import value_spans
 
-convert._window = lambda config: 32 << 10
+job._window = lambda config: 32 << 10
 publish.LARGE, publish.INTERVAL = 256, 0.01
 make_hollow, scratch_problems = publish.make_hollow, target.scratch_problems
 

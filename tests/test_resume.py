@@ -16,7 +16,8 @@ from test_processes import processes, said, stored
 
 from maxconv import cli, resume
 from maxconv.config import parse
-from maxconv.convert import prepared, run
+from maxconv.convert import run
+from maxconv.job import prepared
 
 SLOW = 0.25  # seconds that each of some 30 reads takes; journals are a second apart
 

@@ -15,15 +15,15 @@ from test_engine import LAYERS as INDICES
 from test_engine import LEAVES, MESH, arrays, source  # noqa: F401
 from test_processes import processes, said
 
-from maxconv import cli, convert
+from maxconv import cli
 from maxconv.algebra import bind, dims, evaluate, slices
 from maxconv.cells import steps
 from maxconv.config import parse
-from maxconv.convert import prepared
 from maxconv.engine import Engine
 from maxconv.families import Leaf
+from maxconv.job import prepared
 from maxconv.placement import device_boxes
-from maxconv.plan import LeafPlan, Plan
+from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.slabs import Slab, slabs
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -63,7 +63,7 @@ def test_all_of_them_are_small_enough(tmp_path: Path) -> None:
         with tiny_job(tmp_path / case, case, scan=scan) as job:
             limit = max(leaf.local_nbytes for leaf in job.plan.leaves) // 4
             config = job.config
-            plan = convert.make_plan(
+            plan = make_plan(
                 job.source,
                 job.plan.model,
                 job.plan.mesh,
@@ -99,7 +99,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert cli.main(["convert", *words]) == 0
     words = [*words, f"base_output_directory={tmp_path / 'slabs'}", "--verify=full"]
     if n == 1:
-        monkeypatch.setattr("maxconv.convert._window", lambda config: 32 << 10)
+        monkeypatch.setattr("maxconv.job._window", lambda config: 32 << 10)
         assert cli.main(["convert", *words]) == 0
         capsys.readouterr()
         assert cli.main(["verify", str(tmp_path / "slabs")]) == 0
@@ -110,7 +110,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
         flip_a_bit(tmp_path / "slabs")
     else:
         program = (
-            "import sys; from maxconv import cli, convert; convert._window = lambda c: 32 << 10; "
+            "import sys; from maxconv import cli, job; job._window = lambda c: 32 << 10; "
             "sys.exit(cli.main(['convert', *sys.argv[1:]]))"
         )
         shared = [word for word in words if not word.startswith("skip_jax")]
@@ -144,7 +144,7 @@ def test_a_resumed_conversion_has_the_same_slabs(tmp_path: Path) -> None:
     identities = []
     for window in (1 << 20, 8 << 10, 2 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("maxconv.convert._window", lambda config, w=window: w)
+            patch.setattr("maxconv.job._window", lambda config, w=window: w)
             with prepared(parse(words), writes=False) as job:
                 identities.append(job.identity)
     assert identities[0] == identities[2] != identities[1]

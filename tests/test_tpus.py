@@ -15,9 +15,9 @@ from test_tpu_compile import devices, plan_of
 from maxconv import cli
 from maxconv.cells import nbytes_read
 from maxconv.config import parse
-from maxconv.convert import prepared
 from maxconv.engine import Engine
 from maxconv.errors import UserError
+from maxconv.job import prepared
 from maxconv.model import resolve
 from maxconv.plan import make_plan
 from maxconv.sharding import device_array, make_mesh

@@ -16,9 +16,9 @@ from etils import epath
 from jobs import tiny_job
 
 from maxconv import checkpoint
-from maxconv.convert import Job
 from maxconv.engine import Engine
 from maxconv.errors import UserError
+from maxconv.job import Job
 from maxconv.ocdbt import value_spans
 from maxconv.verify import Report, _difference, leaves_to_check, verify
 

@@ -20,7 +20,7 @@ from beside_maxtext import measured
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import HeaderSource, published, write_headers  # noqa: E402
 
-from maxconv.convert import BASE  # noqa: E402
+from maxconv.job import BASE  # noqa: E402
 
 
 def main() -> None:
