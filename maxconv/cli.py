@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from maxconv import __version__
 from maxconv.errors import UserError, VerificationError
+from maxconv.heap import keep_freed
 
 USAGE = """\
 maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout they train in.
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a program. It ends at once: Python would clear all that JAX made, for seconds."""
+    keep_freed()
     try:
         code = main(argv)
         sys.stdout.flush()
