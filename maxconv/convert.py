@@ -148,7 +148,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
                 job.directory,
                 checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
                 config.scan_layers,
-                job.window - job.window // 4,
+                job.window // 2,
                 progress,
                 checkpoint.context(
                     config.checkpoint_storage_use_ocdbt,

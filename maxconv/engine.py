@@ -1,7 +1,7 @@
 """Makes slabs of leaves: read ahead, raw bytes to the devices, one compiled cell after another.
 
-One byte budget, the window, bounds what a process holds: a quarter of it is for bytes read ahead,
-the rest for the slab in the making and those that are being written (checkpoint.py).
+One byte budget, the window, bounds what a process holds: half of it is for bytes read ahead, the
+rest for the slab in the making and those that are being written (checkpoint.py).
 """
 
 from collections import deque
@@ -48,7 +48,7 @@ class Engine:
         self.stats = Stats()
         self.programs = Programs(plan.recipes) if programs is None else programs
         self._owns_programs = programs is None
-        self._ahead = _ReadAhead(plan, source, window // 4, self.stats)
+        self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
 
     def make(self, leaf: LeafPlan) -> jax.Array:
         """A leaf that is a single slab, as a global array in its training sharding."""

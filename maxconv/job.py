@@ -75,7 +75,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     with source:
         _check_same_everywhere(source)
         window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
-        source.allow(window // 4)
+        source.allow(window // 2)
         with distributed.same_error_everywhere():
             plan = make_plan(
                 source,
@@ -85,7 +85,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.scan_axis,
                 config.save_dtype,
                 window // 8,
-                window * 3 // 8 if config.lazy_load_tensors else math.inf,
+                window // 4 if config.lazy_load_tensors else math.inf,
             )
         # That of process 0: a copy of the source on another host has other times.
         same = distributed.gathered(resume.identity(config, source, plan))[0]

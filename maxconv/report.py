@@ -140,7 +140,7 @@ def held_nbytes(leaf: LeafPlan, window: int) -> int:
     """Bytes that a process holds while it makes a leaf: the window, unless one part is larger."""
     reads = max(step.recipe.buffer_nbytes for step in leaf.steps)
     slab = max(slab.local_nbytes for slab in leaf.slabs)
-    return max(window // 4, reads) + max(window - window // 4, slab)
+    return max(window // 2, reads) + max(window // 2, slab)
 
 
 def device_estimate(plan: Plan) -> int:

@@ -101,7 +101,7 @@ def verify(
 
 def _compared(item: Item, leaf: LeafPlan, slab: Slab, engine: Engine, window: int) -> str | None:
     """What is wrong with a slab, in a sentence."""
-    stored, why = _read(item, leaf, slab, window - window // 4)  # the engine has the rest
+    stored, why = _read(item, leaf, slab, window // 2)  # the engine has the rest
     failed = _everyones({leaf.name: why} if why else {})
     expected = engine.make_slab(slab)
     if failed:
