@@ -120,7 +120,7 @@ source.tensor(info.name)
 def test_a_file_that_changes_at_a_commit_ends_the_reading(hub, tmp_path):
     """The Hub is asked again when an address is out of date, and then says so."""
     shards = len(list((hub.root / MODEL).glob("*.safetensors")))
-    hub.settings(faults=[["/store/*", "403", 1, shards]])
+    hub.settings(faults=[["/store/*.safetensors", "403", 1, shards]])
     done = hub.run("-c", REPLACED, MODEL, str(hub.root / MODEL))
     assert f"in hf://{MODEL} was replaced or removed while it was read" in done.stderr
 
