@@ -70,9 +70,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
     if config.compile and config.tpu_type is None:
         raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
-    with distributed.same_error_everywhere():
-        source = opened(config)
-    with source:
+    with _opened_by_all(config) as source:
         _check_same_everywhere(source)
         window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
@@ -96,6 +94,17 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         yield job
 
 
+def _opened_by_all(config: Config) -> Source:
+    """The checkpoint, on the Hub at the commit that process 0 finds: revisions move on."""
+    source = None
+    with distributed.same_error_everywhere():
+        if jax.process_index() == 0:
+            source = opened(config)
+    commit = distributed.gathered(source.revision if source else None)[0]
+    with distributed.same_error_everywhere():
+        return source or opened(config, commit)
+
+
 def _check_same_everywhere(source: Source) -> None:
     """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
 
@@ -116,8 +125,8 @@ def _devices(config: Config) -> Sequence[Any] | None:
     return chips(on, num_slices) if config.compile else on.chips(num_slices)
 
 
-def opened(config: Config) -> Source:
-    """The checkpoint that is to be converted."""
+def opened(config: Config, commit: str | None = None) -> Source:
+    """The checkpoint that is to be converted; on the Hub at a commit, if that is known."""
     path = config.hf_model_path
     open_part = partial(
         open_source,
@@ -136,7 +145,7 @@ def opened(config: Config) -> Source:
     if config.eager_load_method == "transformers" and not config.lazy_load_tensors:
         base = TransformersSource(path, config.revision, config.hf_access_token)
     else:
-        base = open_part(path, config.revision)
+        base = open_part(path, config.revision, commit=commit)
     if adapter is None:
         return base
     return AdaptedSource(base, open_part(adapter, None, config="adapter_config.json"))

@@ -87,6 +87,10 @@ def test_two_processes_from_the_hub_to_a_directory(hub, alone, tmp_path):
         codes = [process.wait(timeout=240) for process in running]
     assert codes == [0, 0], "\n".join(said(tmp_path / "logs"))
     assert stored(tmp_path / "out") == stored(alone / "out")
+    asked = [entry["path"] for entry in hub.log if entry["path"].startswith("/api/models/")]
+    asked = [path for path in asked if not path.endswith("/auth-check")]
+    main, commit = sorted(asked)  # one process finds out which commit it is, the other takes that
+    assert main == f"/api/models/{MODEL}" and commit.startswith(f"{main}/revision/")
 
 
 def test_two_processes(hub, alone, tmp_path):

@@ -31,6 +31,7 @@ def open_source(
     config: str = "config.json",
     max_retries: int = 5,
     cache: bool = False,
+    commit: str | None = None,
 ) -> Source:
     """Opens a Hugging Face checkpoint.
 
@@ -42,6 +43,7 @@ def open_source(
         config: the file that says what it is; adapter_config.json in a LoRA adapter.
         max_retries: how often a request is tried again.
         cache: download a model of the Hub into the Hugging Face cache, and read it there.
+        commit: that a revision on the Hub was found to be, by another process.
 
     Raises:
         UserError: with everything that is wrong with it.
@@ -58,7 +60,7 @@ def open_source(
     if path.startswith("hf://") or (is_name and not os.path.exists(path)):
         from maxconv.sources.hub import open_hub
 
-        return open_hub(name, own or revision, token, max_retries, cache, config)
+        return open_hub(name, commit or own or revision, token, max_retries, cache, config)
     return _without_revision(LocalSource(path, config), revision)
 
 
