@@ -29,7 +29,7 @@ README = Path(__file__).parents[2] / "README.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")
 SLICES = ("v5litepod-16", "v5p-64", "v5p-512")
 HEAD = (
-    "| model | slice | hosts | a host reads | in ranges | a host holds | a chip holds | network |"
+    "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
 )
 
 
