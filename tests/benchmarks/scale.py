@@ -28,9 +28,7 @@ from maxconv.tpus import Slice, slice_of  # noqa: E402
 README = Path(__file__).parents[2] / "README.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")
 SLICES = ("v5litepod-16", "v5p-64", "v5p-512")
-HEAD = (
-    "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
-)
+HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
 
 
 def main() -> None:
