@@ -36,7 +36,7 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
-from maxconv.placement import local_devices, mesh_axes, shards
+from maxconv.placement import local_devices, mesh_axes, shard_nbytes, shards
 from maxconv.shares import CellRead, cell_read
 
 Offset = tuple[int, ...]
@@ -91,7 +91,7 @@ class Recipe:
     @cached_property
     def made_nbytes(self) -> int:
         """Bytes that a step makes in a process, on all its devices."""
-        shard = math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+        shard = shard_nbytes(self.sharding, self.shape, self.dtype)
         made = shard * self.size // max(math.prod(self.shape), 1)
         return made * local_devices(self.sharding)
 

@@ -4,6 +4,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 from jax.sharding import NamedSharding
 
 from maxconv.algebra import Box, Shape
@@ -21,6 +22,11 @@ def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
 def shards(sharding: NamedSharding, axis: int) -> int:
     """Into how many pieces an axis of an array is cut."""
     return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
+
+
+def shard_nbytes(sharding: NamedSharding, shape: Shape, dtype: np.dtype) -> int:
+    """Bytes of an array that a device holds."""
+    return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
 
 
 @cache

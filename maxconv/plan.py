@@ -24,7 +24,7 @@ from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
 from maxconv.logical import rounded, saved_dtype
 from maxconv.model import Model
-from maxconv.placement import local_devices
+from maxconv.placement import local_devices, shard_nbytes
 from maxconv.sharding import partition_spec
 from maxconv.slabs import Slab, slabs
 from maxconv.sources import Source, TensorInfo
@@ -61,7 +61,7 @@ class LeafPlan:
 
     @property
     def shard_nbytes(self) -> int:
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+        return shard_nbytes(self.sharding, self.shape, self.dtype)
 
     @property
     def local_nbytes(self) -> int:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Box, Interval, Shape, dims, volume
-from maxconv.placement import boxes_by_process, mesh_axes
+from maxconv.placement import boxes_by_process, mesh_axes, shard_nbytes
 from maxconv.sources import coalesce
 
 LONG = 1 << 20  # bytes in a row: longer runs of a file are not read any better
@@ -150,12 +150,12 @@ class CellRead:
     def shard_nbytes(self) -> int:
         """Bytes that a device is given."""
         shape, sharding = self.as_read
-        return math.prod(sharding.shard_shape(shape)) * self.dtype.itemsize
+        return shard_nbytes(sharding, shape, self.dtype)
 
     @property
     def needed_nbytes(self) -> int:
         """Bytes that a device computes with."""
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+        return shard_nbytes(self.sharding, self.shape, self.dtype)
 
     @cached_property
     def parts(self) -> Mapping[int, frozenset[Box]]:

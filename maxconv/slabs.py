@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from maxconv.algebra import Box, Shape, dims
 from maxconv.cells import Offset, Recipe, Step
-from maxconv.placement import local_devices, shards
+from maxconv.placement import local_devices, shard_nbytes, shards
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Slab:
 
     @property
     def shard_nbytes(self) -> int:
-        return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
+        return shard_nbytes(self.sharding, self.shape, self.dtype)
 
     @property
     def local_nbytes(self) -> int:
