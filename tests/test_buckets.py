@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 from buckets import Bucket, serving
+from hubs import TOKEN, hub_in
 from jobs import MESHES, job_words
 from test_processes import processes, said, stored
 
@@ -54,6 +55,22 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> No
     names = bucket.names("out/")
     assert "out/0/commit_success.txt" in names and "out/0/items/commit_success.txt" in names
     assert "out/maxconv.unfinished.json" not in names
+    assert stored(bucket.get("out", tmp_path / "got")) == converted(tmp_path)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_from_the_hub_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> None:
+    (tmp_path / "home").mkdir()
+    with hub_in(tmp_path / "home") as hub:
+        tiny.write(CASE, hub.root / "org/qwen")
+        environ = hub.environ(**bucket.environ, HF_TOKEN=TOKEN)
+        words = [*WORDS, *(ALONE if n == 1 else ()), "--verify=none"]
+        words += ["--hf_model_path=hf://org/qwen", "base_output_directory=gs://bucket/out"]
+        with processes(n, words, tmp_path / "logs", environ=environ.items()) as running:
+            codes = [process.wait(timeout=200) for process in running]
+        log = said(tmp_path / "logs")
+        assert codes == [0] * n, "\n".join(log)
+        hub.assert_secret(*log)
     assert stored(bucket.get("out", tmp_path / "got")) == converted(tmp_path)
 
 
