@@ -8,7 +8,7 @@ this uses private parts of that release, which is why it is pinned.
 
 import asyncio
 import contextvars
-import math
+import itertools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,84 +30,12 @@ from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf
 
 from maxconv import resume, together
 from maxconv.algebra import Box, Shape, slices
+from maxconv.lazy import LazyTensor
 from maxconv.timeline import span
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 _ROWS = 4  # in which concurrent writes are drawn, in a timeline
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
-
-
-class LazyTensor:
-    """A leaf that is not there yet: what an array would be, and how to make it.
-
-    Attributes:
-        shape, dtype, name, sharding: of the array. Without a sharding it goes to one device.
-        parts: that it is made and written in, each with where a box of it is in the whole.
-    """
-
-    def __init__(
-        self,
-        load_fn: Callable[[], Any],
-        shape: Sequence[int],
-        dtype: Any,
-        name: str = "unknown",
-        sharding: jax.sharding.Sharding | None = None,
-        parts: Sequence["Part"] = (),
-    ):
-        self._load_fn = load_fn
-        self.parts = parts or [(lambda box: box, self)]
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
-        self.name = name
-        self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array, over all devices."""
-        return self.size * self.itemsize
-
-    @property
-    def local_nbytes(self) -> int:
-        """Bytes that this process holds once the array is there."""
-        shard = math.prod(self.sharding.shard_shape(self.shape)) * self.itemsize
-        return shard * len(self.sharding.addressable_devices)
-
-    def load(self) -> jax.Array:
-        """Makes the array; raises ValueError when it is not what was declared."""
-        array = self._load_fn()
-        if not isinstance(array, jax.Array):
-            array = jax.device_put(array, self.sharding)
-        if (array.shape, array.dtype) != (self.shape, self.dtype):
-            raise ValueError(
-                f"{self.name} is declared as {self.shape} {self.dtype}, "
-                f"but came as {array.shape} {array.dtype}"
-            )
-        if not array.sharding.is_equivalent_to(self.sharding, self.ndim):
-            raise ValueError(f"{self.name} came as {array.sharding}, not as {self.sharding}")
-        return array
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.load(), dtype=dtype)
-
-    def __repr__(self) -> str:
-        return f"LazyTensor({self.name!r}, {self.shape}, {self.dtype})"
-
-
-Part = tuple[Callable[[Box], Box], LazyTensor]
 
 
 @dataclass
@@ -176,10 +104,11 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
 
         left = [len(value.parts) for value in values]
+        rows = itertools.cycle(range(_ROWS))
 
         async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
             try:
-                with span("write", values[i].name, cost, thread=f"write {i % _ROWS}"):
+                with span("write", values[i].name, cost, thread=f"write {next(rows)}"):
                     (metadata[i],) = await self._write(array, infos[i], args[i])
             finally:
                 del array

@@ -129,7 +129,7 @@ def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
 def test_model_info_is_that_of_maxtext(scan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxconv.convert.open_source", lambda *_, **__: published(CASE))
+    monkeypatch.setattr("maxconv.job.open_source", lambda *_, **__: published(CASE))
     info, treedef = get_maxtext_model_info(parse([f"model_name={CASE}", f"scan_layers={scan}"]))
     name = f"{CASE}.{'scan' if scan else 'unscan'}.json.gz"
     recorded = (Path(__file__).parent / "data/trees" / name).read_bytes()
