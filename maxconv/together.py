@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from maxconv.errors import RetryableError, exit_code, failure_text
@@ -132,7 +132,8 @@ def _may_follow(error: BaseException | None) -> bool:
 
 def _tell(said: str) -> None:
     start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the line of progress
-    print(f"{start}{said}\n{ONLY_SAVED}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody may be reading: that keeps no process alive
+        print(f"{start}{said}\n{ONLY_SAVED}", file=sys.stderr, flush=True)
 
 
 class _Ring:
@@ -161,8 +162,9 @@ class _Ring:
         """Ends this process; process 0 after some seconds, and the coordination service with it."""
         from jax._src.distributed import global_state
 
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         if self._process == 0:
             time.sleep(seconds)
             if global_state.service is not None:
@@ -185,7 +187,11 @@ class _Ring:
     def _follow(self, word: str) -> NoReturn:
         first = json.loads(word)
         if self._process == 0 and first["process"]:
-            print(f"maxconv: ended by process {first['process']}, which says why", file=sys.stderr)
+            with suppress(OSError, ValueError):
+                print(
+                    f"maxconv: ended by process {first['process']}, which says why",
+                    file=sys.stderr,
+                )
         self.exit(first["code"], _HEAR)
 
     def _run(self) -> None:

@@ -87,7 +87,10 @@ def started(words: Sequence[str], **environ: object) -> "Iterator[subprocess.Pop
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 def wait_until(done: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
@@ -125,6 +128,17 @@ def test_interrupted(place: Place) -> None:
     assert said == "maxconv: interrupted\nmaxconv: only what was said to be saved is a checkpoint\n"
     assert place.unfinished and place.has_none()
     place.converts()
+
+
+def test_told_to_end_when_nobody_reads_what_it_says(place: Place) -> None:
+    with started(place.words, SLOW=SLOW) as process:
+        wait_until(place.has_data, process)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 42
+    assert place.has_none()
 
 
 def test_interrupted_at_the_first_read(place: Place) -> None:
