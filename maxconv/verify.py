@@ -247,10 +247,13 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     """What is wrong with this process' share of the OCDBT files, apart from the leaves in them.
 
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
-    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
+    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by. The
+    stores of attempts that were cut off, `ocdbt.process_<process>.<attempt>`, may also have what
+    was about to become either: of these the leaves tell all that matters.
     """
     values = value_spans(items)
-    databases = [items, *sorted(items.glob("ocdbt.process_*"))]
+    stores = sorted(items.glob("ocdbt.process_*"))
+    databases = [items, *(store for store in stores if store.name.count(".") == 1)]
     files = [d / "manifest.ocdbt" for d in databases]
     files += [file for d in databases for file in sorted(d.glob("d/*"))]
     found = {}

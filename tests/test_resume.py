@@ -77,6 +77,8 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(f"another unfinished conversion: .*{difference}", line)
         os.utime(file, ns=(0, before.st_mtime_ns))
 
+    # What was written when it was cut off, and that nothing points to yet.
+    (store.with_name("ocdbt.process_0.0") / "d" / f"{1:032x}").write_bytes(b"half a value")
     job = run(parse(words))
     assert job.source.stats.bytes_read == left and 0 < left < total
     assert sorted(path.name for path in place.out.iterdir()) == ["0", "maxconv.json"]

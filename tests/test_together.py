@@ -24,13 +24,13 @@ BOUND = 30  # seconds in which all processes end
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from maxconv import cli, convert
+from maxconv import cli, job
 from maxconv.sources import LocalSource
 from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
 OF = {
-    "before planning": (convert, "opened", 1),
+    "before planning": (job, "make_plan", 1),
     "reading": (LocalSource, "_fetch", 8),
     "committing": (ocdbt_utils, "merge_ocdbt_per_process_files", 1),
     "renaming": (atomicity.AtomicRenameTemporaryPath, "finalize", 2),  # after that of items
