@@ -258,14 +258,23 @@ def _tree_handler(window: int, progress: Progress, kept: Mapping[str, Any]) -> t
 
 
 def context(
-    use_ocdbt: bool = True, use_zarr3: bool = True, compression: bool = False
+    use_ocdbt: bool = True,
+    use_zarr3: bool = True,
+    compression: bool = False,
+    file_bytes: int = FILE_BYTES,
 ) -> ocp.Context:
-    """The Orbax context of MaxText 0.2.5's checkpoint manager (common/checkpoint_context.py)."""
+    """The Orbax context of MaxText 0.2.5's checkpoint manager (common/checkpoint_context.py).
+
+    Args:
+        use_ocdbt, use_zarr3, compression: the storage format.
+        file_bytes: an OCDBT data file that has as much is written at once, beside others. Smaller
+            ones wait for each other.
+    """
     ctx = ocp.Context()
     ctx.array.saving.use_ocdbt = use_ocdbt
     ctx.array.saving.use_zarr3 = use_zarr3
     ctx.array.saving.use_compression = compression
-    ctx.array.saving.ocdbt_target_data_file_size = FILE_BYTES
+    ctx.array.saving.ocdbt_target_data_file_size = file_bytes
     ctx.array.saving.storage_options.chunk_byte_size = FILE_BYTES
     ctx.asynchronous.timeout_secs = TIMEOUT_SECONDS
     ctx.pytree.loading.partial_load = True

@@ -154,10 +154,16 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
                     config.checkpoint_storage_use_ocdbt,
                     config.checkpoint_storage_use_zarr3,
                     config.use_compression,
+                    _file_bytes(job),
                 ),
                 kept,
                 plan.model.metadata,
             )
+
+
+def _file_bytes(job: Job) -> int:
+    """An eighth of a slab, so that its data files are written side by side; on the Hub few do."""
+    return checkpoint.FILE_BYTES if job.publication is not None else job.window // 32
 
 
 def _lazy(leaf: LeafPlan, make: Callable[[Slab], jax.Array]) -> checkpoint.LazyTensor:

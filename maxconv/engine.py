@@ -14,11 +14,13 @@ from typing import Self
 import jax
 import numpy as np
 
+from maxconv import heap
 from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.cells import Step
 from maxconv.placement import local_boxes
 from maxconv.plan import LeafPlan, Plan
 from maxconv.program import Programs, bits
+from maxconv.report import host_memory
 from maxconv.slabs import Slab
 from maxconv.sources import Part, Source, aligned_empty
 from maxconv.timeline import span
@@ -46,6 +48,8 @@ class Engine:
     def __init__(self, plan: Plan, source: Source, window: int, programs: Programs | None = None):
         """`window`: the budget, in bytes per process. `programs`: that others use, too."""
         self.stats = Stats()
+        heap.trim()
+        self._most = host_memory() + window + window // 4  # the last for what cells compute with
         self.programs = Programs(plan.recipes) if programs is None else programs
         self._owns_programs = programs is None
         self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
@@ -59,6 +63,7 @@ class Engine:
         """A slab of a leaf, as a global array in the leaf's training sharding."""
         array = None
         for step in slab.steps:
+            heap.trim(self._most)
             recipe = step.recipe
             with self._ahead.take(step) as reads:
                 run = self.programs.cell(recipe)

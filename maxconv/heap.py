@@ -1,7 +1,11 @@
-"""Keeps memory that was freed for what comes next."""
+"""Keeps memory that was freed for what comes next, but not too much of it."""
 
 import ctypes
 import sys
+from functools import cache
+from typing import Any
+
+from maxconv.report import host_memory
 
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -17,12 +21,28 @@ def keep_freed() -> None:
     virtual machine has to ask its host for the pages. One arena, as each would keep its own.
     Elsewhere than on Linux, or with another allocator, nothing happens.
     """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def trim(above: int = 0) -> None:
+    """Returns what was freed to the kernel, if this process has more than so many bytes.
+
+    Blocks of many sizes leave gaps that no next one fits into, and these add up.
+    """
+    if (libc := _glibc()) is not None and host_memory() > above:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    """The C library, if it is one that can be told how to keep memory."""
     if sys.platform != "linux":
-        return
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        return libc if libc.mallopt and libc.malloc_trim else None
     except (AttributeError, OSError):
-        return
-    mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        return None
