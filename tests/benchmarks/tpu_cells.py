@@ -26,21 +26,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import published, quantised  # noqa: E402
 from test_tpu_compile import (  # noqa: E402
+    BUDGET,
     FOREIGN,
+    SLAB,
     accessed,
     devices,
     exchanges,
     largest,
     least_accessed,
     most_beside,
-    planned,
 )
 from test_trees import TREES, model_of, words_of  # noqa: E402
 
 from maxconv.cells import Recipe  # noqa: E402
 from maxconv.config import parse  # noqa: E402
 from maxconv.model import resolve  # noqa: E402
-from maxconv.plan import LeafPlan, Plan  # noqa: E402
+from maxconv.plan import LeafPlan, Plan, make_plan  # noqa: E402
 from maxconv.program import compile_cell  # noqa: E402
 from maxconv.sharding import make_mesh  # noqa: E402
 from maxconv.tables import known_models, model_facts  # noqa: E402
@@ -138,7 +139,7 @@ def everything() -> Iterator[str]:
 
 
 def plan_of(name: str, topology: str, mesh_words: str | None) -> Plan:
-    """The plan of a model, on the mesh that its kind takes if none is given."""
+    """What a conversion plans, on the mesh that the kind of model takes if none is given."""
     tree, _, codec = name.partition("+")
     model_name = model_of(tree)
     facts = model_facts(model_name)
@@ -152,7 +153,8 @@ def plan_of(name: str, topology: str, mesh_words: str | None) -> Plan:
     words = [f"model_name={model_name}", *mesh_words.split(), f"scan_layers={'.scan' in tree}"]
     config = parse(words, {})
     mesh = make_mesh(config, devices(topology))
-    return planned(source, model, mesh, config)
+    rules, scan_axis = config.logical_axis_rules, config.scan_axis
+    return make_plan(source, model, mesh, rules, scan_axis, budget=BUDGET, slab=SLAB)
 
 
 def measured(recipe: Recipe) -> Measured:
