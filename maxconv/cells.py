@@ -11,7 +11,7 @@ each device computes its part by itself. Who reads it from storage is another ma
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -108,6 +108,11 @@ class Step:
     recipe: Recipe
     offset: Offset
     sources: tuple[tuple[Read, ...], ...]
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What is read, and how: the same of steps that can be made of one reading."""
+        return self.recipe.reads, self.sources
 
     def source(self, read: int, box: Box) -> Read:
         """The part of a tensor that is a box of a read's array."""
@@ -351,7 +356,7 @@ def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
     return trace(expr, box).reads
 
 
-def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
+def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
     """Bytes that each process reads for some steps.
 
     The steps of a recipe read alike but at the ends of tensors and where lanes read the same, so

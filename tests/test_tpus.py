@@ -75,7 +75,7 @@ def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
     shapes = {name: info.shape for name, info in plan.tensors.items()}
     assert plan.processes == [0, 1, 2, 3]
     for process in plan.processes:
-        one_by_one = sum(nbytes_read(step, shapes, process) for step in plan.steps)
+        one_by_one = sum(nbytes_read(step, shapes, process) for step in plan.readings)
         assert plan.read_nbytes(process) == one_by_one
 
 
@@ -125,5 +125,5 @@ def test_a_part_of_a_model_that_no_disk_here_holds(tmp_path: Path) -> None:
         assert slab.local_nbytes <= job.window // 4
         few = replace(job.plan, leaves=(replace(leaf, slabs=(slab,)),))
         with Engine(few, job.source, job.window) as engine:
-            assert not np.asarray(engine.make_slab(slab)).any()
+            assert not np.asarray(engine.make_slabs([slab])[0]).any()
         assert job.source.stats.bytes_read == few.read_nbytes(0) == slab.nbytes
