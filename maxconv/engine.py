@@ -150,15 +150,15 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        of = step.source(i, read.part(box))
-        inside = clip(of.box, source.tensors[of.name].shape)
+        pieces = [(within, step.source(i, part)) for within, part in read.pieces(box)]
+        insides = [clip(of.box, source.tensors[of.name].shape) for _, of in pieces]
         # Aligned, so that a CPU device takes the memory as it is.
-        is_short = volume(inside) < volume(box)
-        memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
-        host[box] = memory
-        whole = read.buffer(box)
-        within = memory.reshape(whole[len(whole) - len(of.box) :])  # without the axis of lanes
-        parts.setdefault(of.name, []).append((inside, within[slices(inside, of.box)]))
+        is_short = sum(map(volume, insides)) < volume(box)
+        host[box] = memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
+        buffer = memory.reshape(read.buffer(box))
+        for (within, of), inside in zip(pieces, insides, strict=True):
+            held = buffer[slices(within)].reshape(dims(of.box))  # without the axis of lanes
+            parts.setdefault(of.name, []).append((inside, held[slices(inside, of.box)]))
     nbytes = sum(memory.nbytes for memory in host.values())
     for name, boxes_of in parts.items():
         with span("read", name, sum(part.nbytes for _, part in boxes_of)):

@@ -132,8 +132,9 @@ def exchanges(recipe: Recipe) -> set[str]:
 def test_an_exchange_would_be_seen() -> None:
     plan = plan_of("qwen3-0.6b", "v5e:2x4", FSDP_4)
     recipe = next(r for r, name in names(plan).items() if name.endswith("query.kernel"))
-    rows = NamedSharding(plan.mesh, PartitionSpec(("tensor", "fsdp")))
     (read,) = recipe.reads
+    lanes = [None] * read.has_lanes
+    rows = NamedSharding(plan.mesh, PartitionSpec(*lanes, ("tensor", "fsdp")))
     elsewhere = replace(recipe, reads=(replace(read, sharding=rows, share=None),))
     assert FOREIGN.findall(compile_cell(elsewhere).as_text())
 
