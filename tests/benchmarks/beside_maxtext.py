@@ -16,6 +16,7 @@ default, and writes a trace: DIR/traces/MODEL.RUN.json, which ui.perfetto.dev op
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,22 +61,23 @@ class Bench:
         """What each side runs."""
         source, out = str(self.source), str(self.out)
         alone = "skip_jax_distributed_system=true"
-        module = ["-m", "maxtext.checkpoint_conversion.to_maxtext"]
-        more = ["run_name=x", "attention=dot_product"]
-        theirs = {MAXTEXT: [self.maxtext, *module, *self.words, alone, *more]}
-        return {
+        commands = {
             OURS: [*self.ours, alone, "--verify=none"],
             COPY: ["sh", "-c", 'cp -r "$0" "$1" && sync', source, out],
             ORBAX: [sys.executable, str(HERE / "orbax_alone.py"), source, out],
             VERIFIED: [*self.ours, alone, f"--trace={self.trace(run)}"],
-            **(theirs if self.maxtext else {}),
         }
+        if self.maxtext:
+            module = ["-m", "maxtext.checkpoint_conversion.to_maxtext"]
+            more = ["run_name=x", "attention=dot_product"]
+            commands[MAXTEXT] = [self.maxtext, *module, *self.words, alone, *more]
+        return commands
 
 
 def figures(bench: Bench, runs: int, settle: float) -> dict[str, dict[str, list[float]]]:
-    """Every figure of every side, for `targets.rows`; says where the time went."""
+    """Every figure of every side, for `targets.rows`; says where the time of the last run went."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    said = ""
+    where = ""
     for i in range(runs):
         for side, command in bench.commands(i).items():  # in turn: a slow minute hits all of them
             settled(bench.out, settle, bench.source)
@@ -85,16 +87,20 @@ def figures(bench: Bench, runs: int, settle: float) -> dict[str, dict[str, list[
                 found[side][name].append(value)
             if side == VERIFIED:
                 found[side]["first tensor byte"].append(first_byte(bench.trace(i), run))
-                said = run.said
-    settled(bench.out)
-    each = read_by_each(4, [*bench.ours, "--verify=none"], **ENVIRON)
-    mean = sum(each) / len(each)
-    found[FOUR]["off an even share"] = [abs(nbytes / mean - 1) * 100 for nbytes in each]
-    print(f"\n{bench.model}, {bench.gib:.2f} GiB, {runs} runs of each side")
-    print(*(line for line in said.splitlines() if line.startswith("time, ")))
-    shares = ", ".join(f"{nbytes / 2**20:.1f}" for nbytes in each)
-    print(f"4 processes read {shares} MiB: the largest is {max(each) / mean:.4f} of the mean\n")
+                where = next(line for line in run.said.splitlines() if line.startswith("time, "))
+    print(f"\n{where}")
+    found[FOUR]["off an even share"] = shares(bench, 4)
     return found
+
+
+def shares(bench: Bench, count: int) -> list[float]:
+    """By how many % what each of several processes reads differs from the mean; prints it, too."""
+    settled(bench.out)
+    each = read_by_each(count, [*bench.ours, "--verify=none"], **ENVIRON)
+    mean = sum(each) / count
+    mib = ", ".join(f"{nbytes / 2**20:.1f}" for nbytes in each)
+    print(f"{count} processes read {mib} MiB: the largest is {max(each) / mean:.4f} of the mean")
+    return [abs(nbytes / mean - 1) * 100 for nbytes in each]
 
 
 def _taken(run: Run, gib: float) -> dict[str, float]:
@@ -127,16 +133,24 @@ def main() -> None:
     args = parser.parse_args()
     traces = args.directory / "traces"
     traces.mkdir(parents=True, exist_ok=True)
-    body = list[list[str]]()
+    body, peaks = list[list[str]](), dict[float, float]()
     with tempfile.TemporaryDirectory(prefix="out-", dir=args.directory) as scratch:
         for model in args.model:
             source = args.directory / model
             gib = checkpoint(model, source)
             bench = Bench(model, source, gib, traces, Path(scratch, "out"), args.maxtext)
             found = figures(bench, args.runs, args.settle)
-            print(sides(found), flush=True)
+            print(
+                f"\n{model}, {gib:.2f} GiB: {args.runs} runs of each side, {args.settle:g} s apart"
+            )
+            print(f"\n{sides(found)}", flush=True)
             body += rows(model, gib, found)
+            peaks[gib] = statistics.median(found[VERIFIED]["peak memory"])
     print(f"\n{table(HEAD, body)}")
+    if len(peaks) > 1:
+        growth = peaks[max(peaks)] / peaks[min(peaks)]
+        grown = f"{max(peaks):.2f} GiB takes {growth:.2f} times the memory of {min(peaks):.2f} GiB"
+        print(f"\nA model of {grown}, by the medians.")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python tests/benchmarks/orbax_alone.py SOURCE OUT
 
 Eight simulated devices, each tensor sharded along its first axis that they divide; uncompressed, in
-the format that MaxText has. No transforms and no stacking: what a conversion could take at least
-with the libraries that it is made of, if nothing but the order of the work were changed.
+the format of MaxText's checkpoints. Nothing is transformed or stacked, and all of it is held.
 """
 
 import sys
