@@ -125,14 +125,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
             async with asyncio.TaskGroup() as writes:
                 for group in _groups(values, left_out=metadata):
-                    cost = sum(part.local_nbytes for _, (_, part) in group)
-                    async with room:
-                        with span("wait", "for room", thread="room"):
-                            await room.wait_for(lambda cost=cost: self._has_room(cost))
-                    self.progress.hold(cost)
+                    await self._take(room, sum(part.local_nbytes for _, (_, part) in group))
                     for i, (in_whole, part) in group:
-                        # jax.config is thread-local
-                        copied: Any = contextvars.copy_context().run
+                        copied: Any = contextvars.copy_context().run  # jax.config is thread-local
                         make = partial(copied, self._to_host, part, values[i].shape, in_whole)
                         array = await asyncio.get_running_loop().run_in_executor(maker, make)
                         writes.create_task(write(i, array, part.local_nbytes))
@@ -145,8 +140,16 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 process_index=multihost.process_index(),
             )
 
-    def _has_room(self, cost: int) -> bool:
-        return not self.progress.held or self.progress.held + cost <= self.window
+    async def _take(self, room: asyncio.Condition, cost: int) -> None:
+        """Waits until the window has room for so many bytes, and takes it."""
+
+        def is_there() -> bool:
+            return not self.progress.held or self.progress.held + cost <= self.window
+
+        async with room:
+            with span("wait", "for room", thread="room"):
+                await room.wait_for(is_there)
+        self.progress.hold(cost)
 
     def _to_host(
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
