@@ -11,21 +11,23 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from headers import published, quantised
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxconv.algebra import volume
 from maxconv.cells import Recipe, nbytes_read
-from maxconv.config import parse
-from maxconv.model import resolve
-from maxconv.plan import Plan, make_plan
-from maxconv.program import compile_blank, compile_cell
+from maxconv.config import Config, parse
+from maxconv.job import WINDOW_MOST
+from maxconv.model import Model, resolve
+from maxconv.plan import LeafPlan, Plan, make_plan
+from maxconv.program import bits, cell_function, compile_blank, compile_cell
 from maxconv.sharding import make_mesh
 from maxconv.shares import CellRead
+from maxconv.sources import Source
 from maxconv.tables import model_facts
 
 pytestmark = pytest.mark.skipif(
@@ -34,12 +36,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 MIB = 1 << 20
+WINDOW = WINDOW_MOST["tpu"]  # of a host of each of these TPUs
 # Numbers in an item of a quantised weight as it is stored: MXFP4, int4, fp8.
 PACKED = {np.dtype(np.uint8): 2, np.dtype(np.int32): 8, np.dtype(ml_dtypes.float8_e4m3fn): 1}
 FSDP_8 = "ici_fsdp_parallelism=8"
 FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
 EXPERT_4 = "ici_expert_parallelism=4 ici_fsdp_parallelism=2"  # an expert in each lane
+FSDP_512 = "ici_fsdp_parallelism=512"
 FSDP_64 = "ici_fsdp_parallelism=64 ici_tensor_parallelism=8"
 FSDP_TENSOR_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=16"
 EXPERT_8 = "ici_fsdp_parallelism=64 ici_expert_parallelism=8"
@@ -120,6 +124,92 @@ def test_packed_weights_are_unpacked_within_their_bound(model_name: str, codec: 
         assert set(FOREIGN.findall(compiled.as_text())) <= exchanges(recipe), name
 
 
+@pytest.mark.parametrize(
+    ("model_name", "words"),
+    [
+        ("llama3.1-405b", FSDP_512),
+        ("llama3.1-405b", FSDP_64),
+        ("deepseek3-671b", FSDP_512),
+        ("deepseek3-671b", EXPERT_8),
+    ],
+)
+def test_the_largest_leaves_take_few_passes_over_memory(model_name: str, words: str) -> None:
+    plan = plan_of(model_name, "v5p:8x8x8", words)
+    leaves = largest(plan, 5)
+    assert sum(leaf.nbytes for leaf in leaves) > 0.97 * plan.output_nbytes
+    recipes = {step.recipe: leaf for leaf in leaves for step in leaf.steps}
+    with ThreadPoolExecutor(2) as pool:
+        cells = list(pool.map(compile_cell, recipes))
+    for (recipe, leaf), compiled in zip(recipes.items(), cells, strict=True):
+        check_memory(leaf.name, recipe, compiled.memory_analysis())
+        text = compiled.as_text()
+        assert set(FOREIGN.findall(text)) <= exchanges(recipe), leaf.name
+        assert recipe.is_whole or not copies(recipe, text), leaf.name
+        assert least_accessed(recipe) <= accessed(compiled) <= most_accessed(recipe), leaf.name
+
+
+def test_a_copy_of_a_slab_would_be_seen() -> None:
+    plan = plan_of("llama3.1-405b", "v5p:8x8x8", FSDP_64)
+    (leaf,) = largest(plan, 1)
+    recipe, slab = leaf.steps[0].recipe, leaf.slabs[0]
+    (read,) = recipe.reads
+    shape, sharding = read.as_read
+    arguments = [
+        jax.ShapeDtypeStruct(recipe.shape, recipe.dtype, sharding=recipe.sharding),
+        jax.ShapeDtypeStruct((len(recipe.shape),), np.int32),
+        jax.ShapeDtypeStruct(shape, bits(read.dtype), sharding=sharding),
+    ]
+    kept = jax.jit(cell_function(recipe), out_shardings=recipe.sharding)  # nothing is donated
+    compiled = kept.lower(*arguments).compile()
+    assert copies(recipe, compiled.as_text())
+    assert accessed(compiled) > max(2 * slab.shard_nbytes, most_accessed(recipe))
+
+
+def largest(plan: Plan, n: int) -> Sequence[LeafPlan]:
+    """The `n` largest leaves, the largest first."""
+    return sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:n]
+
+
+def copies(recipe: Recipe, text: str) -> list[str]:
+    """The ops of a compiled cell that copy all of the slab that it is written into."""
+    shard = ",".join(map(str, recipe.sharding.shard_shape(recipe.shape)))
+    return re.findall(rf" = \w+\[{shard}\]\S* copy(?:-start)?\(.*", text)
+
+
+def accessed(compiled: Any) -> int:
+    """Bytes that a cell reads and writes in a chip's memory, as the compiler counts them.
+
+    It adds up what each op reads and what it writes, whole tiles with their padding, also where
+    they stay on the chip. Of the slab that the cell goes into it counts what is written, unless the
+    slab is copied: then all of it, twice.
+    """
+    return int(compiled.cost_analysis()["bytes accessed"])
+
+
+def least_accessed(recipe: Recipe) -> int:
+    """Bytes that it can't do without, unpadded.
+
+    What a chip is given is read once, what comes of an exchange is written and read once, the cell
+    is written once.
+    """
+    given = sum(read.shard_nbytes for read in recipe.reads)
+    exchanged = sum(read.needed_nbytes for read in recipe.reads if read.share)
+    return given + 2 * exchanged + cell_nbytes(recipe)
+
+
+def most_accessed(recipe: Recipe) -> int:
+    """Bytes that a cell of a large leaf may access: so many passes over it, each in and out.
+
+    Without an exchange five: its type is changed, it is transposed into the tiles of its leaf,
+    padded perhaps, it is written. With one eight, in tiles of 128 columns: the sender lays it out
+    in two, it is exchanged, the receiver turns it back in two, then as without. An axis of lanes,
+    one long on a chip, makes of two columns four tiles.
+    """
+    if not exchanges(recipe):
+        return 5 * least_accessed(recipe)
+    return 2 * 8 * max(map(tiled_nbytes, recipe.reads)) * (4 if recipe.lanes is not None else 1)
+
+
 def exchanges(recipe: Recipe) -> set[str]:
     """The collectives that a recipe may have: XLA gathers small arrays by an all-reduce."""
     shares = [read.share for read in recipe.reads if read.share]
@@ -166,9 +256,7 @@ def check_memory(name: str, recipe: Recipe, memory: Any) -> None:
 
 def most_beside(recipe: Recipe) -> int:
     """The bytes that a cell may take on a chip beside what it is given and its leaf."""
-    shard = math.prod(recipe.sharding.shard_shape(recipe.shape)) * recipe.dtype.itemsize
-    lanes = 1 if recipe.lanes is None else recipe.reads[0].shape[0]
-    cell = shard * lanes * volume(recipe.box) // math.prod(recipe.shape)
+    cell = cell_nbytes(recipe)
     packed = [read for read in recipe.reads if read.dtype in PACKED]
     if packed:  # all that is read, in float32, some times over
         return 8 * max(cell, *map(unpacked_nbytes, packed)) + 4 * MIB
@@ -177,6 +265,12 @@ def most_beside(recipe: Recipe) -> int:
     # A transposed cell, and that same cell again in the tiles of its leaf, with its layer axis
     # of size 1 padded to 2 and others to whole tiles.
     return 4 * cell + MIB
+
+
+def cell_nbytes(recipe: Recipe) -> int:
+    """Bytes that a cell makes on a chip."""
+    shard = math.prod(recipe.sharding.shard_shape(recipe.shape)) * recipe.dtype.itemsize
+    return shard * recipe.size // math.prod(recipe.shape)
 
 
 def unpacked_nbytes(read: CellRead) -> int:
@@ -199,13 +293,27 @@ def names(plan: Plan) -> dict[Recipe, str]:
 
 
 def plan_of(model_name: str, topology: str, words: str, codec: str | None = None) -> Plan:
+    """The plan that a conversion on these TPUs would have."""
     config = parse([f"model_name={model_name}", *words.split()], {})
     source = published(model_name)
     if codec is not None:
         source = quantised(source, codec)
     model = resolve(source, model_name, model_facts(model_name))
     mesh = make_mesh(config, devices(topology))
-    return make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
+    return planned(source, model, mesh, config)
+
+
+def planned(source: Source, model: Model, mesh: Mesh, config: Config) -> Plan:
+    """With the budgets that a conversion has on a TPU host."""
+    return make_plan(
+        source,
+        model,
+        mesh,
+        config.logical_axis_rules,
+        config.scan_axis,
+        budget=WINDOW // 8,
+        slab=WINDOW // 4,
+    )
 
 
 @cache
