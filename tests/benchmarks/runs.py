@@ -109,7 +109,7 @@ def _running(
         for i, command in enumerate(commands):
             with (logs / f"{i}.log").open("w") as log:
                 one = subprocess.Popen(
-                    command, stdout=log, stderr=log, env={**os.environ, **environ}
+                    command, stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, **environ}
                 )
             processes.append(one)
         yield processes
