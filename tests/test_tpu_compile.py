@@ -174,10 +174,10 @@ def largest(plan: Plan, n: int) -> Sequence[LeafPlan]:
     return sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:n]
 
 
-def copies(recipe: Recipe, text: str) -> list[str]:
+def copies(recipe: Recipe, text: str | None) -> list[str]:
     """The ops of a compiled cell that copy all of the slab that it is written into."""
     shard = ",".join(map(str, recipe.sharding.shard_shape(recipe.shape)))
-    return re.findall(rf" = \w+\[{shard}\]\S* copy(?:-start)?\(.*", text)
+    return re.findall(rf" = \w+\[{shard}\]\S* copy(?:-start)?\(.*", text or "")
 
 
 def accessed(compiled: Any) -> int:
