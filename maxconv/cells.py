@@ -2,8 +2,8 @@
 
 A *cell* is the part of a leaf that one evaluation makes, such as one layer of a scanned kernel.
 Where the axis along which cells follow each other is itself sharded (experts over devices), a
-*step* makes one cell in each shard at once: these are its lanes. A cell that takes more than a
-budget is made in slices, in the same way.
+*step* makes one cell in each shard at once, or several: these are its lanes (`lanes`). A cell that
+takes more than a budget is made in slices, in the same way.
 
 What a cell reads is needed sharded as its output is, pulled back through the expression, so that
 each device computes its part by itself. Who reads it from storage is another matter: `shares`.
@@ -11,7 +11,7 @@ each device computes its part by itself. Who reads it from storage is another ma
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -20,14 +20,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import (
-    Apply,
     Box,
-    Combine,
-    Concat,
     Expr,
     Read,
     Shape,
-    Tensor,
     clip,
     dims,
     full,
@@ -36,10 +32,9 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
+from maxconv.lanes import Offset, PlacedCell, in_lanes, placed_cells, with_neighbours
 from maxconv.placement import local_devices, mesh_axes, shard_nbytes, shards
 from maxconv.shares import CellRead, cell_read
-
-Offset = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Recipe:
         cell: expression over tensors named "0", "1", ...
         box: the part of it that is made, in the first lane of the first slice.
         reads: in the order of `algebra.trace(cell, box).reads`.
-        lanes: the axis of the leaf that is cut into lanes, one a shard; or None.
+        lanes: the axis of the leaf that is cut into lanes, as many in each shard; or None.
         is_local: each device computes with just what its part needs. If not, reads are replicated
             where they could not be cut.
         shape, dtype, sharding: of the leaf, or the slab of it, that the cell is written into.
@@ -79,7 +74,7 @@ class Recipe:
     @cached_property
     def buffer_nbytes(self) -> int:
         """Host bytes that the reads of one step take, in the process that reads most."""
-        return sum(read.shard_nbytes * max(map(len, read.parts.values())) for read in self.reads)
+        return sum(read.buffer_nbytes for read in self.reads)
 
     @cached_property
     def device_nbytes(self) -> int:
@@ -87,6 +82,19 @@ class Recipe:
         return sum(
             read.shard_nbytes + (read.needed_nbytes if read.share else 0) for read in self.reads
         )
+
+    @property
+    def cost(self) -> int:
+        """Bytes that a step is bounded by: of packed weights twice as much is made as read, of what
+        is replicated many times as much."""
+        return max(self.buffer_nbytes, self.device_nbytes, self.made_nbytes // 2)
+
+    @property
+    def lanes_in_shard(self) -> int:
+        """Cells that a step makes in each shard, one after another on the axis of lanes."""
+        if self.lanes is None:
+            return 1
+        return self.reads[0].shape[0] // shards(self.sharding, self.lanes)
 
     @cached_property
     def made_nbytes(self) -> int:
@@ -108,6 +116,11 @@ class Step:
     recipe: Recipe
     offset: Offset
     sources: tuple[tuple[Read, ...], ...]
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What is read, and how: the same of steps that can be made of one reading."""
+        return self.recipe.reads, self.sources
 
     def source(self, read: int, box: Box) -> Read:
         """The part of a tensor that is a box of a read's array."""
@@ -138,12 +151,14 @@ def steps(
             cells are cut down to it.
     """
     found = []
-    for lanes, offset, cells in _in_lanes(expr, dtypes, to):
-        renamed = [_anonymous(cell) for cell in cells]
-        names = [names for _, names in renamed]
-        kinds = tuple(dtypes[n] for n in names[0])
-        made = _Cell(renamed[0][0], kinds, expr.shape, dtype, to)
-        found += made.steps(lanes, offset, names, budget)
+    cells = placed_cells(expr, dtypes)
+
+    def at_once(first: PlacedCell, axis: int, most: int) -> int:
+        return _at_once(_Cell(*first.kind, expr.shape, dtype, to), axis, most, budget)
+
+    for lanes, offset, group in with_neighbours(in_lanes(cells, expr.shape, to), to, at_once):
+        made = _Cell(*group[0].kind, expr.shape, dtype, to)
+        found += made.steps(lanes, offset, [cell.names for cell in group], budget)
     return found
 
 
@@ -162,16 +177,16 @@ class _Cell:
     ) -> Iterator[Step]:
         """One step, or as many as there are slices. `names`: of the tensors of each lane."""
         whole = full(self.expr.shape)
-        recipe = _recipe(self, whole, lanes)
-        # Of packed weights twice as much is made as read; of what is replicated, many times.
-        most = max(recipe.buffer_nbytes, recipe.device_nbytes, recipe.made_nbytes // 2)
-        excess = most / budget
+        in_shard = 1 if lanes is None else len(names) // shards(self.to, lanes)
+        recipe = _recipe(self, whole, lanes, in_shard)
+        excess = recipe.cost / budget
         if excess <= 1 or (cut := _slices(self, excess, lanes)) is None:
             yield self._step(recipe, offset, names, [whole] * len(names))
             return
         axis, n, pieces = cut
         in_shards = lanes is None and pieces > 1  # then the slices of all shards go together
-        recipe = _recipe(self, with_axis(whole, axis, (0, n)), axis if in_shards else lanes)
+        part = with_axis(whole, axis, (0, n))
+        recipe = _recipe(self, part, axis if in_shards else lanes, in_shard)
         for at in range(0, self.expr.shape[axis] // pieces, n):
             starts = [s * (self.expr.shape[axis] // pieces) + at for s in range(pieces)]
             boxes = [with_axis(whole, axis, (start, start + n)) for start in starts]
@@ -193,60 +208,6 @@ class _Cell:
             for of, box in zip(names, boxes, strict=True)
         ]
         return Step(recipe, offset, tuple(zip(*reads, strict=True)))
-
-
-def _in_lanes(
-    expr: Expr, dtypes: Mapping[str, np.dtype], to: NamedSharding
-) -> Iterator[tuple[int | None, Offset, Sequence[Expr]]]:
-    """The cells of a leaf, those of one step together: axis of lanes, offset, a cell a lane."""
-    cells = list(_cells(expr, (0,) * len(expr.shape)))
-    for axis, n in enumerate(expr.shape):
-        pieces = shards(to, axis)
-        if pieces > 1 and any(cell.shape[axis] != n for _, cell in cells):
-            groups: dict[Offset, list[Expr]] = {}
-            for at, cell in cells:
-                inner = (*at[:axis], at[axis] % (n // pieces), *at[axis + 1 :])
-                groups.setdefault(inner, []).append(cell)
-            if all(len(group) == pieces and _alike(group, dtypes) for group in groups.values()):
-                yield from ((axis, at, group) for at, group in groups.items())
-                return
-    yield from ((None, at, [cell]) for at, cell in cells)
-
-
-def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
-    """The parts of a leaf that stand side by side, and where."""
-    if not isinstance(expr, Concat):
-        yield offset, expr
-        return
-    axis = expr.axis
-    for part, start, _ in expr.placed():
-        yield from _cells(part, (*offset[:axis], offset[axis] + start, *offset[axis + 1 :]))
-
-
-def _alike(cells: Sequence[Expr], dtypes: Mapping[str, np.dtype]) -> bool:
-    """Whether one program can make them all: their tensors differ in names only."""
-    kinds = {(cell, tuple(dtypes[n] for n in names)) for cell, names in map(_anonymous, cells)}
-    return len(kinds) == 1
-
-
-def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
-    """An expression over "0", "1", ... and the names that these stand for."""
-    names = list(dict.fromkeys(t.name for t in tensors(expr)))
-
-    def rename(node: Expr) -> Expr:
-        match node:
-            case Tensor(name, shape):
-                return Tensor(str(names.index(name)), shape)
-            case Apply(op, x):
-                return Apply(op, rename(x))
-            case Concat(axis, parts):
-                return Concat(axis, tuple(rename(part) for part in parts))
-            case Combine(op, parts):
-                return Combine(op, tuple(rename(part) for part in parts))
-            case _:
-                return node
-
-    return rename(expr), tuple(names)
 
 
 @cache
@@ -271,15 +232,31 @@ def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, in
 
 
 @cache
-def _recipe(cell: _Cell, box: Box, lanes: int | None) -> Recipe:
+def _at_once(cell: _Cell, axis: int, most: int, budget: int) -> int:
+    """How many cells that follow each other in a shard a step had best make: no more than it takes
+    for processes to read long runs, or whole tensors."""
+    best, longest = 1, 0.0
+    for n in (n for n in range(1, most + 1) if most % n == 0):
+        recipe = _recipe(cell, full(cell.expr.shape), axis, n)
+        if recipe.cost > budget:
+            break
+        if (run := min((read.run / read.best_run for read in recipe.reads), default=1)) > longest:
+            best, longest = n, run
+        if longest >= 1:
+            break
+    return best
+
+
+@cache
+def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recipe:
     reads = []
     pulled, is_local = _pulled_back(cell, box, lanes)
     shapes = {tensor.name: tensor.shape for tensor in tensors(cell.expr)}
     for read, spec in pulled:
         shape, entries = dims(read.box), spec
         if lanes is not None:
-            shape = (shards(cell.to, lanes), *shape)
-            entries = [mesh_axes(cell.to, lanes), *spec]
+            shape = (shards(cell.to, lanes) * in_shard, *shape)
+            entries = [mesh_axes(cell.to, lanes) or None, *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
         dtype = cell.dtypes[int(read.name)]
         reads.append(cell_read(shape, dtype, sharding, shapes[read.name], lanes is not None))
@@ -351,7 +328,7 @@ def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
     return trace(expr, box).reads
 
 
-def nbytes_by_process(steps: Sequence[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
+def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
     """Bytes that each process reads for some steps.
 
     The steps of a recipe read alike but at the ends of tensors and where lanes read the same, so
@@ -379,7 +356,8 @@ def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
     for i, read in enumerate(step.recipe.reads):
-        sources = {step.source(i, box) for box in read.parts.get(process, ())}
+        boxes = read.parts.get(process, ())
+        sources = {step.source(i, lane) for box in boxes for lane in read.lanes(box)}
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

@@ -9,7 +9,7 @@ this uses private parts of that release, which is why it is pinned.
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf
 
 from maxconv import resume, together
 from maxconv.algebra import Box, Shape, slices
-from maxconv.lazy import LazyTensor
+from maxconv.lazy import LazyTensor, Part
 from maxconv.timeline import span
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
@@ -97,7 +97,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
         room = asyncio.Condition()
-        metadata: dict[int, Any] = {}
+        metadata = {i: self.kept[x.name] for i, x in enumerate(infos) if x.name in self.kept}
         await infos[0].await_path_creation()
         await asyncio.to_thread(self.progress.begun.wait)
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
@@ -124,21 +124,13 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         # One thread: leaves are made in one order on all processes, as collectives must be.
         with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
             async with asyncio.TaskGroup() as writes:
-                for i, value in enumerate(values):
-                    if infos[i].name in self.kept:
-                        metadata[i] = self.kept[infos[i].name]
-                        continue
-                    for in_whole, part in value.parts:
-                        cost = part.local_nbytes
-                        async with room:
-                            with span("wait", "for room", thread="room"):
-                                await room.wait_for(lambda cost=cost: self._has_room(cost))
-                        self.progress.hold(cost)
-                        # jax.config is thread-local
-                        copied: Any = contextvars.copy_context().run
-                        make = partial(copied, self._to_host, part, value.shape, in_whole)
+                for group in _groups(values, left_out=metadata):
+                    await self._take(room, sum(part.local_nbytes for _, (_, part) in group))
+                    for i, (in_whole, part) in group:
+                        copied: Any = contextvars.copy_context().run  # jax.config is thread-local
+                        make = partial(copied, self._to_host, part, values[i].shape, in_whole)
                         array = await asyncio.get_running_loop().run_in_executor(maker, make)
-                        writes.create_task(write(i, array, cost))
+                        writes.create_task(write(i, array, part.local_nbytes))
                         del array
         journal.write()
         if self._array_metadata_store is not None:
@@ -148,8 +140,16 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 process_index=multihost.process_index(),
             )
 
-    def _has_room(self, cost: int) -> bool:
-        return not self.progress.held or self.progress.held + cost <= self.window
+    async def _take(self, room: asyncio.Condition, cost: int) -> None:
+        """Waits until the window has room for so many bytes, and takes it."""
+
+        def is_there() -> bool:
+            return not self.progress.held or self.progress.held + cost <= self.window
+
+        async with room:
+            with span("wait", "for room", thread="room"):
+                await room.wait_for(is_there)
+        self.progress.hold(cost)
 
     def _to_host(
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
@@ -202,6 +202,18 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
             use_replica_parallel=self._use_replica_parallel,
             ext_metadata={},
         )
+
+
+def _groups(
+    values: Sequence[LazyTensor], left_out: Container[int]
+) -> Sequence[Sequence[tuple[int, Part]]]:
+    """The parts of leaves, each with its leaf's position, in order; those of a group together."""
+    found: dict[object, list[tuple[int, Part]]] = {}
+    for i, value in enumerate(values):
+        for k, (in_whole, part) in enumerate(value.parts if i not in left_out else ()):
+            key = (i, k) if part.group is None else part.group
+            found.setdefault(key, []).append((i, (in_whole, part)))
+    return [*found.values()]
 
 
 class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):

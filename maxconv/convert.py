@@ -29,7 +29,8 @@ from maxconv.engine import Engine
 from maxconv.errors import UserError, VerificationError
 from maxconv.inspect import find_items
 from maxconv.job import Job, prepared
-from maxconv.plan import LeafPlan
+from maxconv.lazy import LazyTensor, Part
+from maxconv.plan import LeafPlan, Plan
 from maxconv.program import Programs
 from maxconv.report import ProgressLine, duration, peak_memory, size
 from maxconv.slabs import Slab
@@ -128,25 +129,28 @@ def _finish(job: Job) -> None:
 
 def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -> None:
     """Saves the leaves; those that were `kept` are there already."""
-    config, plan = job.config, job.plan
-    left = tuple(leaf for leaf in plan.leaves if resume.name_of(leaf) not in kept)
-    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in left))
-    with Engine(replace(plan, leaves=left), job.source, job.window, programs) as engine:
+    config = job.config
+    leaves = tuple(leaf for leaf in job.plan.leaves if resume.name_of(leaf) not in kept)
+    left = replace(job.plan, leaves=leaves)
+    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in leaves))
+    with Engine(left, job.source, job.window, programs) as engine:
 
-        def make(slab: Slab) -> jax.Array:
+        def make(slabs: Sequence[Slab]) -> list[jax.Array]:
             if job.publication is not None:
                 job.publication.wait_for_room(jax.process_index(), job.window)
-            return engine.make_slab(slab)
+            return engine.make_slabs(slabs)
 
-        def leaf(planned: LeafPlan) -> checkpoint.LazyTensor | jax.Array:
-            if not config.lazy_load_tensors and resume.name_of(planned) not in kept:
-                return engine.make(planned)
-            return _lazy(planned, make)
+        parts = _parts(left, make)
+
+        def leaf(planned: LeafPlan) -> LazyTensor | jax.Array:
+            lazy = _lazy(planned, parts.get(planned.name, ()))
+            is_made = planned.name in parts and not config.lazy_load_tensors
+            return lazy.load() if is_made else lazy
 
         with ProgressLine("written", lambda: (progress.written, progress.total), _told(speaks)):
             checkpoint.save(
                 job.directory,
-                checkpoint.train_state((p.leaf.path, leaf(p)) for p in plan.leaves),
+                checkpoint.train_state((p.leaf.path, leaf(p)) for p in job.plan.leaves),
                 config.scan_layers,
                 job.window // 2,
                 progress,
@@ -157,7 +161,7 @@ def _save(job: Job, kept: Mapping[str, Any], speaks: bool, programs: Programs) -
                     _file_bytes(job),
                 ),
                 kept,
-                plan.model.metadata,
+                job.plan.model.metadata,
             )
 
 
@@ -166,18 +170,38 @@ def _file_bytes(job: Job) -> int:
     return checkpoint.FILE_BYTES if job.publication is not None else job.window // 32
 
 
-def _lazy(leaf: LeafPlan, make: Callable[[Slab], jax.Array]) -> checkpoint.LazyTensor:
-    def part(slab: Slab) -> checkpoint.LazyTensor:
-        return checkpoint.LazyTensor(
-            partial(make, slab), slab.shape, slab.dtype, leaf.name, slab.sharding
-        )
+def _parts(
+    plan: Plan, make: Callable[[Sequence[Slab]], list[jax.Array]]
+) -> Mapping[str, Sequence[Part]]:
+    """The slabs of each leaf, for Orbax to ask for; when it does for one, its group is made."""
+    parts: dict[str, list[Part]] = {}
+    for number, group in enumerate(plan.groups):
+        made = _Made(partial(make, [slab for _, slab in group]))
+        for i, (leaf, slab) in enumerate(group):
+            take = partial(made.take, i)
+            part = LazyTensor(take, slab.shape, slab.dtype, leaf.name, slab.sharding, group=number)
+            parts.setdefault(leaf.name, []).append((slab.in_leaf, part))
+    return parts
 
+
+class _Made:
+    """What is made together, and taken one by one."""
+
+    def __init__(self, make: Callable[[], list[jax.Array]]):
+        self._make, self._arrays = make, dict[int, jax.Array]()
+
+    def take(self, i: int) -> jax.Array:
+        if i not in self._arrays:
+            self._arrays = dict(enumerate(self._make()))
+        return self._arrays.pop(i)
+
+
+def _lazy(leaf: LeafPlan, parts: Sequence[Part]) -> LazyTensor:
     def whole() -> jax.Array:
-        (slab,) = leaf.slabs
-        return make(slab)
+        ((_, part),) = parts
+        return part.load()
 
-    parts = [(slab.in_leaf, part(slab)) for slab in leaf.slabs]
-    return checkpoint.LazyTensor(whole, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
+    return LazyTensor(whole, leaf.shape, leaf.dtype, leaf.name, leaf.sharding, parts)
 
 
 def _verify(job: Job, saved: str, speaks: bool, programs: Programs | None = None) -> None:

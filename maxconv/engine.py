@@ -5,11 +5,11 @@ rest for the slab in the making and those that are being written (checkpoint.py)
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -55,28 +55,31 @@ class Engine:
         self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
 
     def make(self, leaf: LeafPlan) -> jax.Array:
-        """A leaf that is a single slab, as a global array in its training sharding."""
-        (slab,) = leaf.slabs
-        return self.make_slab(slab)
+        """A leaf that is a single slab, by itself, as a global array in its training sharding."""
+        return self.make_slabs(leaf.slabs)[0]
 
-    def make_slab(self, slab: Slab) -> jax.Array:
-        """A slab of a leaf, as a global array in the leaf's training sharding."""
-        array = None
-        for step in slab.steps:
+    def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
+        """A slab, or all of a group, as global arrays in their leaves' training shardings."""
+        arrays: list[Any] = [None] * len(slabs)
+        for steps in zip(*(slab.steps for slab in slabs), strict=True):
             heap.trim(self._most)
-            recipe = step.recipe
-            with self._ahead.take(step) as reads:
-                run = self.programs.cell(recipe)
-                with span("compute", _name(step), recipe.made_nbytes):
-                    if recipe.is_whole:
-                        array = run(*reads)
-                    else:
-                        if array is None:
-                            array = self.programs.blank(recipe)()
-                        array = run(array, np.array(step.offset, np.int32), *reads)
-                    array.block_until_ready()  # what it read may go
-            self.stats.steps += 1
-        assert array is not None
+            with self._ahead.take(steps[0]) as reads:
+                for i, step in enumerate(steps):
+                    arrays[i] = self._run(step, arrays[i], reads)
+        return arrays
+
+    def _run(self, step: Step, into: jax.Array | None, reads: Sequence[jax.Array]) -> jax.Array:
+        """The slab with what a step makes written into it."""
+        recipe, run = step.recipe, self.programs.cell(step.recipe)
+        with span("compute", _name(step), recipe.made_nbytes):
+            if recipe.is_whole:
+                array = run(*reads)
+            else:
+                if into is None:
+                    into = self.programs.blank(recipe)()
+                array = run(into, np.array(step.offset, np.int32), *reads)
+            array.block_until_ready()  # what it read may go
+        self.stats.steps += 1
         return array
 
     def close(self) -> None:
@@ -97,7 +100,7 @@ class _ReadAhead:
 
     def __init__(self, plan: Plan, source: Source, limit: int, stats: Stats):
         self._source, self._limit, self._stats = source, limit, stats
-        self._to_come = deque(plan.steps)
+        self._to_come = deque(plan.readings)
         self._queue: deque[tuple[Step, Future[list[jax.Array]]]] = deque()
         self._pool = ThreadPoolExecutor(source.readers, thread_name_prefix="read")
 
@@ -147,15 +150,15 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        of = step.source(i, read.part(box))
-        inside = clip(of.box, source.tensors[of.name].shape)
+        pieces = [(within, step.source(i, part)) for within, part in read.pieces(box)]
+        insides = [clip(of.box, source.tensors[of.name].shape) for _, of in pieces]
         # Aligned, so that a CPU device takes the memory as it is.
-        is_short = volume(inside) < volume(box)
-        memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
-        host[box] = memory
-        whole = read.buffer(box)
-        within = memory.reshape(whole[len(whole) - len(of.box) :])  # without the axis of lanes
-        parts.setdefault(of.name, []).append((inside, within[slices(inside, of.box)]))
+        is_short = sum(map(volume, insides)) < volume(box)
+        host[box] = memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
+        buffer = memory.reshape(read.buffer(box))
+        for (within, of), inside in zip(pieces, insides, strict=True):
+            held = buffer[slices(within)].reshape(dims(of.box))  # without the axis of lanes
+            parts.setdefault(of.name, []).append((inside, held[slices(inside, of.box)]))
     nbytes = sum(memory.nbytes for memory in host.values())
     for name, boxes_of in parts.items():
         with span("read", name, sum(part.nbytes for _, part in boxes_of)):

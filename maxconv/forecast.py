@@ -10,10 +10,10 @@ from maxconv.sources.remote import GAP, SPAN
 def between(plan: Plan, source: Source, process: int) -> int:
     """Bytes at most that come along as parts of a tensor that are near are asked for together."""
     total = 0
-    for step in plan.steps:
+    for step in plan.readings:
         for i, read in enumerate(step.recipe.reads):
             boxes: dict[str, set[Box]] = {}
-            for box in read.parts.get(process, ()):
+            for box in (lane for part in read.parts.get(process, ()) for lane in read.lanes(part)):
                 of = step.source(i, box)
                 boxes.setdefault(of.name, set()).add(clip(of.box, plan.tensors[of.name].shape))
             total += sum(

@@ -202,7 +202,7 @@ def _scratch_nbytes(job: Job) -> int:
     """
     if not job.config.lazy_load_tensors:
         return job.plan.output_nbytes
-    largest = max(slab.local_nbytes for leaf in job.plan.leaves for slab in leaf.slabs)
+    largest = max(sum(slab.local_nbytes for _, slab in group) for group in job.plan.groups)
     bound = (2 * job.window + 2 * largest) * len(job.plan.processes)
     return min(bound, job.plan.output_nbytes)
 

@@ -16,6 +16,7 @@ class LazyTensor:
     Attributes:
         shape, dtype, name, sharding: of the array. Without a sharding it goes to one device.
         parts: that it is made and written in, each with where a box of it is in the whole.
+        group: number of what is made at once with it, when the first of them is loaded; or None.
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class LazyTensor:
         name: str = "unknown",
         sharding: jax.sharding.Sharding | None = None,
         parts: Sequence["Part"] = (),
+        group: int | None = None,
     ):
         self._load_fn = load_fn
+        self.group = group
         self.parts = parts or [(lambda box: box, self)]
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)

@@ -1,7 +1,8 @@
 """The plan: every leaf with its sharding and its steps, checked before a tensor byte moves."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,6 +48,11 @@ class LeafPlan:
     def steps(self) -> list[Step]:
         return [step for slab in self.slabs for step in slab.steps]
 
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all that it is made of."""
+        return tuple(tensor.name for tensor in tensors(self.leaf.expr))
+
     @property
     def name(self) -> str:
         return self.leaf.name
@@ -69,6 +75,9 @@ class LeafPlan:
         return self.shard_nbytes * local_devices(self.sharding)
 
 
+Group = tuple[tuple[LeafPlan, Slab], ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A whole conversion. `notices` are sentences the user should see."""
@@ -82,6 +91,16 @@ class Plan:
     @property
     def steps(self) -> list[Step]:
         return [step for leaf in self.leaves for step in leaf.steps]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The slabs in the order in which they are made."""
+        return groups(self.leaves)
+
+    @property
+    def readings(self) -> Iterator[Step]:
+        """Of steps that are made of one reading, the first."""
+        return (s for group in self.groups for s in group[0][1].steps)
 
     @cached_property
     def recipes(self) -> dict[Recipe, int]:
@@ -111,7 +130,7 @@ class Plan:
     @cached_property
     def _reads(self) -> Mapping[int, int]:
         shapes = {name: info.shape for name, info in self.tensors.items()}
-        return nbytes_by_process(self.steps, shapes)
+        return nbytes_by_process(self.readings, shapes)
 
     @cached_property
     def needed_nbytes(self) -> int:
@@ -125,6 +144,25 @@ class Plan:
         return sum(
             volume(clip(s.box, self.tensors[s.name].shape)) * n for s, n in itemsizes.items()
         )
+
+
+def groups(leaves: Iterable[LeafPlan]) -> tuple[Group, ...]:
+    """The slabs of leaves, in order; those together that are made of the same bytes.
+
+    So gate and up projections whose columns alternate in one tensor are made side by side.
+    """
+    near: dict[object, list[tuple[LeafPlan, Slab]]] = {}
+    for leaf in leaves:
+        for slab in leaf.slabs:
+            near.setdefault((leaf.tensors or leaf.name, slab.offset), []).append((leaf, slab))
+    found: list[Group] = []
+    for members in near.values():
+        alike: dict[object, list[tuple[LeafPlan, Slab]]] = {}
+        for leaf, slab in members:
+            readings = tuple(s.reading for s in slab.steps) if len(members) > 1 else ()
+            alike.setdefault(readings, []).append((leaf, slab))
+        found += map(tuple, alike.values())
+    return tuple(found)
 
 
 def make_plan(
@@ -158,13 +196,18 @@ def make_plan(
     if model.rounds:
         stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
     planned, notices = [], list(model.notices)
-    for logical in _checked_leaves(source, model, scan_axis):
-        leaf = replace(logical, expr=substitute(logical.expr, stored))
+    leaves = [
+        replace(logical, expr=substitute(logical.expr, stored))
+        for logical in _checked_leaves(source, model, scan_axis)
+    ]
+    sharing = Counter(tuple(t.name for t in tensors(leaf.expr)) for leaf in leaves)
+    for leaf in leaves:
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
         dtype = np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save))
         made = steps(leaf.expr, dtypes, dtype, to, budget)
-        parts = slabs(made, leaf.shape, dtype, to, slab)
+        together = sharing[tuple(t.name for t in tensors(leaf.expr))]
+        parts = slabs(made, leaf.shape, dtype, to, slab / together)
         planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")

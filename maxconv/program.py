@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, trace
 from maxconv.cells import Recipe
+from maxconv.placement import shards
 from maxconv.timeline import span
 
 _COMPILERS = 4  # threads at most: a slice's programs take seconds each
@@ -55,10 +56,12 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
         at = [offset[axis] for axis in range(leaf.ndim)]
         if recipe.lanes is None:
             return _update(leaf, made(*reads), at)
-        axis, lanes = recipe.lanes, recipe.reads[0].shape[0]
-        by_lane = leaf.reshape(*leaf.shape[:axis], lanes, -1, *leaf.shape[axis + 1 :])
+        axis, pieces = recipe.lanes, shards(recipe.sharding, recipe.lanes)
+        cells = made(*reads)  # (..., lanes, rows, ...)
+        cells = cells.reshape(*cells.shape[:axis], pieces, -1, *cells.shape[axis + 2 :])
+        by_shard = leaf.reshape(*leaf.shape[:axis], pieces, -1, *leaf.shape[axis + 1 :])
         zero = jnp.zeros((), offset.dtype)
-        return _update(by_lane, made(*reads), [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
+        return _update(by_shard, cells, [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
 
     def whole(*reads: jax.Array) -> jax.Array:
         return made(*reads).reshape(recipe.shape)

@@ -146,7 +146,8 @@ def held_nbytes(leaf: LeafPlan, window: int) -> int:
 def device_estimate(plan: Plan) -> int:
     """Bytes a device holds at most: its shards of two slabs and what two cells read."""
     cells = max(recipe.device_nbytes for recipe in plan.recipes)
-    return 2 * max(slab.shard_nbytes for leaf in plan.leaves for slab in leaf.slabs) + 2 * cells
+    slabs = max(sum(slab.shard_nbytes for _, slab in group) for group in plan.groups)
+    return 2 * slabs + 2 * cells
 
 
 def _sizes(plan: Plan) -> str:

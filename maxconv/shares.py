@@ -8,8 +8,8 @@ No chip ever holds more than the part that it needs.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -17,11 +17,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxconv.algebra import Box, Interval, Shape, dims, volume
-from maxconv.placement import boxes_by_process, mesh_axes, shard_nbytes
+from maxconv.algebra import Box, Interval, Shape, dims, full, volume, with_axis
+from maxconv.placement import boxes_by_process, mesh_axes, shard_nbytes, shards
 from maxconv.sources import coalesce
 
-LONG = 1 << 20  # bytes in a row: longer runs of a file are not read any better
+LONG = 1 << 20  # bytes in a row that are worth more than what an exchange costs
+RUN = 8 << 20  # bytes in a row: longer runs of a file are not read any better
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Share:
 
     Attributes:
         axis: of the rows.
+        inner: rows that a lane has, where those of all lanes are the rows: then the array is cut as
+            if it were (lanes * inner, ...). Else 0.
         block: rows in a block.
         shares: of a block.
         rows: of the longest share.
@@ -43,6 +46,7 @@ class Share:
     """
 
     axis: int
+    inner: int
     block: int
     shares: int
     rows: int
@@ -52,14 +56,30 @@ class Share:
 
     def shape(self, needed: Shape) -> Shape:
         """Of the array as it is read."""
+        if self.inner:
+            needed = (needed[0] * self.inner, *needed[2:])
         blocks, rows = needed[self.axis] // self.block, self.shares * self.rows
         return (*needed[: self.axis], blocks, rows, *needed[self.axis + 1 :])
 
-    def needed(self, box: Box) -> Box:
-        """What lies in a share, a box of the array as it is read: a box of the array."""
+    def needed(self, box: Box) -> Iterator[tuple[int, Box]]:
+        """What lies in a share, a box of the array as it is read: boxes of the array, and of the
+        share the row where each begins."""
         (block, _), (lo, _) = box[self.axis : self.axis + 2]
         first, end = (block * self.block + at for at in self._rows(lo // self.rows))
-        return (*box[: self.axis], (first, end), *box[self.axis + 2 :])
+        rest = box[self.axis + 2 :]
+        if not self.inner:
+            yield 0, (*box[: self.axis], (first, end), *rest)
+            return
+        at = first
+        while at < end:
+            lane, row = divmod(at, self.inner)
+            lanes = 0 if row else (end - at) // self.inner
+            rows = lanes * self.inner or min(self.inner - row, end - at)
+            yield (
+                at - first,
+                ((lane, lane + max(lanes, 1)), (row, row + rows // max(lanes, 1)), *rest),
+            )
+            at += rows
 
     def _rows(self, share: int) -> Interval:
         """Those of a block that a share has."""
@@ -75,7 +95,8 @@ class Share:
                 x = lax.all_to_all(x, name, axis, self.axis, tiled=True)
             if self.copies:
                 x = lax.all_gather(x, self.copies, axis=self.axis, tiled=True)
-            return self._without_gaps(x)
+            x = self._without_gaps(x)
+            return x.reshape(-1, self.inner, *x.shape[1:]) if self.inner else x
 
         on_mesh = jax.shard_map(
             on_device,
@@ -105,12 +126,16 @@ class CellRead:
     Attributes:
         shape, dtype: of the array.
         sharding: that it is needed in.
+        of: shape of the tensor that it, or each of its lanes, is a box of.
+        has_lanes: its first axis is that of the lanes.
         share: how it is read, if not in that sharding.
     """
 
     shape: Shape
     dtype: np.dtype
     sharding: NamedSharding
+    of: Shape
+    has_lanes: bool
     share: Share | None = None
 
     @property
@@ -120,9 +145,29 @@ class CellRead:
             return self.shape, self.sharding
         return self.share.shape(self.shape), self.share.sharding
 
-    def part(self, box: Box) -> Box:
-        """The part of the array that a box of it, as it is read, is filled with."""
-        return box if self.share is None else self.share.needed(box)
+    def pieces(self, box: Box) -> Iterator[tuple[Box, Box]]:
+        """What fills a box of the array as it is read, lane by lane: where in its `buffer`,
+        and which box of the array."""
+        for row, part in [(0, box)] if self.share is None else self.share.needed(box):
+            extents = dims(part)
+            if not self.has_lanes:
+                yield full(extents), part
+                continue
+            for k, lane in enumerate(self.lanes(part)):
+                if self.share is not None and self.share.inner:
+                    within = with_axis(full(extents[1:]), 0, (row, row + extents[1]))
+                    row += extents[1]
+                else:
+                    within = ((k, k + 1), *full(extents[1:]))
+                yield within, lane
+
+    def lanes(self, part: Box) -> Iterator[Box]:
+        """A box of the array lane by lane: each of one tensor."""
+        if not self.has_lanes:
+            yield part
+            return
+        for lane in range(*part[0]):
+            yield (lane, lane + 1), *part[1:]
 
     def buffer(self, box: Box) -> Shape:
         """The shape, of as many axes as the array has, of a box of it as it is read."""
@@ -162,7 +207,38 @@ class CellRead:
         """The parts of the array that each process reads."""
         shape, sharding = self.as_read
         held = boxes_by_process(sharding, shape)
-        return {p: frozenset(map(self.part, boxes)) for p, boxes in held.items()}
+        if self.share is None:
+            return held
+        return {
+            p: frozenset(b for box in of for _, b in self.share.needed(box))
+            for p, of in held.items()
+        }
+
+    @cached_property
+    def buffer_nbytes(self) -> int:
+        """Bytes that the process that reads most has it in."""
+        shape, sharding = self.as_read
+        return self.shard_nbytes * max(map(len, boxes_by_process(sharding, shape).values()))
+
+    @property
+    def best_run(self) -> int:
+        """Bytes of runs that reading gains nothing from being longer than."""
+        return min(RUN, math.prod(self.of) * self.dtype.itemsize)
+
+    @cached_property
+    def run(self) -> float:
+        """Bytes of the runs in the files that a process reads for itself, on average."""
+        by_lanes: dict[Interval | None, list[Box]] = {}
+        for part in filter(volume, next(iter(self.parts.values()))):  # the others' are alike
+            lanes, box = (part[0], part[1:]) if self.has_lanes else (None, part)
+            by_lanes.setdefault(lanes, []).append(box)
+        elements = runs = 0
+        for lanes, boxes in by_lanes.items():
+            n = 1 if lanes is None else lanes[1] - lanes[0]
+            for box in coalesce(boxes):
+                elements += n * volume(box)
+                runs += n * volume(box) // _run_length(self.of, dims(box))
+        return elements * self.dtype.itemsize / runs if runs else 0
 
     @cached_property
     def nbytes_by_process(self) -> Mapping[int, int]:
@@ -183,52 +259,48 @@ def cell_read(
         of: shape of the tensor that it, or each of its lanes, is a box of.
         lanes: its first axis is that of the lanes.
     """
-    direct = CellRead(shape, dtype, sharding)
+    direct = CellRead(shape, dtype, sharding, of, lanes)
     if len(direct.parts) == 1:
         return direct
-    if (share := _even(shape, sharding, int(lanes))) is None:
+    if (share := _even(shape, sharding, lanes)) is None:
         return direct
-    shared = CellRead(shape, dtype, sharding, share)
+    shared = replace(direct, share=share)
     once = sum(direct.nbytes_by_process.values()) == math.prod(shape) * dtype.itemsize
     even = len(set(direct.nbytes_by_process.values())) == 1
-    if once and even and _run(direct, of, lanes) >= min(LONG, _run(shared, of, lanes)):
-        return direct
-    return shared
+    return direct if once and even and direct.run >= min(LONG, shared.run) else shared
 
 
-def _even(shape: Shape, to: NamedSharding, first: int) -> Share | None:
+def _even(shape: Shape, to: NamedSharding, lanes: bool) -> Share | None:
     """Even shares of an array, of the first axis that is long enough for all devices."""
-    sizes = {name: n for name, n in to.mesh.shape.items() if n > 1}
     names = [mesh_axes(to, axis) for axis in range(len(shape))]
-    copies = tuple(name for name in sizes if not any(name in axis for axis in names))
     found: list[Share] = []
-    for axis in range(first, len(shape)):
-        moves = tuple((name, a) for a in range(axis + 1, len(shape)) for name in names[a])
-        block = shape[axis] // math.prod(sizes[name] for name in names[axis])
-        shares = math.prod(sizes[name] for name in (*copies, *(name for name, _ in moves)))
-        rows = -(-block // shares)
-        # What is exchanged first is cut last: axes that stay, replicas, then the moves backwards.
-        order = (*names[axis], *copies, *(name for name, _ in reversed(moves)))
-        blocks, inner = order[: len(names[axis])], order[len(names[axis]) :]
-        before = (n or None for n in names[:axis])
-        sharding = NamedSharding(to.mesh, PartitionSpec(*before, blocks or None, inner or None))
-        found.append(Share(axis, block, shares, rows, moves, copies, sharding))
-        if block >= shares:
-            return found[-1]
-    return min(found, key=lambda share: share.rows * share.shares / share.block, default=None)
+    if lanes and shape[0] > shards(to, 0):  # several in each shard
+        if len(shape) > 1 and not names[1]:
+            flat = (shape[0] * shape[1], *shape[2:])
+            found.append(_share(flat, to, [names[0], *names[2:]], 0, shape[1]))
+        else:
+            found.append(_share(shape, to, names, 0))
+    found += [_share(shape, to, names, axis) for axis in range(int(lanes), len(shape))]
+    long = (share for share in found if share.block >= share.shares)
+    fullest = min(found, key=lambda s: s.rows * s.shares / s.block, default=None)
+    return next(long, fullest)
 
 
-def _run(read: CellRead, of: Shape, lanes: bool) -> int:
-    """Bytes of the shortest run in the file that a process reads for itself."""
-    shortest = math.inf
-    for parts in read.parts.values():
-        by_lane: dict[Interval | None, list[Box]] = {}
-        for part in filter(volume, parts):
-            by_lane.setdefault(part[0] if lanes else None, []).append(part[1:] if lanes else part)
-        for boxes in by_lane.values():
-            shortest = min(shortest, *(_run_length(of, dims(box)) for box in coalesce(boxes)))
-        break  # the others' are alike
-    return int(shortest * read.dtype.itemsize) if shortest < math.inf else 0
+def _share(
+    shape: Shape, to: NamedSharding, names: Sequence[tuple[str, ...]], axis: int, inner: int = 0
+) -> Share:
+    """Even shares along an axis. `names`: the mesh axes that cut each axis."""
+    sizes = {name: n for name, n in to.mesh.shape.items() if n > 1}
+    copies = tuple(name for name in sizes if not any(name in cut for cut in names))
+    moves = tuple((name, a) for a in range(axis + 1, len(shape)) for name in names[a])
+    block = shape[axis] // math.prod(sizes[name] for name in names[axis])
+    shares = math.prod(sizes[name] for name in (*copies, *(name for name, _ in moves)))
+    # What is exchanged first is cut last: axes that stay, replicas, then the moves backwards.
+    order = (*names[axis], *copies, *(name for name, _ in reversed(moves)))
+    blocks, cut = order[: len(names[axis])], order[len(names[axis]) :]
+    before = (n or None for n in names[:axis])
+    sharding = NamedSharding(to.mesh, PartitionSpec(*before, blocks or None, cut or None))
+    return Share(axis, inner, block, shares, -(-block // shares), moves, copies, sharding)
 
 
 def _run_length(of: Shape, extents: Shape) -> int:

@@ -26,7 +26,7 @@ from maxconv.errors import UserError
 from maxconv.inspect import Item, find_items, open_item, reason
 from maxconv.ocdbt import unexplained, value_spans
 from maxconv.placement import local_boxes
-from maxconv.plan import LeafPlan, Plan
+from maxconv.plan import LeafPlan, Plan, groups
 from maxconv.program import bits
 from maxconv.slabs import Slab
 
@@ -88,23 +88,25 @@ def verify(
     item = seen_as(item)
     leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
     report.total = len(leaves)
-    for leaf in leaves:
-        problem = None
-        for slab in leaf.slabs:  # in any case all of them: the engine is reading ahead
-            problem = _compared(item, leaf, slab, engine, window) or problem
+    problems: dict[str, str | None] = {leaf.name: None for leaf in leaves}
+    for group in groups(leaves):  # in any case all of them: the engine is reading ahead
+        made = engine.make_slabs([slab for _, slab in group])
+        for leaf, slab in group:
+            problem = _compared(item, leaf, slab, made.pop(0), window)
+            problems[leaf.name] = problem or problems[leaf.name]
             report.nbytes += slab.nbytes
             report.leaves += slab is leaf.slabs[-1]
             say(report)
-        report.problems += [problem] if problem else []
+    report.problems += filter(None, problems.values())
     return report
 
 
-def _compared(item: Item, leaf: LeafPlan, slab: Slab, engine: Engine, window: int) -> str | None:
-    """What is wrong with a slab, in a sentence."""
+def _compared(
+    item: Item, leaf: LeafPlan, slab: Slab, expected: jax.Array, window: int
+) -> str | None:
+    """What is wrong with a stored slab, in a sentence."""
     stored, why = _read(item, leaf, slab, window // 2)  # the engine has the rest
-    failed = _everyones({leaf.name: why} if why else {})
-    expected = engine.make_slab(slab)
-    if failed:
+    if failed := _everyones({leaf.name: why} if why else {}):
         return f"{leaf.name} cannot be read: {failed[leaf.name]}."
     return _difference(leaf, slab, expected, stored) if stored is not None else None
 

@@ -52,6 +52,7 @@ LEAVES = {
     "scanned, over layers": (hf("q{l}") >> ROPE, P("x", ("y", "z"))),
     "experts": (hf("e{l}.{e}") >> rearrange("m e -> e m"), P(("x", "y"), None, "z", None)),
     "experts, replicated": (hf("e{l}.{e}") >> rearrange("m e -> e m"), P(None, None, "z")),
+    "experts, some in a shard": (hf("e{l}.{e}") >> rearrange("m e -> e m"), P("x", None, "z")),
     "padded": (hf("embed") >> fit(0, 32), P("x", "y")),
     "padded rows of a shard": (hf("odd") >> fit(0, 16) >> scale(2), P(("x", "y", "z"), None)),
     "cut": (hf("embed") >> fit(0, 20), P("x", "y")),

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from test_engine import LEAVES, arrays, plan_of, source  # noqa: F401
 from test_processes import processes, said, stored
 
-from maxconv import cells, cli, shares
+from maxconv import cells, cli, lanes, shares
 from maxconv.algebra import Box, Shape, evaluate, slices
 from maxconv.engine import Engine
 from maxconv.placement import device_boxes
@@ -33,7 +33,8 @@ def hosts(request, monkeypatch):
         return {process: frozenset(of) for process, of in boxes.items()}
 
     monkeypatch.setattr(shares, "boxes_by_process", boxes_by_process)
-    caches = (cells._recipe, cells._slices)
+    monkeypatch.setattr(lanes, "local_devices", lambda sharding: 8 // request.param)
+    caches = (cells._recipe, cells._slices, cells._at_once)
     for cached in caches:
         cached.cache_clear()
     yield request.param
@@ -52,6 +53,8 @@ def test_a_leaf_is_its_expression(name, budget, hosts, source, arrays):  # noqa:
     np.testing.assert_array_equal(np.asarray(made).view(np.uint16), want.view(np.uint16))
     assert made.sharding == leaf.sharding
     assert sum(map(plan.read_nbytes, range(hosts))) == plan.needed_nbytes
+    if name.startswith("experts, ") and budget > 300 and hosts > 2:  # so that whole ones are read
+        assert all(step.recipe.lanes_in_shard > 1 for step in leaf.steps)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +93,9 @@ def test_shares_differ_by_one_row_at_most(rows, hosts):
 
     def part(index):
         box = tuple(s.indices(n)[:2] for s, n in zip(index, as_read, strict=True))
-        held, of = np.zeros(read.buffer(box), np.uint16), read.part(box)
-        held[tuple(slice(hi - lo) for lo, hi in of)] = array[slices(of)]
+        held = np.zeros(read.buffer(box), np.uint16)
+        for within, of in read.pieces(box):
+            held[slices(within)] = array[slices(of)]
         return held.reshape([b - a for a, b in box])
 
     shared = jax.make_array_from_callback(as_read, sharding, part)

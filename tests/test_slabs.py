@@ -15,7 +15,7 @@ from test_engine import LAYERS as INDICES
 from test_engine import LEAVES, MESH, arrays, source  # noqa: F401
 from test_processes import processes, said
 
-from maxconv import cli
+from maxconv import cli, convert
 from maxconv.algebra import bind, dims, evaluate, slices
 from maxconv.cells import steps
 from maxconv.config import parse
@@ -44,7 +44,7 @@ def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     count = np.zeros(expr.shape, int)
     with Engine(plan, source, window=1 << 20) as engine:
         for slab in parts:
-            got = np.asarray(engine.make_slab(slab)).view(np.uint16)
+            got = np.asarray(engine.make_slabs([slab])[0]).view(np.uint16)
             for box in set(device_boxes(to, slab.shape).values()):
                 at = slices(slab.in_leaf(box))
                 np.testing.assert_array_equal(got[slices(box)], want[at])
@@ -127,6 +127,19 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     metadata = [(tmp_path / d / "0/items/_METADATA").read_text() for d in ("whole/out", "slabs")]
     shapeless = [re.sub(r'"write_shape": \[[^]]*\]', "", text) for text in metadata]
     assert shapeless[0] == shapeless[1] and metadata[0] != metadata[1]
+
+
+@pytest.mark.parametrize("case", ["gpt-oss-20b", "gpt-oss-20b+mxfp4"])
+def test_alternate_columns_are_read_once(case, tmp_path, monkeypatch):
+    model = tiny.write(case, tmp_path / "hf")
+    words = job_words(tmp_path, model, tiny.maxtext_words(case, True), "fsdp4_tp2")
+    monkeypatch.setattr("maxconv.job._window", lambda config: 64 << 10)
+    job = convert.run(parse([*words, "--verify=none"]))
+    together = [group for group in job.plan.groups if len(group) > 1]
+    assert {len(group) for group in together} == {2}
+    assert len({leaf.name for group in together for leaf, _ in group}) < 2 * len(together)
+    assert job.source.stats.bytes_read == job.plan.read_nbytes(0) == job.plan.needed_nbytes
+    assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
 def flip_a_bit(out: Path) -> None:

@@ -1,6 +1,7 @@
 """The timeline of a conversion has all that was read, made and written."""
 
 import json
+import time
 from pathlib import Path
 
 import tiny
@@ -13,8 +14,11 @@ def test_a_trace_of_a_conversion(tmp_path: Path, capsys) -> None:
     model = tiny.write("qwen3-8b", tmp_path / "hf")
     trace = tmp_path / "trace.json"
     words = job_words(tmp_path, model, tiny.maxtext_words("qwen3-8b", True), "fsdp8")
+    before = time.monotonic()
     assert cli.main(["convert", *words, "--verify=none", f"--trace={trace}"]) == 0
-    events = json.loads(trace.read_text())["traceEvents"]
+    recorded = json.loads(trace.read_text())
+    assert before < recorded["otherData"]["began"] < time.monotonic()
+    events = recorded["traceEvents"]
     moved = {kind: sum(e["args"]["bytes"] for e in events if e["cat"] == kind) for kind in KINDS}
     total = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert 0.9 * total < moved["read"] <= total

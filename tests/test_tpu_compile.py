@@ -43,6 +43,7 @@ FSDP_8 = "ici_fsdp_parallelism=8"
 FSDP_4 = "ici_fsdp_parallelism=4 ici_tensor_parallelism=2"
 FSDP_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=4"
 EXPERT_4 = "ici_expert_parallelism=4 ici_fsdp_parallelism=2"  # an expert in each lane
+FSDP_256 = "ici_fsdp_parallelism=256"
 FSDP_512 = "ici_fsdp_parallelism=512"
 FSDP_64 = "ici_fsdp_parallelism=64 ici_tensor_parallelism=8"
 FSDP_TENSOR_16 = "ici_fsdp_parallelism=16 ici_tensor_parallelism=16"
@@ -78,6 +79,7 @@ FOREIGN = re.compile(
         ("llama3.1-405b", "v5e:16x16", FSDP_TENSOR_16),
         ("llama3.1-405b", "v5p:8x8x8", FSDP_64),
         ("deepseek3-671b", "v5p:8x8x8", EXPERT_8),
+        ("qwen3-235b-a22b", "v5p:4x8x8", FSDP_256),  # many cells in a step
     ],
 )
 def test_cells_exchange_what_they_must_and_no_more(
@@ -93,7 +95,7 @@ def test_cells_exchange_what_they_must_and_no_more(
         cells = list(pool.map(compile_cell, recipes))
     for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
         check_memory(name, recipe, compiled.memory_analysis())
-        text = compiled.as_text()
+        text = compiled.as_text() or ""
         assert recipe.is_local and set(FOREIGN.findall(text)) <= exchanges(recipe), name
         if re.search(r" = f32\S* convert\(", text):
             converting.add(name.split(".")[-2])
@@ -125,24 +127,28 @@ def test_packed_weights_are_unpacked_within_their_bound(model_name: str, codec: 
 
 
 @pytest.mark.parametrize(
-    ("model_name", "words"),
+    ("model_name", "n", "words"),
     [
-        ("llama3.1-405b", FSDP_512),
-        ("llama3.1-405b", FSDP_64),
-        ("deepseek3-671b", FSDP_512),
-        ("deepseek3-671b", EXPERT_8),
+        ("llama3.1-405b", 5, FSDP_512),
+        ("llama3.1-405b", 5, FSDP_64),
+        ("deepseek3-671b", 3, FSDP_512),
+        ("deepseek3-671b", 3, EXPERT_8),
     ],
 )
-def test_the_largest_leaves_take_few_passes_over_memory(model_name: str, words: str) -> None:
+def test_the_largest_leaves_take_few_passes_over_memory(
+    model_name: str, n: int, words: str
+) -> None:
     plan = plan_of(model_name, "v5p:8x8x8", words, budget=BUDGET, slab=SLAB)
-    leaves = largest(plan, 5)
+    leaves = largest(plan, n)
     assert sum(leaf.nbytes for leaf in leaves) > 0.97 * plan.output_nbytes
     recipes = {step.recipe: leaf for leaf in leaves for step in leaf.steps}
     with ThreadPoolExecutor(2) as pool:
         cells = list(pool.map(compile_cell, recipes))
     for (recipe, leaf), compiled in zip(recipes.items(), cells, strict=True):
-        check_memory(leaf.name, recipe, compiled.memory_analysis())
-        text = compiled.as_text()
+        memory = compiled.memory_analysis()
+        check_memory(leaf.name, recipe, memory)
+        assert memory.temp_size_in_bytes <= 5 * cell_nbytes(recipe), leaf.name
+        text = compiled.as_text() or ""
         assert set(FOREIGN.findall(text)) <= exchanges(recipe), leaf.name
         assert recipe.is_whole or not copies(recipe, text), leaf.name
         assert least_accessed(recipe) <= accessed(compiled) <= most_accessed(recipe), leaf.name
@@ -161,7 +167,7 @@ def test_a_copy_of_a_slab_would_be_seen() -> None:
     ]
     kept = jax.jit(cell_function(recipe), out_shardings=recipe.sharding)  # nothing is donated
     compiled = kept.lower(*arguments).compile()
-    assert copies(recipe, str(compiled.as_text()))
+    assert copies(recipe, compiled.as_text())
     assert accessed(compiled) > max(2 * slab.shard_nbytes, most_accessed(recipe))
 
 
@@ -170,10 +176,10 @@ def largest(plan: Plan, n: int) -> Sequence[LeafPlan]:
     return sorted(plan.leaves, key=lambda leaf: -leaf.nbytes)[:n]
 
 
-def copies(recipe: Recipe, text: str) -> list[str]:
+def copies(recipe: Recipe, text: str | None) -> list[str]:
     """The ops of a compiled cell that copy all of the slab that it is written into."""
     shard = ",".join(map(str, recipe.sharding.shard_shape(recipe.shape)))
-    return re.findall(rf" = \w+\[{shard}\]\S* copy(?:-start)?\(.*", text)
+    return re.findall(rf" = \w+\[{shard}\]\S* copy(?:-start)?\(.*", text or "")
 
 
 def accessed(compiled: Any) -> int:
@@ -198,16 +204,14 @@ def least_accessed(recipe: Recipe) -> int:
 
 
 def most_accessed(recipe: Recipe) -> int:
-    """Bytes that a cell of a large leaf may access: so many passes over it, each in and out.
+    """Bytes that a cell of a large leaf may access.
 
-    Without an exchange five: its type is changed, it is transposed into the tiles of its leaf,
-    padded perhaps, it is written. With one eight, in tiles of 128 columns: the sender lays it out
-    in two, it is exchanged, the receiver turns it back in two, then as without. An axis of lanes,
-    one long on a chip, makes of two columns four tiles.
+    Without an exchange five times the least: it is transposed and written in passes of their own,
+    14 rows take the room of 16, or of 128. With one, it is laid out for it and turned back in two
+    passes each, then made as without: 3 to 3.5 times the least in full tiles, but up to seven where
+    a chip needs 14 or 32 columns, which take the room of 128.
     """
-    if not exchanges(recipe):
-        return 5 * least_accessed(recipe)
-    return 2 * 8 * max(map(tiled_nbytes, recipe.reads)) * (4 if recipe.lanes is not None else 1)
+    return (7 if exchanges(recipe) else 5) * least_accessed(recipe)
 
 
 def exchanges(recipe: Recipe) -> set[str]:
@@ -222,8 +226,9 @@ def exchanges(recipe: Recipe) -> set[str]:
 def test_an_exchange_would_be_seen() -> None:
     plan = plan_of("qwen3-0.6b", "v5e:2x4", FSDP_4)
     recipe = next(r for r, name in names(plan).items() if name.endswith("query.kernel"))
-    rows = NamedSharding(plan.mesh, PartitionSpec(("tensor", "fsdp")))
     (read,) = recipe.reads
+    lanes = [None] * read.has_lanes
+    rows = NamedSharding(plan.mesh, PartitionSpec(*lanes, ("tensor", "fsdp")))
     elsewhere = replace(recipe, reads=(replace(read, sharding=rows, share=None),))
     assert FOREIGN.findall(compile_cell(elsewhere).as_text())
 

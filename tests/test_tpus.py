@@ -21,6 +21,7 @@ from maxconv.job import prepared
 from maxconv.model import resolve
 from maxconv.plan import make_plan
 from maxconv.sharding import device_array, make_mesh
+from maxconv.tables import model_facts
 from maxconv.tpus import slice_of
 
 needs_libtpu = pytest.mark.skipif(
@@ -75,8 +76,23 @@ def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
     shapes = {name: info.shape for name, info in plan.tensors.items()}
     assert plan.processes == [0, 1, 2, 3]
     for process in plan.processes:
-        one_by_one = sum(nbytes_read(step, shapes, process) for step in plan.steps)
+        one_by_one = sum(nbytes_read(step, shapes, process) for step in plan.readings)
         assert plan.read_nbytes(process) == one_by_one
+
+
+def test_many_hosts_read_whole_tensors() -> None:
+    """Where each needs a little of every expert, some read all of this one and others of that."""
+    name = "deepseek3-671b"
+    source, config = published(name), parse([f"model_name={name}"], {})
+    mesh = make_mesh(config, slice_of("v5p-512").chips())
+    model = resolve(source, name, model_facts(name))
+    plan = make_plan(source, model, mesh, config.logical_axis_rules, 1, budget=512 << 20)
+    (gate,) = (leaf for leaf in plan.leaves if leaf.name.endswith("MoeBlock_0.wi_0"))
+    (read,) = gate.steps[0].recipe.reads
+    assert len(plan.processes) == 64 and len(gate.steps) < len(gate.tensors) // 50
+    assert read.run > 7 << 20 and dict(mesh.shape)["fsdp"] == 256
+    shares = list(map(plan.read_nbytes, plan.processes))
+    assert sum(shares) == plan.needed_nbytes and max(shares) <= 1.01 * sum(shares) / 64
 
 
 def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -125,5 +141,5 @@ def test_a_part_of_a_model_that_no_disk_here_holds(tmp_path: Path) -> None:
         assert slab.local_nbytes <= job.window // 4
         few = replace(job.plan, leaves=(replace(leaf, slabs=(slab,)),))
         with Engine(few, job.source, job.window) as engine:
-            assert not np.asarray(engine.make_slab(slab)).any()
+            assert not np.asarray(engine.make_slabs([slab])[0]).any()
         assert job.source.stats.bytes_read == few.read_nbytes(0) == slab.nbytes

@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from beside_maxtext import measured
+from runs import measured, settled
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import HeaderSource, published, write_headers  # noqa: E402
@@ -46,8 +46,9 @@ def main() -> None:
         words += ["ici_fsdp_parallelism=8", "skip_jax_distributed_system=true"]
         words += [f"--max_host_memory_gb={(BASE + (args.window_mb << 20)) / 2**30}"]
         command = [sys.executable, "-m", "maxconv.to_maxtext", *words, f"--verify={args.verify}"]
-        seconds, peak, _ = measured(command, out, JAX_PLATFORMS="cpu")
-        print(f"| {name} | {total:.1f} | {seconds:.0f} | {peak * 1024:.0f} |", flush=True)
+        settled(out)
+        run = measured(command, JAX_PLATFORMS="cpu")
+        print(f"| {name} | {total:.1f} | {run.seconds:.0f} | {run.peak * 1024:.0f} |", flush=True)
         shutil.rmtree(files)
         os.sync()
     shutil.rmtree(out, ignore_errors=True)

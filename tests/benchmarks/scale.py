@@ -64,9 +64,10 @@ def row(model_name: str, on: Slice, plan: Plan, window: int) -> str:
     reads = [plan.read_nbytes(process) for process in plan.processes]
     busiest = reads.index(max(reads))
     ranges = sum(
-        len(read.parts.get(busiest, ())) * steps
+        steps * round(read.nbytes_by_process.get(busiest, 0) / read.run)
         for recipe, steps in plan.recipes.items()
         for read in recipe.reads
+        if read.run
     )
     moved = max(max(reads), -(-plan.output_nbytes // len(reads)))
     cells = (
