@@ -27,6 +27,7 @@ from maxconv.tpus import slice_of
 # memory, and no more than serves. On a CPU the devices' memory is the host's, too.
 WINDOW_PART = 48
 WINDOW_MOST = {"tpu": 4 << 30, "cpu": 512 << 20}
+STEP_MOST = 128 << 20  # bytes for a step: the TPU compiler takes minutes for much larger cells
 BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
 
 
@@ -82,7 +83,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
                 config.logical_axis_rules,
                 config.scan_axis,
                 config.save_dtype,
-                window // 8,
+                min(window // 8, STEP_MOST),
                 window // 4 if config.lazy_load_tensors else math.inf,
             )
         # That of process 0: a copy of the source on another host has other times.

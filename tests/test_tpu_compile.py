@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.cells import Recipe, nbytes_read
 from maxconv.config import parse
-from maxconv.job import WINDOW_MOST
+from maxconv.job import STEP_MOST, WINDOW_MOST
 from maxconv.model import resolve
 from maxconv.plan import LeafPlan, Plan, make_plan
 from maxconv.program import bits, cell_function, compile_blank, compile_cell
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 MIB = 1 << 20
 # What a conversion plans with on hosts of these TPUs, each of which has the largest window.
-BUDGET, SLAB = WINDOW_MOST["tpu"] // 8, WINDOW_MOST["tpu"] // 4
+BUDGET, SLAB = STEP_MOST, WINDOW_MOST["tpu"] // 4
 # Numbers in an item of a quantised weight as it is stored: MXFP4, int4, fp8.
 PACKED = {np.dtype(np.uint8): 2, np.dtype(np.int32): 8, np.dtype(ml_dtypes.float8_e4m3fn): 1}
 FSDP_8 = "ici_fsdp_parallelism=8"

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import published  # noqa: E402
 
 from maxconv.config import parse  # noqa: E402
-from maxconv.job import WINDOW_MOST, WINDOW_PART  # noqa: E402
+from maxconv.job import STEP_MOST, WINDOW_MOST, WINDOW_PART  # noqa: E402
 from maxconv.model import resolve  # noqa: E402
 from maxconv.plan import Plan, make_plan  # noqa: E402
 from maxconv.report import device_estimate, duration, host_estimate, size  # noqa: E402
@@ -57,7 +57,7 @@ def plan_of(model_name: str, on: Slice, window: int) -> Plan:
     model = resolve(source, model_name, model_facts(model_name))
     mesh = make_mesh(config, on.chips())
     rules, axis = config.logical_axis_rules, config.scan_axis
-    return make_plan(source, model, mesh, rules, axis, "bfloat16", window // 8, window // 4)
+    return make_plan(source, model, mesh, rules, axis, "bfloat16", STEP_MOST, window // 4)
 
 
 def row(model_name: str, on: Slice, plan: Plan, window: int) -> str:
