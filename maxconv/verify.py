@@ -6,6 +6,7 @@ leaf and the one that the engine makes again are compared where they live, on th
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -249,13 +250,21 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     """What is wrong with this process' share of the OCDBT files, apart from the leaves in them.
 
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
-    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by. The
-    stores of attempts that were cut off, `ocdbt.process_<process>.<attempt>`, may also have what
-    was about to become either: of these the leaves tell all that matters.
+    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
+    Values
+    may be in the tree of their store alone: those of a leaf that was made again, and that the whole
+    takes from an attempt before. The stores of attempts that were cut off,
+    `ocdbt.process_<process>.<attempt>`, may also have what was about to become either: of these the
+    leaves tell all that matters.
     """
-    values = value_spans(items)
+    values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
     databases = [items, *(store for store in stores if store.name.count(".") == 1)]
+    for store in databases[1:]:
+        with suppress(ValueError):  # it is empty, or its nodes are told below
+            for file, spans in value_spans(store).items():
+                name = f"{store.name}/{file}"
+                values[name] = values.get(name, set()) | spans
     files = [d / "manifest.ocdbt" for d in databases]
     files += [file for d in databases for file in sorted(d.glob("d/*"))]
     found = {}
