@@ -72,9 +72,11 @@ def with_neighbours(
     `at_once` says of a row of cells, by the first of them, its axis and how many there are in a
     shard, how many of them a step should make; the row consists of as many each.
     """
+    if local_devices(to) == len(to.device_set):  # one process reads all in runs as long as can be
+        yield from groups
+        return
     found = list(groups)
-    axis = _axis_of_rows(found, to)
-    if axis is None or local_devices(to) == len(to.device_set):
+    if (axis := _axis_of_rows(found, to)) is None:
         yield from found
         return
     rows: dict[Offset, list[Group]] = {}

@@ -48,11 +48,6 @@ class LeafPlan:
     def steps(self) -> list[Step]:
         return [step for slab in self.slabs for step in slab.steps]
 
-    @cached_property
-    def tensors(self) -> tuple[str, ...]:
-        """The names of all that it is made of."""
-        return tuple(tensor.name for tensor in tensors(self.leaf.expr))
-
     @property
     def name(self) -> str:
         return self.leaf.name
@@ -154,7 +149,7 @@ def groups(leaves: Iterable[LeafPlan]) -> tuple[Group, ...]:
     near: dict[object, list[tuple[LeafPlan, Slab]]] = {}
     for leaf in leaves:
         for slab in leaf.slabs:
-            near.setdefault((leaf.tensors or leaf.name, slab.offset), []).append((leaf, slab))
+            near.setdefault((leaf.leaf.tensors or leaf.name, slab.offset), []).append((leaf, slab))
     found: list[Group] = []
     for members in near.values():
         alike: dict[object, list[tuple[LeafPlan, Slab]]] = {}
@@ -200,14 +195,13 @@ def make_plan(
         replace(logical, expr=substitute(logical.expr, stored))
         for logical in _checked_leaves(source, model, scan_axis)
     ]
-    sharing = Counter(tuple(t.name for t in tensors(leaf.expr)) for leaf in leaves)
+    sharing = Counter(leaf.tensors for leaf in leaves)
     for leaf in leaves:
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
         dtype = np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save))
         made = steps(leaf.expr, dtypes, dtype, to, budget)
-        together = sharing[tuple(t.name for t in tensors(leaf.expr))]
-        parts = slabs(made, leaf.shape, dtype, to, slab / together)
+        parts = slabs(made, leaf.shape, dtype, to, slab / sharing[leaf.tensors])
         planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")

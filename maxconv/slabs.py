@@ -104,10 +104,10 @@ def _grid(whole: Slab) -> list[int]:
 def _interval(step: Step, axis: int, leaf: Slab) -> tuple[int, int]:
     """Where a step begins in every shard, and how much of it it makes; all, if it is not so."""
     n, pieces = leaf.shape[axis], shards(leaf.sharding, axis)
-    extent = dims(step.recipe.box)[axis] * (
-        step.recipe.lanes_in_shard if step.recipe.lanes == axis else 1
-    )
-    if pieces == 1 or step.recipe.lanes == axis:
+    extent = dims(step.recipe.box)[axis]
+    if step.recipe.lanes == axis:
+        return step.offset[axis], extent * step.recipe.lanes_in_shard
+    if pieces == 1:
         return step.offset[axis], extent
     return 0, n // pieces
 

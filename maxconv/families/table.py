@@ -8,6 +8,7 @@ Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
@@ -295,6 +296,11 @@ class Leaf:
     @property
     def shape(self) -> Shape:
         return self.expr.shape
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all that it is made of, with repeats."""
+        return tuple(tensor.name for tensor in tensors(self.expr))
 
 
 def bind_rows(
