@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:  # sizes are also told where JAX is not needed, and not imported
-    from maxconv.plan import LeafPlan, Plan
-    from maxconv.tpus import Slice
+    from maxconv.planning.plan import LeafPlan, Plan
+    from maxconv.planning.tpus import Slice
 
 INTERVAL_ON_TERMINALS = 0.5  # seconds between two looks at how far it is
 INTERVAL_IN_LOGS = 10

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from maxconv import cli
-from maxconv.checkpoint import LazyTensor, LazyTensorHandler, train_state
 from maxconv.config import Config
 from maxconv.errors import UserError
 from maxconv.families import bind_rows
-from maxconv.job import opened, resolved
+from maxconv.jobs.prepare import opened, resolved
 from maxconv.sources import open_source
+from maxconv.targets.orbax import LazyTensor, LazyTensorHandler, train_state
 
 __all__ = ["LazyHFLoader", "LazyTensor", "LazyTensorHandler", "get_maxtext_model_info", "main"]
 

@@ -9,7 +9,7 @@ import tiny
 
 from maxconv.algebra import evaluate, tensors
 from maxconv.config import parse
-from maxconv.job import Job, prepared
+from maxconv.jobs.prepare import Job, prepared
 
 MESHES = {
     "fsdp8": ("ici_fsdp_parallelism=8",),

@@ -28,8 +28,8 @@ import tiny
 from jobs import job_words
 
 from maxconv.config import parse
-from maxconv.engine import Engine
-from maxconv.job import prepared
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import prepared
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data/maxtext_leaves.json").read_text()

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from maxconv import cli
 from maxconv.families import BY_ARCHITECTURE
-from maxconv.target import problems
+from maxconv.targets.place import problems
 
 CASE = "llama3.1-8b"
 BARE = (*CPU, *MESHES["fsdp8"])

@@ -77,13 +77,15 @@ def test_from_the_hub_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> Non
 COUNTED = """
 import json, sys
 import jax
-from maxconv import cli, convert, forecast
-from maxconv.distributed import start
+from maxconv import cli
+from maxconv.jobs import convert
+from maxconv.planning import overread
+from maxconv.processes.start import start
 
 def command():
     job = convert.run(start(sys.argv[1:]))
     process = jax.process_index()
-    planned = job.plan.read_nbytes(process), forecast.between(job.plan, job.source, process)
+    planned = job.plan.read_nbytes(process), overread.between(job.plan, job.source, process)
     print(json.dumps([*planned, *job.source.traffic]), flush=True)
 
 sys.exit(cli.run(command))

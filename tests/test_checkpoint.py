@@ -14,10 +14,10 @@ import tensorstore as ts
 from jobs import tiny_job
 from orbax.checkpoint import v1 as ocp
 
-from maxconv import checkpoint
-from maxconv.checkpoint import LazyTensor
-from maxconv.engine import Engine
-from maxconv.job import Job
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import Job
+from maxconv.targets import orbax
+from maxconv.targets.orbax import LazyTensor
 
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
     "ocdbt, zarr3": (True, True, False, True),
@@ -33,30 +33,30 @@ FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
 def plain_save(directory: Path, job: Job, format: str) -> None:
     """As MaxText saves: Orbax's own handlers, and arrays that are all there."""
     with Engine(job.plan, job.source, 1 << 20) as engine:
-        state = checkpoint.train_state((p.leaf.path, engine.make(p)) for p in job.plan.leaves)
+        state = orbax.train_state((p.leaf.path, engine.make(p)) for p in job.plan.leaves)
     *storage, scan_layers = FORMATS[format]
-    context = checkpoint.context(*storage)
+    context = orbax.context(*storage)
     with ocp.training.Checkpointer(str(directory), context=context) as checkpointer:
         checkpointer.save_checkpointables(
             0, {"items": state}, custom_metadata={"scan_layers": scan_layers}
         )
 
 
-def lazy_save(directory: Path, job: Job, format: str, window: int = 1 << 20) -> checkpoint.Progress:
+def lazy_save(directory: Path, job: Job, format: str, window: int = 1 << 20) -> orbax.Progress:
     *storage, scan_layers = FORMATS[format]
-    progress = checkpoint.Progress(total=sum(leaf.local_nbytes for leaf in job.plan.leaves))
+    progress = orbax.Progress(total=sum(leaf.local_nbytes for leaf in job.plan.leaves))
     with Engine(job.plan, job.source, window) as engine:
-        state = checkpoint.train_state(
+        state = orbax.train_state(
             (p.leaf.path, LazyTensor(partial(engine.make, p), p.shape, p.dtype, p.name, p.sharding))
             for p in job.plan.leaves
         )
-        context = checkpoint.context(*storage)
-        checkpoint.save(str(directory), state, scan_layers, window, progress, context)
+        context = orbax.context(*storage)
+        orbax.save(str(directory), state, scan_layers, window, progress, context)
     return progress
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, without its own path, time stamps and OCDBT's own files."""
+    """The files of a orbax, without its own path, time stamps and OCDBT's own files."""
 
     def content(path: Path) -> bytes:
         text = path.read_bytes().replace(bytes(directory), b"<directory>")
@@ -139,8 +139,8 @@ def test_a_lazy_tensor_must_be_what_it_says() -> None:
 
 
 def test_a_leaf_that_cannot_be_made_ends_the_save(tmp_path: Path) -> None:
-    state = checkpoint.train_state([(("params", "x"), lazy(lambda: 1 / 0))])
+    state = orbax.train_state([(("params", "x"), lazy(lambda: 1 / 0))])
     with pytest.raises(BaseExceptionGroup) as failed:
-        checkpoint.save(str(tmp_path), state, True, 1 << 20, checkpoint.Progress())
+        orbax.save(str(tmp_path), state, True, 1 << 20, orbax.Progress())
     assert failed.group_contains(ZeroDivisionError)
     assert not (tmp_path / "0").exists()

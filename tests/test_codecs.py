@@ -11,11 +11,11 @@ from jobs import job_words
 from safetensors.numpy import load_file, save_file
 
 from maxconv.algebra import Tensor, dims, evaluate, full, slices, trace
-from maxconv.codecs import decoded
 from maxconv.config import parse
-from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.job import prepared
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import prepared
+from maxconv.models.codecs import decoded
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)

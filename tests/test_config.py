@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from maxconv.config import Config, config_path, model_facts, parse
+from maxconv.config.argv import convert
+from maxconv.config.tables import MODEL_KEYS, defaults, known_models, maxtext_keys
 from maxconv.errors import UserError
-from maxconv.tables import MODEL_KEYS, defaults, known_models, maxtext_keys
-from maxconv.words import convert
 
 
 def read(line: str = "", **environ: str) -> Config:

@@ -17,7 +17,8 @@ import tiny
 from jobs import job_words
 from orbax.checkpoint import v1 as ocp
 
-from maxconv import cli, target
+from maxconv import cli
+from maxconv.targets import place as target
 
 CASE = "llama3.1-8b"
 SLOW = 0.1  # seconds that each of some 30 reads takes; two threads read

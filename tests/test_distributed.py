@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from maxconv.config import parse
-from maxconv.distributed import Processes, find_processes
 from maxconv.errors import UserError
+from maxconv.processes.start import Processes, find_processes
 
 PROGRAM = """
 import sys
-from maxconv import distributed
+from maxconv.processes import start as distributed
 from maxconv.config import parse
 notices = distributed.initialize(parse(sys.argv[1:], {}))
 import jax

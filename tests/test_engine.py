@@ -24,11 +24,11 @@ from maxconv.algebra import (
     scale,
     shift,
 )
-from maxconv.cells import steps
-from maxconv.engine import Engine
+from maxconv.execution.engine import Engine
 from maxconv.families import Leaf
-from maxconv.plan import LeafPlan, Plan, make_plan
-from maxconv.slabs import slabs
+from maxconv.planning.cells import steps
+from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.slabs import slabs
 from maxconv.sources import LocalSource
 
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
@@ -111,7 +111,7 @@ def test_a_leaf_is_its_expression(name, budget, source, arrays):
 @pytest.mark.parametrize("budget", [1 << 20, 300])
 @pytest.mark.parametrize("name", LEAVES)
 def test_no_device_needs_the_bytes_of_another(name, budget, source):
-    from maxconv.program import compile_cell
+    from maxconv.execution.program import compile_cell
 
     recipes = plan_of(source, LEAVES[name], budget).recipes
     assert all(recipe.is_local for recipe in recipes) == (name not in NOT_LOCAL)

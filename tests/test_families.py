@@ -8,7 +8,7 @@ from recorded import RECORDED, compare
 
 from maxconv.algebra import Affine, Apply, Cast, Concat, evaluate, invert, tensors
 from maxconv.config import parse
-from maxconv.job import prepared
+from maxconv.jobs.prepare import prepared
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import numpy as np
-from maxconv.heap import keep_freed, trim
+from maxconv.execution.malloc import keep_freed, trim
 from maxconv.report import host_memory
 
 keep_freed()

@@ -1,4 +1,4 @@
-from maxconv.logical import renamer
+from maxconv.models.canonical_names import renamer
 
 NAMES = (
     ("model.layers.*.mlp.gate.", "model.layers.*.router."),

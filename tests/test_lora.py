@@ -12,14 +12,14 @@ from headers import published
 from jobs import CPU, evaluated, job_words
 from safetensors.numpy import load_file, save_file
 
-from maxconv.adapters import described
 from maxconv.config import parse
-from maxconv.convert import run
-from maxconv.engine import Engine
+from maxconv.config.tables import known_models, model_facts
 from maxconv.errors import UserError
-from maxconv.job import prepared
-from maxconv.model import resolve
-from maxconv.tables import known_models, model_facts
+from maxconv.execution.engine import Engine
+from maxconv.jobs.convert import run
+from maxconv.jobs.prepare import prepared
+from maxconv.models.adapters import described
+from maxconv.models.resolve import resolve
 
 CASE = "llama3.1-8b"
 ADAPTED = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

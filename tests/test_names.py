@@ -10,9 +10,9 @@ from headers import HeaderSource, published
 from jobs import evaluated
 from safetensors.numpy import load_file, save_file
 
+from maxconv.config.tables import model_facts
 from maxconv.families.blocks import GATED
-from maxconv.model import resolve
-from maxconv.tables import model_facts
+from maxconv.models.resolve import resolve
 
 # How the names begin in the published files, and in those that other releases write.
 RELEASES = [

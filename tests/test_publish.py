@@ -140,8 +140,10 @@ def here(hub, monkeypatch, tmp_path):
 MEASURED = """
 import os, sys
 from pathlib import Path
-from maxconv import cli, job, publish, target
-from maxconv.ocdbt import value_spans
+from maxconv import cli
+from maxconv.jobs import prepare as job
+from maxconv.targets import hub as publish, place as target
+from maxconv.sources.ocdbt import value_spans
 
 job._window = lambda config: 32 << 10
 publish.LARGE, publish.INTERVAL = 256, 0.01

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from maxconv.cli.family_tables import families_markdown, families_text
+from maxconv.config.tables import known_models, model_facts
 from maxconv.families import BY_ARCHITECTURE
-from maxconv.listing import families_markdown, families_text
-from maxconv.tables import known_models, model_facts
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

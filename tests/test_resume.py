@@ -14,10 +14,11 @@ from orbax.checkpoint._src.metadata.array_metadata_store import Serializer
 from test_crash import PROGRAM, Place, ended, started, wait_until
 from test_processes import processes, said, stored
 
-from maxconv import cli, resume
+from maxconv import cli
 from maxconv.config import parse
-from maxconv.convert import run
-from maxconv.job import prepared
+from maxconv.jobs import resume
+from maxconv.jobs.convert import run
+from maxconv.jobs.prepare import prepared
 
 SLOW = 0.25  # seconds that each of some 30 reads takes; journals are a second apart
 

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxconv.config import Config, parse
+from maxconv.config.mesh import device_array, make_mesh, mesh_shape, named_sharding, partition_spec
 from maxconv.errors import UserError
-from maxconv.sharding import device_array, make_mesh, mesh_shape, named_sharding, partition_spec
 
 TREES = sorted((Path(__file__).parent / "data" / "trees").glob("*.json.gz"))
 RULES = parse([], {}).logical_axis_rules

@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 from test_engine import LEAVES, arrays, plan_of, source  # noqa: F401
 from test_processes import processes, said, stored
 
-from maxconv import cells, cli, lanes, shares
+from maxconv import cli
 from maxconv.algebra import Box, Shape, evaluate, slices
-from maxconv.engine import Engine
-from maxconv.placement import device_boxes
-from maxconv.shares import cell_read
+from maxconv.execution.engine import Engine
+from maxconv.planning import cells, lanes, redistribution
+from maxconv.planning.placement import device_boxes
+from maxconv.planning.redistribution import cell_read
 
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
 BF16 = np.dtype(jax.numpy.bfloat16)
@@ -32,7 +33,7 @@ def hosts(request, monkeypatch):
             boxes[device.id * request.param // 8].add(box)
         return {process: frozenset(of) for process, of in boxes.items()}
 
-    monkeypatch.setattr(shares, "boxes_by_process", boxes_by_process)
+    monkeypatch.setattr(redistribution, "boxes_by_process", boxes_by_process)
     monkeypatch.setattr(lanes, "local_devices", lambda sharding: 8 // request.param)
     caches = (cells._recipe, cells._slices, cells._at_once)
     for cached in caches:
@@ -70,7 +71,7 @@ def test_a_leaf_is_its_expression(name, budget, hosts, source, arrays):  # noqa:
 )
 def test_mesh_axes_move_to_the_rows(shape, spec, moves, copies, monkeypatch):
     monkeypatch.setattr(
-        shares,
+        redistribution,
         "boxes_by_process",
         lambda *args: {d.id: frozenset([box]) for d, box in device_boxes(*args).items()},
     )
@@ -117,9 +118,9 @@ EXPERTS = {
 PROGRAM = """
 import json, sys
 import jax
-from maxconv import convert
+from maxconv.jobs import convert
 from maxconv.config import parse
-from maxconv.distributed import start
+from maxconv.processes.start import start
 
 meshes, out, *words = sys.argv[1:]
 for name, mesh in json.loads(meshes).items():

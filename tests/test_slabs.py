@@ -15,16 +15,17 @@ from test_engine import LAYERS as INDICES
 from test_engine import LEAVES, MESH, arrays, source  # noqa: F401
 from test_processes import processes, said
 
-from maxconv import cli, convert
+from maxconv import cli
 from maxconv.algebra import bind, dims, evaluate, slices
-from maxconv.cells import steps
 from maxconv.config import parse
-from maxconv.engine import Engine
+from maxconv.execution.engine import Engine
 from maxconv.families import Leaf
-from maxconv.job import prepared
-from maxconv.placement import device_boxes
-from maxconv.plan import LeafPlan, Plan, make_plan
-from maxconv.slabs import Slab, slabs
+from maxconv.jobs import convert
+from maxconv.jobs.prepare import prepared
+from maxconv.planning.cells import steps
+from maxconv.planning.placement import device_boxes
+from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.slabs import Slab, slabs
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -99,7 +100,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert cli.main(["convert", *words]) == 0
     words = [*words, f"base_output_directory={tmp_path / 'slabs'}", "--verify=full"]
     if n == 1:
-        monkeypatch.setattr("maxconv.job._window", lambda config: 32 << 10)
+        monkeypatch.setattr("maxconv.jobs.prepare._window", lambda config: 32 << 10)
         assert cli.main(["convert", *words]) == 0
         capsys.readouterr()
         assert cli.main(["verify", str(tmp_path / "slabs")]) == 0
@@ -133,7 +134,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
 def test_alternate_columns_are_read_once(case, tmp_path, monkeypatch):
     model = tiny.write(case, tmp_path / "hf")
     words = job_words(tmp_path, model, tiny.maxtext_words(case, True), "fsdp4_tp2")
-    monkeypatch.setattr("maxconv.job._window", lambda config: 64 << 10)
+    monkeypatch.setattr("maxconv.jobs.prepare._window", lambda config: 64 << 10)
     job = convert.run(parse([*words, "--verify=none"]))
     together = [group for group in job.plan.groups if len(group) > 1]
     assert {len(group) for group in together} == {2}
@@ -157,7 +158,7 @@ def test_a_resumed_conversion_has_the_same_slabs(tmp_path: Path) -> None:
     identities = []
     for window in (1 << 20, 8 << 10, 2 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("maxconv.job._window", lambda config, w=window: w)
+            patch.setattr("maxconv.jobs.prepare._window", lambda config, w=window: w)
             with prepared(parse(words), writes=False) as job:
                 identities.append(job.identity)
     assert identities[0] == identities[2] != identities[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 import tiny
 from jobs import job_words
 
-from maxconv import cli, timeline
+from maxconv import cli
+from maxconv.execution import timeline
 
 
 def test_a_trace_of_a_conversion(tmp_path: Path, capsys) -> None:

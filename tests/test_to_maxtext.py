@@ -18,10 +18,11 @@ from jobs import CPU, job_words
 from orbax.checkpoint import v1 as ocp
 from test_checkpoint import files, stored
 
-from maxconv import checkpoint, cli, to_maxtext
-from maxconv.checkpoint import LazyTensor
+from maxconv import cli, to_maxtext
 from maxconv.config import parse
 from maxconv.errors import UserError
+from maxconv.targets import orbax
+from maxconv.targets.orbax import LazyTensor
 from maxconv.to_maxtext import LazyHFLoader, get_maxtext_model_info
 
 CASE = "llama3.1-8b"
@@ -102,7 +103,7 @@ def test_the_arguments_of_main(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
-    """The tree of get_maxtext_model_info is that of the checkpoint, and holds the tensors."""
+    """The tree of get_maxtext_model_info is that of the orbax, and holds the tensors."""
     said = words(hf, tmp_path / "out")
     to_maxtext.main(["", *said, QUICK])
     info, treedef = get_maxtext_model_info(parse(said))
@@ -114,7 +115,7 @@ def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
         jax.tree.unflatten(treedef, shapes),
     )
-    with checkpoint.context():
+    with orbax.context():
         state = ocp.load(str(tmp_path / "out/0"), {"params": abstract}, checkpointable_name="items")
     leaves = jax.tree.leaves(state["params"])
     loader = LazyHFLoader(str(hf), None)
@@ -129,7 +130,7 @@ def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
 def test_model_info_is_that_of_maxtext(scan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxconv.job.open_source", lambda *_, **__: published(CASE))
+    monkeypatch.setattr("maxconv.jobs.prepare.open_source", lambda *_, **__: published(CASE))
     info, treedef = get_maxtext_model_info(parse([f"model_name={CASE}", f"scan_layers={scan}"]))
     name = f"{CASE}.{'scan' if scan else 'unscan'}.json.gz"
     recorded = (Path(__file__).parent / "data/trees" / name).read_bytes()
@@ -181,7 +182,7 @@ def test_loader_of_nothing(tmp_path: Path) -> None:
 
 def test_names() -> None:
     assert to_maxtext.LazyTensor is LazyTensor
-    assert to_maxtext.LazyTensorHandler is checkpoint.LazyTensorHandler
+    assert to_maxtext.LazyTensorHandler is orbax.LazyTensorHandler
     assert all(hasattr(to_maxtext, name) for name in to_maxtext.__all__)
 
 

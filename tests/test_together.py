@@ -24,7 +24,8 @@ BOUND = 30  # seconds in which all processes end
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
-from maxconv import cli, job
+from maxconv import cli
+from maxconv.jobs import prepare as job
 from maxconv.sources import LocalSource
 from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import ocdbt_utils

@@ -19,15 +19,15 @@ from headers import published, quantised
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxconv.cells import Recipe, nbytes_read
 from maxconv.config import parse
-from maxconv.job import STEP_MOST, WINDOW_MOST
-from maxconv.model import resolve
-from maxconv.plan import LeafPlan, Plan, make_plan
-from maxconv.program import bits, cell_function, compile_blank, compile_cell
-from maxconv.sharding import make_mesh
-from maxconv.shares import CellRead
-from maxconv.tables import model_facts
+from maxconv.config.mesh import make_mesh
+from maxconv.config.tables import model_facts
+from maxconv.execution.program import bits, cell_function, compile_blank, compile_cell
+from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST
+from maxconv.models.resolve import resolve
+from maxconv.planning.cells import Recipe, nbytes_read
+from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.redistribution import CellRead
 
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),

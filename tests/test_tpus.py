@@ -13,16 +13,16 @@ from headers import published, write_headers
 from test_tpu_compile import devices, plan_of
 
 from maxconv import cli
-from maxconv.cells import nbytes_read
 from maxconv.config import parse
-from maxconv.engine import Engine
+from maxconv.config.mesh import device_array, make_mesh
+from maxconv.config.tables import model_facts
 from maxconv.errors import UserError
-from maxconv.job import STEP_MOST, prepared
-from maxconv.model import resolve
-from maxconv.plan import make_plan
-from maxconv.sharding import device_array, make_mesh
-from maxconv.tables import model_facts
-from maxconv.tpus import slice_of
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import STEP_MOST, prepared
+from maxconv.models.resolve import resolve
+from maxconv.planning.cells import nbytes_read
+from maxconv.planning.plan import make_plan
+from maxconv.planning.tpus import slice_of
 
 needs_libtpu = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),

@@ -11,12 +11,13 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 from jobs import job_words
 
-from maxconv import checkpoint, convert
-from maxconv.cells import Recipe
 from maxconv.config import parse
-from maxconv.job import Job
-from maxconv.placement import device_boxes
-from maxconv.program import Programs
+from maxconv.execution.program import Programs
+from maxconv.jobs import convert
+from maxconv.jobs.prepare import Job
+from maxconv.planning.cells import Recipe
+from maxconv.planning.placement import device_boxes
+from maxconv.targets import orbax
 
 
 @dataclass
@@ -37,7 +38,7 @@ def watch(patch: pytest.MonkeyPatch) -> Crossed:
     """Counts from now on; a program that moves more than its offset to the devices fails."""
     crossed = Crossed()
     put, cell, blank = jax.device_put, Programs.cell, Programs.blank
-    to_host, moved = checkpoint._LazyArrayHandler._to_host, checkpoint._LazyArrayHandler._moved
+    to_host, moved = orbax._LazyArrayHandler._to_host, orbax._LazyArrayHandler._moved
     array = type(put(0))
     start = array.copy_to_host_async
 
@@ -75,8 +76,8 @@ def watch(patch: pytest.MonkeyPatch) -> Crossed:
     patch.setattr(array, "copy_to_host_async", copy_to_host_async)
     patch.setattr(Programs, "cell", lambda self, recipe: guarded(cell(self, recipe), recipe))
     patch.setattr(Programs, "blank", lambda self, recipe: guarded(blank(self, recipe), recipe))
-    patch.setattr(checkpoint._LazyArrayHandler, "_to_host", part_to_host)
-    patch.setattr(checkpoint._LazyArrayHandler, "_moved", slice_moved)
+    patch.setattr(orbax._LazyArrayHandler, "_to_host", part_to_host)
+    patch.setattr(orbax._LazyArrayHandler, "_moved", slice_moved)
     return crossed
 
 
@@ -87,7 +88,7 @@ def converted(directory: Path) -> tuple[Job, Crossed]:
     words = tiny.maxtext_words(case, True)
     words = job_words(directory, model, words, "fsdp4_tp2", ["--verify=none"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maxconv.job._window", lambda config: 32 << 10)
+        patch.setattr("maxconv.jobs.prepare._window", lambda config: 32 << 10)
         crossed = watch(patch)
         return convert.run(parse(words)), crossed
 

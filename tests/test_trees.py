@@ -10,11 +10,11 @@ from headers import published
 
 from maxconv.algebra import tensors
 from maxconv.config import parse
+from maxconv.config.mesh import make_mesh, partition_spec
+from maxconv.config.tables import known_models, model_facts
 from maxconv.errors import UserError
-from maxconv.model import resolve
-from maxconv.plan import make_plan
-from maxconv.sharding import make_mesh, partition_spec
-from maxconv.tables import known_models, model_facts
+from maxconv.models.resolve import resolve
+from maxconv.planning.plan import make_plan
 
 # Exported from MaxText 0.2.5: path, shape, logical axes, and PartitionSpec on each mesh.
 TREES = {p.name.removesuffix(".json.gz"): p for p in Path(__file__).parent.glob("data/trees/*.gz")}

@@ -15,12 +15,12 @@ import tensorstore as ts
 from etils import epath
 from jobs import tiny_job
 
-from maxconv import checkpoint
-from maxconv.engine import Engine
 from maxconv.errors import UserError
-from maxconv.job import Job
-from maxconv.ocdbt import value_spans
-from maxconv.verify import Report, _difference, leaves_to_check, verify
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import Job
+from maxconv.jobs.verify import Report, _difference, leaves_to_check, verify
+from maxconv.sources.ocdbt import value_spans
+from maxconv.targets import orbax
 
 WINDOW = 64 << 10  # bytes: a few leaves at a time
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
@@ -34,20 +34,20 @@ FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
 
 
 class Case:
-    """A checkpoint, with what it was made from."""
+    """A orbax, with what it was made from."""
 
     def __init__(self, directory: Path, job: Job, engine: Engine, format: str):
         ocdbt, zarr3, compression, scan = FORMATS[format]
         self.plan, self.engine = job.plan, engine  # one engine: it compiles once
         self.pristine = directory / "pristine"
         self.out = directory / "out"
-        checkpoint.save(
+        orbax.save(
             str(self.pristine),
-            checkpoint.train_state((p.leaf.path, engine.make(p)) for p in self.plan.leaves),
+            orbax.train_state((p.leaf.path, engine.make(p)) for p in self.plan.leaves),
             scan,
             WINDOW << 8,
-            checkpoint.Progress(),
-            checkpoint.context(ocdbt, zarr3, compression),
+            orbax.Progress(),
+            orbax.context(ocdbt, zarr3, compression),
         )
         self.reset()
 
@@ -213,7 +213,7 @@ def test_leaves_of_another_model(case: Case) -> None:
     assert report.problems == [
         f"{second.name} is {second.shape} bfloat16, planned is {second.shape} float32.",
         "params.params.new is missing.",
-        f"{first.name} is in the checkpoint, but not in the plan.",
+        f"{first.name} is in the orbax, but not in the plan.",
     ]
     assert report.leaves == report.total == len(rest)
 
@@ -263,7 +263,7 @@ def test_a_sample_has_every_recipe_and_is_bounded(
 ) -> None:
     case = made("unscanned")
     assert leaves_to_check(case.plan, "sample") == list(case.plan.leaves)  # all are small
-    monkeypatch.setattr("maxconv.verify.SMALL_BYTES", 100)
+    monkeypatch.setattr("maxconv.jobs.verify.SMALL_BYTES", 100)
     sample = leaves_to_check(case.plan, "sample")
     recipes = {step.recipe for leaf in sample for step in leaf.steps}
     assert recipes == {step.recipe for leaf in case.plan.leaves for step in leaf.steps}
@@ -272,5 +272,5 @@ def test_a_sample_has_every_recipe_and_is_bounded(
     said = []
     verify(case.out, case.plan, case.engine, "sample", WINDOW, lambda r: said.append(r.leaves))
     assert said == list(range(1, len(sample) + 1))
-    monkeypatch.setattr("maxconv.verify.SAMPLE_BYTES", 0)
+    monkeypatch.setattr("maxconv.jobs.verify.SAMPLE_BYTES", 0)
     assert all(leaf.nbytes <= 100 for leaf in leaves_to_check(case.plan, "sample"))

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from maxconv import gcs
 from maxconv.errors import UserError
+from maxconv.sources import bucket as gcs
 from maxconv.sources.remote import RemoteSource, told
 from maxconv.sources.safetensors import some
 

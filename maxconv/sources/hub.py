@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from maxconv.errors import RetryableError, UserError
-from maxconv.http import RETRIED, Fault
 from maxconv.sources.files import FileSource
+from maxconv.sources.http import RETRIED, Fault
 from maxconv.sources.local import LocalSource
 from maxconv.sources.remote import RemoteSource, Span, spans
 

@@ -11,13 +11,13 @@ from threading import Lock
 import numpy as np
 import urllib3
 
-from maxconv import http
 from maxconv.algebra.boxes import Box
 from maxconv.errors import UserError
-from maxconv.http import Fault, patiently
+from maxconv.sources import http
 from maxconv.sources.base import Traffic, coalesce, runs
+from maxconv.sources.concurrency import MOST, Flow
 from maxconv.sources.files import FileSource
-from maxconv.sources.flow import MOST, Flow
+from maxconv.sources.http import Fault, patiently
 from maxconv.sources.safetensors import PREFIX, TensorInfo, header_length
 
 SPAN = 64 << 20  # bytes that one request brings at most

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from maxconv import checkpoint
+from maxconv.targets import orbax
 
 DEVICES = 8
 
@@ -34,7 +34,7 @@ def main(source: str, out: str) -> None:
             for name, tensor in ocp.metadata(source).metadata.items()
         }
         arrays = ocp.load(source, wanted)
-    with checkpoint.context():
+    with orbax.context():
         ocp.save(out, arrays)
 
 

@@ -38,13 +38,13 @@ from test_tpu_compile import (  # noqa: E402
 )
 from test_trees import TREES, model_of, words_of  # noqa: E402
 
-from maxconv.cells import Recipe  # noqa: E402
 from maxconv.config import parse  # noqa: E402
-from maxconv.model import resolve  # noqa: E402
-from maxconv.plan import LeafPlan, Plan, make_plan  # noqa: E402
-from maxconv.program import compile_cell  # noqa: E402
-from maxconv.sharding import make_mesh  # noqa: E402
-from maxconv.tables import known_models, model_facts  # noqa: E402
+from maxconv.config.mesh import make_mesh  # noqa: E402
+from maxconv.config.tables import known_models, model_facts  # noqa: E402
+from maxconv.execution.program import compile_cell  # noqa: E402
+from maxconv.models.resolve import resolve  # noqa: E402
+from maxconv.planning.cells import Recipe  # noqa: E402
+from maxconv.planning.plan import LeafPlan, Plan, make_plan  # noqa: E402
 
 PACKED = (
     *("deepseek3-671b.scan+fp8", "deepseek3-671b.unscan+fp8", "deepseek3.2-671b.scan+fp8"),

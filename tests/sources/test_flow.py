@@ -4,8 +4,8 @@ import heapq
 
 import pytest
 
-from maxconv.sources import flow
-from maxconv.sources.flow import BUDGET, FIRST, MOST, Flow
+from maxconv.sources import concurrency
+from maxconv.sources.concurrency import BUDGET, FIRST, MOST, Flow
 
 MIB = 1 << 20
 
@@ -60,13 +60,13 @@ def test_a_busy_source_is_asked_less_and_then_more_again() -> None:
     for _ in range(MOST):  # as all of them are told so
         source.flow.busy()
     assert source.flow.limit == MOST // 2
-    source.now += flow.ROUND
+    source.now += concurrency.ROUND
     source.flow.busy()
     assert source.flow.limit == MOST // 4
     assert source.run(5)[-1] <= MOST // 4 + 1
     assert source.run(100)[-1] > MOST // 2
     for _ in range(9):
-        source.now += flow.ROUND
+        source.now += concurrency.ROUND
         source.flow.busy()
     assert source.flow.limit == 1
 
@@ -77,7 +77,7 @@ def test_rounds_without_a_wait_say_nothing() -> None:
     quiet = Flow(clock=lambda: now)
     for _ in range(100):
         with quiet.request(MIB):
-            now += flow.ROUND
+            now += concurrency.ROUND
         quiet.came(MIB)
     assert quiet.limit == FIRST
 

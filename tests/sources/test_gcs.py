@@ -11,9 +11,9 @@ import tiny
 from buckets import Bucket, serving
 from google.oauth2.credentials import Credentials
 
-from maxconv import gcs, http
 from maxconv.errors import RetryableError, UserError
-from maxconv.sources import LocalSource, Source, open_source
+from maxconv.sources import LocalSource, Source, http, open_source
+from maxconv.sources import bucket as gcs
 
 CASE = "qwen3-8b"
 FIRST = "model-00001-of-00005.safetensors"

@@ -15,8 +15,8 @@ import tiny  # noqa: E402
 from jobs import job_words  # noqa: E402
 
 from maxconv.config import parse  # noqa: E402
-from maxconv.engine import Engine  # noqa: E402
-from maxconv.job import prepared  # noqa: E402
+from maxconv.execution.engine import Engine  # noqa: E402
+from maxconv.jobs.prepare import prepared  # noqa: E402
 
 EAGER = ("--lazy_load_tensors=False", "--eager_load_method=transformers")
 

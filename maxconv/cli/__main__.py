@@ -1,0 +1,3 @@
+from maxconv.cli import script
+
+script()

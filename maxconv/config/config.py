@@ -1,0 +1,311 @@
+"""What the user asked for: MaxText's command line, read into one frozen `Config`."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maxconv.config.argv import convert, did_you_mean, load_yaml, shown, split
+from maxconv.config.checks import is_rule, model_problems, value_problems
+from maxconv.config.tables import (
+    MODEL_KEYS,
+    defaults,
+    known_models,
+    maxtext_keys,
+)
+from maxconv.errors import UserError
+
+# Flags have a type and a default; None: not given.
+_FLAGS: Mapping[str, tuple[type, Any]] = {
+    "lazy_load_tensors": (bool, True),
+    "hf_model_path": (str, None),
+    "revision": (str, None),
+    "max_retries": (int, 5),
+    "cache": (bool, False),
+    "save_dtype": (str, "bfloat16"),
+    "eager_load_method": (str, "safetensors"),
+    "simulated_cpu_devices_count": (int, 16),
+    "use_compression": (bool, False),
+    "verify": (str, "sample"),
+    "overwrite": (bool, False),
+    "resume": (bool, False),
+    "public": (bool, False),
+    "coordinator_address": (str, None),
+    "num_processes": (int, None),
+    "process_id": (int, None),
+    "max_host_memory_gb": (float, None),
+    "tpu_type": (str, None),
+    "report": (str, None),
+    "compile": (bool, False),
+    "trace": (str, None),
+}
+_FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
+
+# What a run was told that has no part in the checkpoint, or is a secret.
+_OF_ONE_RUN = (
+    "base_output_directory",
+    "hf_access_token",
+    "max_retries",
+    "cache",
+    "overwrite",
+    "resume",
+    "public",
+    "verify",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "jax_distributed_initialization_timeout",
+    "tpu_type",
+    "report",
+    "compile",
+    "trace",
+)
+
+LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
+
+_SPECIAL_NOTICES = {
+    "custom_mesh_and_rule": "custom_mesh_and_rule is not read: the checkpoint is laid out for the "
+    "mesh_axes and logical_axis_rules given here, and loads under any others.",
+    "hf_access_token": "hf_access_token: a token on a command line shows in `ps` and in the "
+    "shell's history; set HF_TOKEN in the environment instead.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A conversion as the user asked for it; every value is checked and has its final type."""
+
+    model_name: str | None
+    base_output_directory: str
+    """An absolute path, or a URL such as gs://bucket/path or hf://org/name as it was given."""
+    hf_access_token: str | None = field(repr=False)
+    hf_lora_adapter_path: str | None
+    load_parameters_path: str | None
+    override_model_config: bool
+    overrides: Mapping[str, Any]
+    """The `MODEL_KEYS` that the user typed."""
+
+    scan_layers: bool
+    param_scan_axis: int
+    checkpoint_storage_use_ocdbt: bool
+    checkpoint_storage_use_zarr3: bool
+
+    hardware: str
+    skip_jax_distributed_system: bool
+    jax_distributed_initialization_timeout: int
+
+    num_slices: int
+    allow_split_physical_axes: bool
+    parallelism: Mapping[str, int]
+    """Every ici_*_parallelism and dcn_*_parallelism."""
+    parallelism_given: bool
+    """Whether the user typed one of them."""
+    mesh_axes: tuple[str, ...]
+    logical_axis_rules: LogicalAxisRules
+
+    lazy_load_tensors: bool
+    hf_model_path: str | None
+    revision: str | None
+    max_retries: int
+    cache: bool
+    save_dtype: str
+    eager_load_method: str
+    simulated_cpu_devices_count: int
+    use_compression: bool
+    verify: str
+    overwrite: bool
+    resume: bool
+    public: bool
+    """Of a repository that is made on the Hub."""
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    max_host_memory_gb: float | None
+    tpu_type: str | None
+    """Of slices that are not here, to plan for."""
+    report: str | None
+    """Where `plan` writes a page about it."""
+    compile: bool
+    """Ask the TPU compiler about the cells of a plan."""
+    trace: str | None
+    """Where a timeline of the conversion is written."""
+
+    notices: tuple[str, ...]
+    """What the user should be told; none of it stops a conversion."""
+    words: tuple[str, ...]
+    """What the user typed that decides the checkpoint, without the token: parses to the same."""
+
+    @property
+    def adapter_alone(self) -> bool:
+        """Whether an adapter is converted by itself: there is no model to merge it into."""
+        base = self.hf_model_path or self.load_parameters_path
+        return self.hf_lora_adapter_path is not None and not base
+
+    @property
+    def scan_axis(self) -> int | None:
+        """Where layers are stacked; None if they are not."""
+        return self.param_scan_axis if self.scan_layers else None
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
+    """Reads a command line as MaxText does: defaults, then the `.yml`, then typed words or `M_*`.
+
+    Raises a `UserError` with every problem there is.
+    """
+    words = split(argv, _FLAG_TYPES | {"num_slices": int})  # as gcloud and xpk spell it
+    problems, notices = words.problems, list[str]()
+    texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
+    typed = _typed(texts, problems)
+    values = dict(defaults()) | {name: default for name, (_, default) in _FLAGS.items()}
+    named = known_models().get(typed.get("model_name", ""), {})
+    values["scan_layers"] = named.get("scan_layers", values["scan_layers"])
+    if words.yml:
+        values |= _typed(_read_yml(words.yml, problems, notices), problems, words.yml)
+    rules = _merge_rules(values, typed)
+    values |= typed | {"logical_axis_rules": rules}
+
+    model_name = None if values["model_name"] == "default" else values["model_name"]
+    overrides = {key: typed[key] for key in MODEL_KEYS if key in typed}
+    problems += value_problems(values)
+    problems += model_problems(model_name, overrides, values["override_model_config"])
+    if problems:
+        raise UserError(problems)
+
+    parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
+    if "simulated_cpu_devices_count" not in typed:
+        values["simulated_cpu_devices_count"] = _devices(values, parallelism)
+    if values["eager_load_method"] != "safetensors" and values["lazy_load_tensors"]:
+        notices.append("eager_load_method does nothing without --lazy_load_tensors=False.")
+    if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
+        notices.append("ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText.")
+    values |= {
+        "model_name": model_name,
+        "base_output_directory": _absolute(values["base_output_directory"]),
+        "hf_access_token": values["hf_access_token"] or None,
+        "hf_lora_adapter_path": values["hf_lora_adapter_path"] or None,
+        "load_parameters_path": values["load_parameters_path"] or None,
+        "skip_jax_distributed_system": values["skip_jax_distributed_system"]
+        or values["enable_single_controller"],
+        "overrides": overrides,
+        "parallelism": parallelism,
+        "parallelism_given": not parallelism.keys().isdisjoint(typed),
+        "mesh_axes": tuple(values["mesh_axes"]),
+        "logical_axis_rules": _frozen_rules(rules),
+        "notices": tuple(notices),
+        "words": _said(words.yml, typed),
+    }
+    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    return _of_adapter(config) if config.adapter_alone else config
+
+
+def _of_adapter(config: Config) -> Config:
+    """The same with what MaxText has otherwise for an adapter: its directory, and no fp8."""
+    adapter = os.path.basename(os.path.normpath(config.hf_lora_adapter_path or ""))
+    directory = "/".join(
+        (config.base_output_directory.rstrip("/"), config.model_name or "", adapter)
+    )
+    dtype = "float32" if config.save_dtype == "float32" else "bfloat16"
+    return replace(config, base_output_directory=directory, save_dtype=dtype)
+
+
+def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
+    """The words that we read; of the others MaxText's keys are noticed, the rest are problems."""
+    known = defaults().keys() | _FLAGS.keys()
+    notices += [notice for key, notice in _SPECIAL_NOTICES.items() if words.get(key)]
+    others = sorted(words.keys() - known - _SPECIAL_NOTICES.keys())
+    for name in others:
+        if name.split(".")[0] not in maxtext_keys():  # lora.lora_rank is a part of lora
+            near = did_you_mean(name, known | maxtext_keys()) or ": take it out"
+            problems.append(f"{shown(name)} is not a key of MaxText{near}")
+    if ignored := [name for name in others if name.split(".")[0] in maxtext_keys()]:
+        notices.append(f"Nothing to a conversion, so ignored: {', '.join(ignored)}.")
+    return {name: text for name, text in words.items() if name in known}
+
+
+def _from_environ(
+    environ: Mapping[str, str], words: Mapping[str, str], problems: list[str]
+) -> dict[str, str]:
+    """The keys that are set as `M_<KEY>`."""
+    found = {key: environ[env] for key in defaults() if (env := f"M_{key.upper()}") in environ}
+    problems += [
+        f"{key} is set by M_{key.upper()} in the environment too: keep one of the two"
+        for key in found.keys() & words.keys()
+    ]
+    return found
+
+
+def _typed(values: Mapping[str, Any], problems: list[str], origin: str = "") -> dict[str, Any]:
+    """`values` in the types of their defaults, without those that are empty or null."""
+    typed = {}
+    for name, value in values.items():
+        kind = _FLAG_TYPES[name] if name in _FLAGS else type(defaults()[name])
+        nulls = ("",) if name in _FLAGS else ("", "none", "null")
+        if value is None or (isinstance(value, str) and value.lower() in nulls):
+            continue
+        try:
+            typed[name] = convert(kind, value)
+        except ValueError as error:
+            where = f" in {origin}" if origin else ""
+            problems.append(f"{name}={value}{where} is not {error}")
+    return typed
+
+
+def _read_yml(name: str, problems: list[str], notices: list[str]) -> dict[str, Any]:
+    """The keys we read of a config file and of the `base_config` files below it."""
+    path = Path(name)
+    if not path.is_file():
+        if path.name != "base.yml":  # that one is MaxText's own: our defaults
+            problems.append(f"{name}: no such file")
+        return {}
+    try:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(f"{name} cannot be read as YAML: {str(error).splitlines()[0]}")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{name} is not a mapping of keys to values")
+        return {}
+    keys = {str(key): value for key, value in content.items()}
+    base = keys.pop("base_config", None)
+    values = _read_yml(str(path.parent / str(base)), problems, notices) if base else {}
+    if unknown := sorted(keys.keys() - maxtext_keys()):
+        names = ", ".join(unknown)
+        notices.append(f"{name} has keys that MaxText 0.2.5 does not have, ignored: {names}.")
+    return values | {key: value for key, value in keys.items() if key in defaults()}
+
+
+def _merge_rules(values: Mapping[str, Any], typed: Mapping[str, Any]) -> list[Any]:
+    """Typed rules replace those of the same names and come last, or replace all if asked to."""
+    base, new = values["logical_axis_rules"], typed.get("logical_axis_rules", [])
+    if typed.get("override_logical_axis_rules", values["override_logical_axis_rules"]):
+        return new or base
+    renewed = {rule[0] for rule in new if is_rule(rule)}
+    return [rule for rule in base if not (is_rule(rule) and rule[0] in renewed)] + new
+
+
+def _frozen_rules(rules: Sequence[Any]) -> LogicalAxisRules:
+    return tuple((n, (axes,) if isinstance(axes, str) else tuple(axes or ())) for n, axes in rules)
+
+
+def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
+    """Simulated devices of a process: as many as a mesh needs whose sizes are all given."""
+    sizes = [size for key, size in parallelism.items() if key.startswith("ici_")]
+    needed = math.prod(sizes) // (values["num_processes"] or 1)
+    return values["simulated_cpu_devices_count"] if -1 in sizes else max(needed, 1)
+
+
+def _said(yml: str | None, typed: Mapping[str, Any]) -> tuple[str, ...]:
+    paths = {key: typed[key] for key in ("hf_model_path", "hf_lora_adapter_path") if key in typed}
+    own = dict(typed) | {
+        key: _absolute(path) for key, path in paths.items() if os.path.exists(path)
+    }
+    words = [f"{key}={value}" for key, value in own.items() if key not in _OF_ONE_RUN]
+    return (*([_absolute(yml)] if yml else []), *words)
+
+
+def _absolute(directory: str) -> str:
+    return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))

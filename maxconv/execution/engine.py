@@ -1,0 +1,173 @@
+"""Makes slabs of leaves: read ahead, raw bytes to the devices, one compiled cell after another.
+
+One byte budget, the window, bounds what a process holds: half of it is for bytes read ahead, the
+rest for the slab in the making and those that are being written (checkpoint.py).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from maxconv.algebra import Box, clip, dims, slices, volume
+from maxconv.execution import malloc
+from maxconv.execution.program import Programs, bits
+from maxconv.execution.timeline import span
+from maxconv.planning.cells import Step
+from maxconv.planning.placement import local_boxes
+from maxconv.planning.plan import LeafPlan, Plan
+from maxconv.planning.slabs import Slab
+from maxconv.report import host_memory
+from maxconv.sources import Part, Source, aligned_empty
+
+
+@dataclass
+class Stats:
+    """What an engine did in this process. What was read is counted by the source.
+
+    `ahead` and `peak_ahead` are the bytes of steps that are read, or being read, but not done.
+    """
+
+    steps: int = 0
+    ahead: int = 0
+    peak_ahead: int = 0
+
+
+class Engine:
+    """Makes the slabs of a plan, preferably in its order: that is how it reads ahead.
+
+    A context manager. Slabs are made by one thread at a time: a cell that has collectives must be
+    launched in the same order on all processes.
+    """
+
+    def __init__(self, plan: Plan, source: Source, window: int, programs: Programs | None = None):
+        """`window`: the budget, in bytes per process. `programs`: that others use, too."""
+        self.stats = Stats()
+        malloc.trim()
+        self._most = host_memory() + window + window // 4  # the last for what cells compute with
+        self.programs = Programs(plan.recipes) if programs is None else programs
+        self._owns_programs = programs is None
+        self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
+
+    def make(self, leaf: LeafPlan) -> jax.Array:
+        """A leaf that is a single slab, by itself, as a global array in its training sharding."""
+        return self.make_slabs(leaf.slabs)[0]
+
+    def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
+        """A slab, or all of a group, as global arrays in their leaves' training shardings."""
+        arrays: list[Any] = [None] * len(slabs)
+        for steps in zip(*(slab.steps for slab in slabs), strict=True):
+            malloc.trim(self._most)
+            with self._ahead.take(steps[0]) as reads:
+                for i, step in enumerate(steps):
+                    arrays[i] = self._run(step, arrays[i], reads)
+        return arrays
+
+    def _run(self, step: Step, into: jax.Array | None, reads: Sequence[jax.Array]) -> jax.Array:
+        """The slab with what a step makes written into it."""
+        recipe, run = step.recipe, self.programs.cell(step.recipe)
+        with span("compute", _name(step), recipe.made_nbytes):
+            if recipe.is_whole:
+                array = run(*reads)
+            else:
+                if into is None:
+                    into = self.programs.blank(recipe)()
+                array = run(into, np.array(step.offset, np.int32), *reads)
+            array.block_until_ready()  # what it read may go
+        self.stats.steps += 1
+        return array
+
+    def close(self) -> None:
+        """Stops reading and compiling."""
+        self._ahead.close()
+        if self._owns_programs:
+            self.programs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ReadAhead:
+    """Reads the steps of a plan in order, as far ahead as `limit` bytes allow."""
+
+    def __init__(self, plan: Plan, source: Source, limit: int, stats: Stats):
+        self._source, self._limit, self._stats = source, limit, stats
+        self._to_come = deque(plan.readings)
+        self._queue: deque[tuple[Step, Future[list[jax.Array]]]] = deque()
+        self._pool = ThreadPoolExecutor(source.readers, thread_name_prefix="read")
+
+    @contextmanager
+    def take(self, step: Step) -> Iterator[list[jax.Array]]:
+        """What a step reads, on its devices; it counts as held until the block ends."""
+        self._top_up()
+        if self._queue and self._queue[0][0] is step:
+            with span("wait", "for what is read"):
+                reads = self._queue.popleft()[1].result()
+        else:  # out of order: nothing was read ahead
+            self._hold(step.recipe.buffer_nbytes)
+            reads = _fetch(self._source, step)
+        yield reads
+        self._hold(-step.recipe.buffer_nbytes)
+        del reads
+        self._top_up()
+
+    def _top_up(self) -> None:
+        while self._to_come:
+            nbytes = self._to_come[0].recipe.buffer_nbytes
+            if self._stats.ahead and self._stats.ahead + nbytes > self._limit:
+                return
+            self._hold(nbytes)
+            step = self._to_come.popleft()
+            self._queue.append((step, self._pool.submit(_fetch, self._source, step)))
+
+    def _hold(self, nbytes: int) -> None:
+        self._stats.ahead += nbytes
+        self._stats.peak_ahead = max(self._stats.peak_ahead, self._stats.ahead)
+
+    def close(self) -> None:
+        self._to_come.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+
+
+def _fetch(source: Source, step: Step) -> list[jax.Array]:
+    """What a step reads, as global arrays of unsigned bits."""
+    return [_fetch_one(source, step, i) for i in range(len(step.recipe.reads))]
+
+
+def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
+    read = step.recipe.reads[i]
+    shape, sharding = read.as_read
+    boxes = local_boxes(sharding, shape)
+    host: dict[Box, np.ndarray] = {}
+    parts: dict[str, list[Part]] = {}
+    for box in set(boxes.values()):  # devices that need the same box share its bytes
+        pieces = [(within, step.source(i, part)) for within, part in read.pieces(box)]
+        insides = [clip(of.box, source.tensors[of.name].shape) for _, of in pieces]
+        # Aligned, so that a CPU device takes the memory as it is.
+        is_short = sum(map(volume, insides)) < volume(box)
+        host[box] = memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
+        buffer = memory.reshape(read.buffer(box))
+        for (within, of), inside in zip(pieces, insides, strict=True):
+            held = buffer[slices(within)].reshape(dims(of.box))  # without the axis of lanes
+            parts.setdefault(of.name, []).append((inside, held[slices(inside, of.box)]))
+    nbytes = sum(memory.nbytes for memory in host.values())
+    for name, boxes_of in parts.items():
+        with span("read", name, sum(part.nbytes for _, part in boxes_of)):
+            source.read(source.tensors[name], boxes_of)
+    with span("to device", _name(step), nbytes):
+        shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _name(step: Step) -> str:
+    """What a step is called in a timeline: the first tensor that it reads."""
+    return step.sources[0][0].name if step.sources else "constant"

@@ -1,0 +1,175 @@
+"""The jitted functions that make a leaf out of raw bytes.
+
+Every input crosses as unsigned bits in the sharding that the plan chose, is exchanged if other
+devices need it, and is then given its type; a recipe that only moves data stays in bits to the end,
+so that NaN payloads survive.
+Leaves of several cells are written cell by cell into one donated buffer.
+"""
+
+import contextvars
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, trace
+from maxconv.execution.timeline import span
+from maxconv.planning.cells import Recipe
+from maxconv.planning.placement import shards
+
+_COMPILERS = 4  # threads at most: a slice's programs take seconds each
+
+
+def bits(dtype: np.dtype) -> np.dtype:
+    """The unsigned integer of the same width."""
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
+    """The pure function of a recipe, over its reads as unsigned bits.
+
+    `f(*reads)` when the cell is the leaf; else `f(leaf, offset, *reads)`, which writes the cell
+    into `leaf` at `offset` (int32, one number an axis; on the axis of lanes, in each shard).
+    """
+    run = trace(recipe.cell, recipe.box).run
+    moves = _only_moves(recipe.cell) and all(r.dtype == recipe.dtype for r in recipe.reads)
+
+    def cell(*reads: jax.Array) -> jax.Array:
+        if moves:
+            return _retype(run(reads), recipe.dtype)
+        typed = [_retype(x, r.dtype) for x, r in zip(reads, recipe.reads, strict=True)]
+        return jnp.asarray(run(typed)).astype(recipe.dtype)
+
+    def made(*reads: jax.Array) -> jax.Array:
+        needed = [r.local(x) for r, x in zip(recipe.reads, reads, strict=True)]
+        if recipe.lanes is None:
+            return cell(*needed)
+        return jnp.moveaxis(jax.vmap(cell)(*needed), 0, recipe.lanes)
+
+    def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
+        at = [offset[axis] for axis in range(leaf.ndim)]
+        if recipe.lanes is None:
+            return _update(leaf, made(*reads), at)
+        axis, pieces = recipe.lanes, shards(recipe.sharding, recipe.lanes)
+        cells = made(*reads)  # (..., lanes, rows, ...)
+        cells = cells.reshape(*cells.shape[:axis], pieces, -1, *cells.shape[axis + 2 :])
+        by_shard = leaf.reshape(*leaf.shape[:axis], pieces, -1, *leaf.shape[axis + 1 :])
+        zero = jnp.zeros((), offset.dtype)
+        return _update(by_shard, cells, [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
+
+    def whole(*reads: jax.Array) -> jax.Array:
+        return made(*reads).reshape(recipe.shape)
+
+    return whole if recipe.is_whole else write
+
+
+def compile_cell(recipe: Recipe) -> Any:
+    """The compiled function of a recipe, for the mesh of its shardings; the leaf is donated."""
+    reads = [
+        jax.ShapeDtypeStruct(shape, bits(r.dtype), sharding=sharding)
+        for r in recipe.reads
+        for shape, sharding in [r.as_read]
+    ]
+    function = cell_function(recipe)
+    if recipe.is_whole:
+        return jax.jit(function, out_shardings=recipe.sharding).lower(*reads).compile()
+    leaf = jax.ShapeDtypeStruct(recipe.shape, recipe.dtype, sharding=recipe.sharding)
+    everywhere = NamedSharding(recipe.sharding.mesh, PartitionSpec())
+    offset = jax.ShapeDtypeStruct((len(recipe.shape),), np.int32, sharding=everywhere)
+    jitted = jax.jit(function, donate_argnums=0, out_shardings=recipe.sharding)
+    return jitted.lower(leaf, offset, *reads).compile()
+
+
+def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any:
+    """Compiles a leaf of zeros, for cells to be written into."""
+
+    def blank() -> jax.Array:
+        return jnp.zeros(shape, dtype)
+
+    return jax.jit(blank, out_shardings=sharding).lower().compile()
+
+
+class Programs:
+    """Compiled programs, each made once, in the background and ahead of its use."""
+
+    def __init__(self, recipes: Iterable[Recipe] = ()):
+        """`recipes`: in the order in which they will be asked for."""
+        workers = max(1, min(_COMPILERS, (os.cpu_count() or 1) - 1))
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
+        self._made: dict[Any, Future[Any]] = {}
+        for recipe in recipes:
+            if not recipe.is_whole:
+                self._submit(compile_blank, recipe.shape, recipe.dtype, recipe.sharding)
+            self._submit(compile_cell, recipe)
+
+    @property
+    def compiled(self) -> int:
+        """How many there are, or will be."""
+        return len(self._made)
+
+    def cell(self, recipe: Recipe) -> Any:
+        """The compiled function of a recipe."""
+        return self._submit(compile_cell, recipe).result()
+
+    def blank(self, recipe: Recipe) -> Any:
+        """The compiled function that makes zeros for the cells of a recipe to be written into."""
+        key = recipe.shape, recipe.dtype, recipe.sharding
+        return self._submit(compile_blank, *key).result()
+
+    def _submit(self, compile: Callable[..., Any], *key: Any) -> Future[Any]:
+        if (compile, key) not in self._made:
+            context = contextvars.copy_context()  # jax.config is of a thread
+            made = self._pool.submit(context.run, self._timed, compile, *key)
+            self._made[compile, key] = made
+        return self._made[compile, key]
+
+    def _timed(self, compile: Callable[..., Any], *key: Any) -> Any:
+        with span("compile", compile.__name__):
+            return compile(*key)
+
+    def close(self) -> None:
+        """Gives up what is not compiled yet."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    if dtype.kind in "iu" and dtype.itemsize == 8:  # JAX keeps the lower half: all that is used
+        dtype = np.dtype(f"{dtype.kind}4")
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
+    """Writes a cell into its leaf, in place.
+
+    XLA:CPU widens small floats here, which is slow and quiets NaNs, so there the bits are written;
+    on a TPU a bitcast of the leaf would copy it, and nothing is widened.
+    """
+
+    def in_bits(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
+        unsigned = bits(leaf.dtype)
+        written = lax.dynamic_update_slice(_retype(leaf, unsigned), _retype(cell, unsigned), at)
+        return _retype(written, leaf.dtype)
+
+    return lax.platform_dependent(leaf, cell, at, cpu=in_bits, default=lax.dynamic_update_slice)
+
+
+def _only_moves(expr: Expr) -> bool:
+    match expr:
+        case Apply(Rearrange() | Slice() | Fit(), x):
+            return _only_moves(x)
+        case Concat(_, parts):
+            return all(_only_moves(part) for part in parts)
+        case _:
+            return isinstance(expr, Tensor)

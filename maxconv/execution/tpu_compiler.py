@@ -1,0 +1,99 @@
+"""What the TPU compiler makes of a plan's cells: `maxconv plan --tpu_type=... --compile`.
+
+libtpu has the real compiler and runs it without a TPU. Nothing is executed.
+"""
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.execution.program import compile_cell
+from maxconv.planning.cells import Recipe
+from maxconv.planning.plan import Plan
+from maxconv.planning.tpus import Slice
+from maxconv.report import size, table
+
+_GENERATIONS = {"v5litepod": "v5e"}  # as libtpu calls them
+_COLLECTIVE = re.compile(
+    r" ((?:ragged-)?all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|send|recv)"
+    r"(?:-start)?\("
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cell on a chip: bytes of its arguments and output, those beside them, what it exchanges."""
+
+    held: int
+    beside: int
+    collectives: tuple[str, ...]
+
+
+def chips(on: Slice, num_slices: int) -> Sequence[Any]:
+    """The devices that libtpu's compiler knows, of slices that are not here.
+
+    Raises:
+        UserError: libtpu is not installed, or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would look for the metadata of a cloud VM
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and lock out all other processes
+    kind = on.name.partition("-")[0]
+    name = f"{_GENERATIONS.get(kind, kind)}:{'x'.join(map(str, on.shape))}"
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=num_slices
+        ).devices
+    except Exception as error:  # of a plugin that is not there, or does not know the name
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"--compile needs libtpu, which has no {name} here ({why}): pip install "
+            "'maxconv[tpu]' on Linux, or leave --compile out."
+        ) from None
+
+
+def compile_all(plan: Plan) -> dict[Recipe, Compiled]:
+    """What becomes of every distinct cell of a plan over `chips`."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(plan.recipes, pool.map(_compiled, plan.recipes), strict=True))
+
+
+def _compiled(recipe: Recipe) -> Compiled:
+    compiled = compile_cell(recipe)
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found = dict.fromkeys(_COLLECTIVE.findall(compiled.as_text()))
+    return Compiled(held, memory.temp_size_in_bytes, tuple(found))
+
+
+def compiled_text(plan: Plan) -> str:
+    """The table of all cells, for people."""
+    started = time.monotonic()
+    found = compile_all(plan)
+    first = {step.recipe: leaf for leaf in reversed(plan.leaves) for step in leaf.steps}
+    rows = [
+        (
+            "/".join(first[recipe].leaf.path[1:]),
+            "x".join(str(hi - lo) for lo, hi in recipe.box),
+            size(cell.held),
+            size(cell.beside),
+            ", ".join(cell.collectives) or "none",
+        )
+        for recipe, cell in found.items()
+    ]
+    most = max(cell.held + cell.beside for cell in found.values())
+    took = time.monotonic() - started
+    return "\n".join(
+        [
+            table(rows, ("cell, first of", "makes", "arguments, output", "beside", "collectives")),
+            "",
+            f"compiled {len(rows)} cells for {plan.mesh.size} chips in {took:.0f} s; the largest "
+            f"takes {size(most)} on a chip",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What a user can ask for, from beginning to end: one module each."""

@@ -1,0 +1,274 @@
+"""Reads a checkpoint back in its training sharding and compares it, bit by bit, with its source.
+
+Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by ourselves, because what
+`ocp.load` does about a shard that cannot be read is to leave the other processes waiting. A stored
+leaf and the one that the engine makes again are compared where they live, on the mesh.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from maxconv.algebra import Box, slices
+from maxconv.errors import UserError
+from maxconv.execution.engine import Engine
+from maxconv.execution.program import bits
+from maxconv.planning.cells import Recipe
+from maxconv.planning.placement import local_boxes
+from maxconv.planning.plan import LeafPlan, Plan, groups
+from maxconv.planning.slabs import Slab
+from maxconv.processes.start import gathered
+from maxconv.sources.ocdbt import unexplained, value_spans
+from maxconv.sources.orbax import Item, find_items, open_item, reason
+from maxconv.targets import orbax
+
+SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
+SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
+_UNREADABLE = ""  # the key of a problem that spares all others
+
+
+@dataclass
+class Report:
+    """What was found so far, the same on all processes. `total` leaves are to be checked."""
+
+    total: int = 0
+    leaves: int = 0
+    nbytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    directory: epath.PathLike,
+    plan: Plan,
+    engine: Engine,
+    mode: str = "sample",
+    window: int = 512 << 20,
+    say: Callable[[Report], object] = lambda report: None,
+    seen_as: Callable[[Item], Item] = lambda item: item,
+) -> Report:
+    """Compares a checkpoint with what the plan makes of its source.
+
+    All processes call it, and get the same report. A process holds at most the window and two
+    copies of its part of a slab. What cannot be read is a problem in the report, not an exception.
+
+    Args:
+        directory: of the checkpoint: `<out>`, `<out>/0` or `<out>/0/items`.
+        plan: of the conversion.
+        engine: makes the leaves again. Best made for a plan of `leaves_to_check` alone: it reads
+            ahead what its plan has.
+        mode: "sample" compares `leaves_to_check` only. "full" compares every leaf, and checks every
+            byte of the OCDBT files that no leaf is made of.
+        window: the budget, in bytes per process; the engine's is the same one.
+        say: called after every slab.
+        seen_as: turns what is in the directory into what is to be read.
+
+    Raises:
+        UserError: if there is no checkpoint.
+    """
+    items = find_items(epath.Path(directory))
+    if len(items) != 1:
+        raise UserError(f"{directory} holds no checkpoint of MaxText; give the one to verify.")
+    item, found = _open(items[0], plan, mode)
+    found = _everyones(found)
+    report = Report(problems=list(found.values()))
+    if item is None or _UNREADABLE in found:
+        return report
+    item = seen_as(item)
+    leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
+    report.total = len(leaves)
+    problems: dict[str, str | None] = {leaf.name: None for leaf in leaves}
+    for group in groups(leaves):  # in any case all of them: the engine is reading ahead
+        made = engine.make_slabs([slab for _, slab in group])
+        for leaf, slab in group:
+            problem = _compared(item, leaf, slab, made.pop(0), window)
+            problems[leaf.name] = problem or problems[leaf.name]
+            report.nbytes += slab.nbytes
+            report.leaves += slab is leaf.slabs[-1]
+            say(report)
+    report.problems += filter(None, problems.values())
+    return report
+
+
+def _compared(
+    item: Item, leaf: LeafPlan, slab: Slab, expected: jax.Array, window: int
+) -> str | None:
+    """What is wrong with a stored slab, in a sentence."""
+    stored, why = _read(item, leaf, slab, window // 2)  # the engine has the rest
+    if failed := _everyones({leaf.name: why} if why else {}):
+        return f"{leaf.name} cannot be read: {failed[leaf.name]}."
+    return _difference(leaf, slab, expected, stored) if stored is not None else None
+
+
+def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
+    """The leaves that a mode compares, in the plan's order.
+
+    A sample has every leaf of at most 1 MiB. Of the others, smallest first, it has those slabs that
+    are made by a recipe that the sample lacks, while a process' share of them stays within 1 GiB.
+    """
+    if mode == "full":
+        return list(plan.leaves)
+    chosen: dict[str, list[Slab]] = {}
+    recipes, left = set[Recipe](), SAMPLE_BYTES
+    for leaf in sorted(plan.leaves, key=lambda leaf: leaf.nbytes):
+        for slab in leaf.slabs:
+            new = {step.recipe for step in slab.steps} - recipes
+            if leaf.nbytes > SMALL_BYTES:
+                if not new or slab.local_nbytes > left:
+                    continue
+                left -= slab.local_nbytes
+            chosen.setdefault(leaf.name, []).append(slab)
+            recipes |= new
+    return [replace(p, slabs=tuple(chosen[p.name])) for p in plan.leaves if p.name in chosen]
+
+
+def _open(directory: epath.Path, plan: Plan, mode: str) -> tuple[Item | None, dict[str, str]]:
+    """The checkpoint; and the problems that show before leaves are read, by leaf or file."""
+    try:
+        item = open_item(directory)
+        found = _metadata_problems(item, plan)
+        if mode == "full" and item.ocdbt:
+            found |= _file_problems(directory)
+        return item, found
+    except UserError as error:
+        return None, {_UNREADABLE: str(error)}
+    except (OSError, ValueError) as error:
+        return None, {_UNREADABLE: f"{directory} cannot be read: {reason(error)}."}
+
+
+def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
+    """A sentence for every name that is missing, too many or another array than planned."""
+    problems: dict[str, str] = {}
+    for leaf in plan.leaves:
+        array = item.arrays.get(leaf.name)
+        if array is None:
+            problems[leaf.name] = f"{leaf.name} is missing."
+        elif (array.shape, array.dtype) != (leaf.shape, leaf.dtype.name):
+            problems[leaf.name] = (
+                f"{leaf.name} is {array.shape} {array.dtype}, planned is {leaf.shape} {leaf.dtype}."
+            )
+    known = {leaf.name for leaf in plan.leaves} | {"step"}
+    for name in [*item.arrays, *item.others]:
+        if name not in known and name.partition(".")[0] != "opt_state":
+            problems[name] = f"{name} is in the orbax, but not in the plan."
+    return problems | _step_problem(item.directory)
+
+
+def _step_problem(directory: epath.Path) -> dict[str, str]:
+    """The step, through Orbax: whether it opens the checkpoint shows with that."""
+    ctx = orbax.context()
+    ctx.multiprocessing.primary_host = jax.process_index()
+    ctx.multiprocessing.active_processes = {jax.process_index()}  # nobody to wait for
+    try:
+        with ctx:
+            name = directory.name
+            step = ocp.load(directory.parent, {"step": 0}, checkpointable_name=name)["step"]
+    except Exception as error:  # Orbax raises many kinds
+        return {"step": f"Orbax cannot read step: {reason(error)}."}
+    return {} if step == 0 else {"step": f"step is {step}, planned is 0."}
+
+
+def _read(item: Item, leaf: LeafPlan, slab: Slab, window: int) -> tuple[jax.Array | None, str]:
+    """A stored slab, or why this process cannot read it; `window` bounds the bytes in flight."""
+    boxes = local_boxes(slab.sharding, slab.shape)
+    distinct = list(set(boxes.values()))
+    at_once = max(1, window // (2 * slab.shard_nbytes))  # what is read is copied once
+    host: dict[Box, np.ndarray] = {}
+    try:
+        for i in range(0, len(distinct), at_once):
+            batch = {box: slab.in_leaf(box) for box in distinct[i : i + at_once]}
+            store = item.open(leaf.name, [*batch.values()]).result()
+            reads = {box: store[slices(there)].read() for box, there in batch.items()}
+            host |= {box: read.result() for box, read in reads.items()}
+    except (ValueError, OSError) as error:
+        return None, reason(error)
+    shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+    return jax.make_array_from_single_device_arrays(slab.shape, slab.sharding, shards), ""
+
+
+def _difference(leaf: LeafPlan, slab: Slab, expected: jax.Array, stored: jax.Array) -> str | None:
+    """A sentence about the first element that is not as it should be, if there is one."""
+    differ, locate = _comparison(leaf.sharding.mesh)
+    rows = np.flatnonzero(differ(expected, stored))
+    if not rows.size:
+        return None
+    found = locate(expected, stored, np.int32(rows[0]))
+    counts, position, *values = (np.asarray(x) for x in found)
+    index = (rows[0], *np.unravel_index(int(position), slab.shape[1:]))
+    in_leaf = slab.in_leaf(tuple((int(i), int(i) + 1) for i in index))
+    should, got = (f"{value.view(leaf.dtype)} (0x{int(value):x})" for value in values)
+    return (
+        f"{leaf.name}[{', '.join(str(at) for at, _ in in_leaf)}] is {got}, the source makes it "
+        f"{should}; {counts.sum(dtype=np.int64):,} of {expected.size:,} elements differ."
+    )
+
+
+@cache
+def _comparison(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., list[jax.Array]]]:
+    """Two jitted functions of a leaf as it should be and as it is stored.
+
+    The first says for each row whether it differs, bool[rows]; that is all that an intact leaf
+    takes. The second is given a row that does, and returns the number of differing elements in each
+    row, uint32[rows], the position of the first one in the flattened row, and the bits of both.
+    """
+
+    def in_bits(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(x, bits(x.dtype))
+
+    def differ(expected: jax.Array, stored: jax.Array) -> jax.Array:
+        return jnp.any(in_bits(expected) != in_bits(stored), axis=range(1, expected.ndim))
+
+    def locate(expected: jax.Array, stored: jax.Array, row: jax.Array) -> list[jax.Array]:
+        unequal = in_bits(expected) != in_bits(stored)
+        counts = jnp.sum(unequal, axis=range(1, expected.ndim), dtype=np.uint32)
+        a, b = (in_bits(x)[row].reshape(-1) for x in (expected, stored))
+        position = jnp.argmax(a != b)
+        return [counts, position, a[position], b[position]]
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(differ, out_shardings=everywhere), jax.jit(locate, out_shardings=everywhere)
+
+
+def _everyones(mine: dict[str, str]) -> dict[str, str]:
+    """What the processes found, together: the same on all of them."""
+    return {name: why for found in reversed(gathered(mine)) for name, why in found.items()}
+
+
+def _file_problems(items: epath.Path) -> dict[str, str]:
+    """What is wrong with this process' share of the OCDBT files, apart from the leaves in them.
+
+    A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
+    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
+    Values may be in the tree of their store alone: those of a leaf that was made again, and that
+    the whole takes from an attempt before. The stores of attempts that were cut off,
+    `ocdbt.process_<process>.<attempt>`, may also have what was about to become either: of these the
+    leaves tell all that matters.
+    """
+    values = dict(value_spans(items))
+    stores = sorted(items.glob("ocdbt.process_*"))
+    databases = [items, *(store for store in stores if store.name.count(".") == 1)]
+    for store in databases[1:]:
+        with suppress(ValueError):  # it is empty, or its nodes are told below
+            for file, spans in value_spans(store).items():
+                name = f"{store.name}/{file}"
+                values[name] = values.get(name, set()) | spans
+    files = [d / "manifest.ocdbt" for d in databases]
+    files += [file for d in databases for file in sorted(d.glob("d/*"))]
+    found = {}
+    for file in files[jax.process_index() :: jax.process_count()]:
+        name = str(file.relative_to(items))
+        if bad := [*unexplained(file, sorted(values.get(name, ())))]:
+            found[name] = f"{name} is damaged: {', '.join(bad)}."
+    return found

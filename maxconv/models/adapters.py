@@ -1,0 +1,236 @@
+"""A LoRA adapter by itself: the leaves that it has in MaxText, out of the table of its model.
+
+The kernel of a weight W has the axes of what goes in and of what comes out. To W belongs the
+product B A of an adapter: A is on the side of what goes in, B of what comes out. So what a row does
+to the axes of a side is done to that part, and a scale to B. MaxText keeps A as (inputs, rank) and
+B as (rank, outputs), replicated, each axis flat.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from maxconv.algebra import (
+    Affine,
+    Apply,
+    Expr,
+    Fill,
+    Fit,
+    Op,
+    Pattern,
+    Slice,
+    Tensor,
+    hf,
+    rearrange,
+    scale,
+)
+from maxconv.errors import UserError
+from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, flat
+from maxconv.models.canonical_names import renamer
+from maxconv.models.lora import config_problems, pairs, scaling
+from maxconv.models.resolve import Model, unit
+from maxconv.sources import Source
+
+IN, OUT = "A", "B"  # the sides of a weight are called after their parts
+RANK = "rank"
+
+
+def adapter_model(
+    adapter: Source,
+    name: str | None,
+    facts: Mapping[str, Any] | None,
+    words: Mapping[str, Any],
+    scans: bool,
+) -> Model:
+    """An adapter, as a model whose tensors are all adapted.
+
+    Args:
+        adapter: as PEFT saves it: `config` is its adapter_config.json.
+        name, facts: of the model that it adapts, as MaxText knows it.
+        words: what the user typed, which wins.
+        scans: layers are stacked. What is missing of a stack is zeros.
+
+    Raises:
+        UserError: everything in the adapter that fits nothing, or is no plain LoRA.
+    """
+    if name is None or facts is None:
+        raise UserError("Say which model the adapter is of: model_name=.")
+    family, dims = described(name, {"mtp_num_layers": 0, **facts, **words})
+    adaptable = [a for r in family.rows(dims) if (a := Adaptable.of(r))]
+    weights = set().union(*(a.row.names() for a in adaptable))
+    rename = renamer(family.names)
+    found, problems = pairs(adapter, lambda n: rename(n)[0], weights)
+    problems += config_problems(adapter.config, alone=True)
+    problems += [
+        f"{weight}: there is no lora_{letter}"
+        for weight, parts in found.items()
+        for letter in (IN, OUT)
+        if letter not in parts
+    ]
+    ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
+    stated = adapter.config.get("r", 8)
+    if ranks and ranks != {stated}:
+        have = " and ".join(map(str, sorted(ranks)))
+        problems.append(f"adapter_config.json: r={stated}, but tensors have {have}")
+    if problems:
+        raise UserError([f"{adapter.root}: {p}." for p in problems])
+    rows, tensors = list[Row](), dict[str, Expr]()
+    for one in adaptable:
+        adapted = one.restricted(found.keys(), scans)
+        if adapted is not None:
+            rows += adapted.rows
+            tensors |= adapted.tensors(found)
+    notices = (
+        "just the adapter is converted: with --hf_model_path=, it is merged into that model",
+        "lora.lora_restore_path of MaxText 0.2.5 wants a tree without params/params/, unlike this, "
+        "and unlike what MaxText's own converter makes",
+    )
+    return Model(
+        family,
+        dims,
+        dims,
+        tuple(rows),
+        tensors,
+        notices,
+        rounds=False,
+        metadata=_lora(adapter),
+    )
+
+
+def described(name: str, facts: Mapping[str, Any]) -> tuple[Family, Dims]:
+    """The family and sizes of a model as MaxText describes it, without a checkpoint."""
+    (family,) = (
+        family
+        for family in BY_ARCHITECTURE[facts["architecture"]]
+        if family.decoder_block == facts["decoder_block"]
+    )
+    sizes = {
+        f.name: said * n if (n := unit(f.name, family)) > 1 else said
+        for f in fields(family.sizes)
+        if (said := facts.get(f.metadata["maxtext"])) is not None
+    }
+    try:
+        return family, family.complete(sizes)
+    except KeyError as error:
+        raise UserError(
+            f"MaxText does not say {error} of {name}, so that its adapters cannot be converted "
+            "alone: give the model as --hf_model_path, to merge them."
+        ) from None
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """A row of a kernel, and what becomes of the parts of an adapter."""
+
+    row: Row
+    parts: Mapping[str, Expr]
+
+    @classmethod
+    def of(cls, r: Row) -> "Adaptable | None":
+        """None if it is no kernel of one weight, (outputs, inputs)."""
+        is_kernel = r.path.endswith("/kernel") or r.experts
+        parts = _parts(r.expr) if is_kernel else None
+        return cls(r, parts) if parts else None
+
+    def restricted(self, adapted: Set[str], scans: bool) -> "Adaptable | None":
+        """The same for leaves of which something is adapted; None if there are none."""
+        r = self.row
+        if r.layers is None:
+            return None if r.names().isdisjoint(adapted) else self
+        places = r.layers.scanned if scans else r.layers.unscanned
+        kept = tuple((p, n) for p, n in places if not r.names(flat(n)).isdisjoint(adapted))
+        each = tuple((path, number) for path, numbers in kept for number in flat(numbers))
+        layers = replace(r.layers, scanned=kept, unscanned=each)
+        return Adaptable(replace(r, layers=layers), self.parts) if kept else None
+
+    @property
+    def rows(self) -> Iterator[Row]:
+        """One for each part."""
+        at = self.row.path.removesuffix("/kernel")
+        logical = ("-", "-", "-") if self.row.experts else ("-", "-")
+        for letter, expr in self.parts.items():
+            path = f"{at}/kernel_lora_{letter.lower()}/value"
+            yield replace(self.row, path=path, logical=logical, expr=expr)
+
+    def tensors(self, found: Mapping[str, Mapping[str, Expr]]) -> dict[str, Expr]:
+        """Those that its rows name; of weights that are not adapted, zeros."""
+        names = self.row.names()
+        like = found[next(name for name in sorted(names) if name in found)]
+        zeros = {letter: Fill(part.shape, 0.0) for letter, part in like.items()}
+        return {
+            _part_name(name, letter): part
+            for name in names
+            for letter, part in found.get(name, zeros).items()
+        }
+
+
+def _part_name(weight: str, letter: str) -> str:
+    return f"{weight.removesuffix('.weight')}.lora_{letter}"
+
+
+def _parts(template: Expr) -> dict[str, Expr] | None:
+    ops: list[Op | Pattern] = []
+    while isinstance(template, Apply):
+        ops.insert(0, template.op)
+        template = template.x
+    if not isinstance(template, Tensor):
+        return None
+    sides: Sequence[str] = (OUT, IN)  # of each axis
+    parts: dict[str, Expr] = {letter: hf(_part_name(template.name, letter)) for letter in (IN, OUT)}
+    for op in ops:
+        match op:
+            case Pattern():
+                after = _sides_after(op, sides)
+                if after is None:
+                    return None
+                for letter in parts:
+                    parts[letter] = parts[letter] >> _of_part(op, sides, after, letter)
+                sides = after
+            case Slice(axis) | Fit(axis):
+                letter = sides[axis]
+                own = replace(op, axis=_axes(sides, letter).index(axis))
+                parts[letter] = parts[letter] >> own
+            case Affine(shift=0.0):
+                parts[OUT] = parts[OUT] >> replace(scale(op.scale), wide=True)
+            case _:
+                return None
+    return {letter: part >> _flat(sides, letter) for letter, part in parts.items()}
+
+
+def _sides_after(op: Pattern, sides: Sequence[str]) -> list[str] | None:
+    """The side of each axis after a movement; None if it mixes them or is of something else."""
+    before, after = op.groups
+    if len(before) != len(sides):
+        return None
+    of = {atom: side for group, side in zip(before, sides, strict=True) for atom in group}
+    found = [{of[atom] for atom in group} for group in after]
+    return [side for (side,) in found] if all(len(side) == 1 for side in found) else None
+
+
+def _axes(sides: Sequence[str], letter: str) -> list[int]:
+    """The axes that a part has: those of its side, and the rank in place of the others' first."""
+    other = next(i for i, side in enumerate(sides) if side != letter)
+    return [i for i, side in enumerate(sides) if side == letter or i == other]
+
+
+def _of_part(op: Pattern, before: Sequence[str], after: Sequence[str], letter: str) -> Pattern:
+    """What a movement does to a part."""
+    texts = []
+    for groups, sides in zip(op.groups, (before, after), strict=True):
+        own = (groups[i] if sides[i] == letter else [RANK] for i in _axes(sides, letter))
+        texts.append(" ".join(f"({' '.join(group)})" for group in own))
+    text = " -> ".join(texts)
+    atoms = text.replace("(", " ").replace(")", " ").split()
+    return rearrange(text, **{name: n for name, n in op.sizes if name in atoms})
+
+
+def _flat(sides: Sequence[str], letter: str) -> Pattern:
+    names = [f"x{i}" if sides[i] == letter else RANK for i in _axes(sides, letter)]
+    own = f"({' '.join(name for name in names if name != RANK)})"
+    return rearrange(f"{' '.join(names)} -> {f'{own} {RANK}' if letter == IN else f'{RANK} {own}'}")
+
+
+def _lora(adapter: Source) -> dict[str, Any]:
+    """What MaxText wants to know of an adapter; it scales by alpha / rank."""
+    rank = adapter.config.get("r", 8)
+    return {"lora": {"lora_rank": rank, "lora_alpha": rank * scaling("", rank, adapter.config)}}

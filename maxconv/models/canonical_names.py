@@ -1,0 +1,212 @@
+"""The tensors that a family's table speaks of, as expressions over those that a checkpoint holds.
+
+Checkpoints of one architecture come under several names. What is read here as
+`model.layers.0.mlp.up_proj.weight` may lie there as `language_model.model.layers.0...`: the table
+is written once, in names of its own, and a family lists the others. What is quantised is decoded
+by its codec.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import count, product
+
+import ml_dtypes
+import numpy as np
+
+from maxconv.algebra import (
+    AlgebraError,
+    Apply,
+    Cast,
+    Combine,
+    Concat,
+    Expr,
+    Slice,
+    Tensor,
+    apply,
+    rearrange,
+    stack,
+    tensors,
+)
+from maxconv.errors import UserError
+from maxconv.families import Family
+from maxconv.models.codecs import SCALE, decoded
+from maxconv.models.lora import merged
+from maxconv.sources import Source
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+KEPT = {FP8, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)}
+
+Names = Sequence[tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """What a checkpoint holds, by the names of a table; `notices` tell how it was read."""
+
+    tensors: Mapping[str, Expr]
+    notices: tuple[str, ...] = ()
+
+
+def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> Logical:
+    """The tensors of a checkpoint by the names of its family's table, dequantised and adapted.
+
+    `keep_fp8`: fp8 weights are not dequantised, and their scales are tensors like others.
+
+    Raises:
+        UserError: when two tensors would have the same name, or packed ones do not fit together.
+    """
+    beside = source.adapter.tensors if source.adapter else ()
+    stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in beside}
+    weights, notices = decoded(stored, source.config, keep_fp8)
+    rename = renamer(family.names)
+    found: dict[str, Expr] = {}
+    used: dict[str, str] = {}
+    problems = []
+    for name, weight in weights.items():
+        ours, pattern = rename(name)
+        if ours in found:
+            other = next(tensors(found[ours])).name
+            problems.append(f"{source.root}: {other} and {name} are the same tensor.")
+        found[ours] = weight
+        if pattern:
+            used[pattern] = dict(family.names)[pattern]
+    if problems:
+        raise UserError(problems)
+    if source.adapter is not None:
+        if any(name.endswith(SCALE) for name in found):
+            raise UserError(
+                "An adapter cannot be merged into fp8 weights: say --save_dtype=bfloat16, to "
+                "dequantise them."
+            )
+        found = merged(found, source.adapter, lambda name: rename(name)[0])
+        notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
+    try:
+        found, n = turned(joined(apart(found, family), family), family)
+    except AlgebraError as error:
+        raise UserError(f"{source.root}: {error}.") from None
+    if n:
+        notices = (*notices, f"rows and columns are exchanged in the experts of {n} layers")
+    renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
+    return Logical(found, (*notices, *renamed))
+
+
+def joined(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, those of single experts as the tensors of all that the table has."""
+    found = dict(weights)
+    for whole, pieces in (*family.joined, *_of_scales(family.joined)):
+        first = pieces[0].format(e=0)
+        for layer in [name.removesuffix(first) for name in weights if name.endswith(first)]:
+            experts: list[Expr] = []
+            for e in count():
+                names = [layer + piece.format(e=e) for piece in pieces]
+                if not found.keys() >= set(names):
+                    break
+                parts = [found.pop(name) for name in names]
+                experts.append(Concat(0, tuple(parts)) if len(parts) > 1 else parts[0])
+            if experts:
+                found[layer + whole] = stack(experts, 0)
+    return found
+
+
+def _of_scales(joined: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for whole, pieces in joined:
+        yield whole + SCALE, tuple(piece + SCALE for piece in pieces)
+
+
+def apart(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, those of all experts as the tensors of each that the table has."""
+    found = dict(weights)
+    for whole, pieces in family.apart:
+        for name in [name for name in weights if name.endswith(whole)]:
+            fused, layer = found.pop(name), name.removesuffix(whole)
+            if len(fused.shape) != 3 or fused.shape[1] % len(pieces):
+                raise AlgebraError(f"tensor {name} {fused.shape} is not of all experts")
+            experts, n = fused.shape[0], fused.shape[1] // len(pieces)
+            for e, (i, piece) in product(range(experts), enumerate(pieces)):
+                one = apply(Slice(1, i * n, n), apply(Slice(0, e, 1), fused))
+                found[layer + piece.format(e=e)] = apply(rearrange("1 o i -> o i"), one)
+    return found
+
+
+def turned(weights: Mapping[str, Expr], family: Family) -> tuple[dict[str, Expr], int]:
+    """The weights, experts' (x, 2m, e) and (x, e, m) as (x, e, 2m) and (x, m, e); and how often."""
+    found, count = dict(weights), 0
+    for fused, down in family.turned:
+        for name in [name for name in weights if name.endswith(fused)]:
+            other = name.removesuffix(fused) + down
+            into, out = weights[name], weights.get(other)
+            if out is None or len(into.shape) != 3 or len(out.shape) != 3:
+                continue
+            if into.shape[1:] == (2 * out.shape[2], out.shape[1]):
+                for one in (name, other):
+                    found[one] = apply(rearrange("x o i -> x i o"), weights[one])
+                count += 1
+    return found, count
+
+
+def saved_dtype(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> np.dtype:
+    """The dtype in which MaxText saves what is made of some tensors.
+
+    Args:
+        expr: what is made.
+        dtypes: of the stored tensors, by name.
+        to: --save_dtype. With float8_e4m3fn nothing is rounded: what is fp8, bfloat16 or float32
+            stays that, the rest becomes float32.
+    """
+    if to != FP8:
+        return to
+    kinds = {dtypes[t.name] for t in tensors(expr)}
+    return kinds.pop() if len(kinds) == 1 and kinds <= KEPT else np.dtype(np.float32)
+
+
+def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
+    """A weight in the dtype that is stored: MaxText rounds before it computes, too.
+
+    Args:
+        weight: one of `Logical.tensors`.
+        dtypes: of the stored tensors, by name.
+        to: --save_dtype. Integers stay what they are.
+    """
+    to = saved_dtype(weight, dtypes, to)
+    kinds = {dtypes[t.name] for t in tensors(weight)}
+    is_as_stored = kinds == {to} or all(kind.kind in "iu" for kind in kinds)
+    if is_as_stored and not _is_computed(weight):
+        return weight
+    return apply(Cast(to.name), weight)
+
+
+def _is_computed(expr: Expr) -> bool:
+    match expr:
+        case Combine():
+            return True
+        case Apply(_, x):
+            return _is_computed(x)
+        case Concat(_, parts):
+            return any(map(_is_computed, parts))
+        case _:
+            return False
+
+
+def renamer(names: Sequence[tuple[str, str]]) -> Callable[[str], tuple[str, str | None]]:
+    """The function that gives a tensor's name in the table, and the pattern that was used if any.
+
+    Args:
+        names: pairs of patterns, the first that fits is used: how a name begins, and how it begins
+            in the table. A `*` stands for a part without dots, which is kept.
+    """
+    compiled = [(_regex(theirs), theirs, ours.replace("*", "{}")) for theirs, ours in names]
+
+    def rename(name: str) -> tuple[str, str | None]:
+        for regex, theirs, ours in compiled:
+            if match := regex.match(name):
+                return ours.format(*match.groups()) + name[match.end() :], theirs
+        return name, None
+
+    return rename
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile("([^.]+)".join(re.escape(part) for part in pattern.split("*")))

@@ -1,0 +1,150 @@
+"""Which cells of a leaf one step makes at once: its lanes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from maxconv.algebra import Apply, Combine, Concat, Expr, Shape, Tensor, tensors
+from maxconv.planning.placement import local_devices, shards
+
+Offset = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlacedCell:
+    """A cell, and where it goes.
+
+    Attributes:
+        offset: in the leaf.
+        expr: over tensors named "0", "1", ...
+        names: that these stand for.
+        dtypes: of them.
+    """
+
+    offset: Offset
+    expr: Expr
+    names: tuple[str, ...]
+    dtypes: tuple[np.dtype, ...]
+
+    @property
+    def kind(self) -> tuple[Expr, tuple[np.dtype, ...]]:
+        """What cells have in common that one program can make."""
+        return self.expr, self.dtypes
+
+
+Group = tuple[int | None, Offset, Sequence[PlacedCell]]
+"""Cells of one step: the axis of lanes, if they are lanes; their offset, on that axis in each
+shard; the cells, lane by lane."""
+
+
+def placed_cells(expr: Expr, dtypes: Mapping[str, np.dtype]) -> list[PlacedCell]:
+    """The parts of a leaf that stand side by side. `dtypes`: of tensors, by name."""
+    cells = []
+    for offset, cell in _cells(expr, (0,) * len(expr.shape)):
+        anonymous, names = _anonymous(cell)
+        cells.append(PlacedCell(offset, anonymous, names, tuple(dtypes[n] for n in names)))
+    return cells
+
+
+def in_lanes(cells: Sequence[PlacedCell], shape: Shape, to: NamedSharding) -> Iterator[Group]:
+    """The cells of a leaf, those at the same place of each shard together if they are alike."""
+    for axis, n in enumerate(shape):
+        pieces = shards(to, axis)
+        if pieces > 1 and any(cell.expr.shape[axis] != n for cell in cells):
+            groups: dict[Offset, list[PlacedCell]] = {}
+            for cell in cells:
+                at = cell.offset
+                inner = (*at[:axis], at[axis] % (n // pieces), *at[axis + 1 :])
+                groups.setdefault(inner, []).append(cell)
+            if all(len(group) == pieces and _alike(group) for group in groups.values()):
+                yield from ((axis, at, group) for at, group in groups.items())
+                return
+    yield from ((None, cell.offset, [cell]) for cell in cells)
+
+
+def with_neighbours(
+    groups: Iterator[Group], to: NamedSharding, at_once: Callable[[PlacedCell, int, int], int]
+) -> Iterator[Group]:
+    """The groups of a leaf, neighbours made one where processes would read short runs for each.
+
+    `at_once` says of a row of cells, by the first of them, its axis and how many there are in a
+    shard, how many of them a step should make; the row consists of as many each.
+    """
+    if local_devices(to) == len(to.device_set):  # one process reads all in runs as long as can be
+        yield from groups
+        return
+    found = list(groups)
+    if (axis := _axis_of_rows(found, to)) is None:
+        yield from found
+        return
+    rows: dict[Offset, list[Group]] = {}
+    for group in found:
+        rows.setdefault((*group[1][:axis], *group[1][axis + 1 :]), []).append(group)
+    for row in rows.values():
+        cells = [cell for _, _, group in row for cell in group]
+        is_even = _alike(cells) and _is_even(row, axis)
+        n = at_once(cells[0], axis, len(row)) if is_even and cells[0].names else 1
+        if n == 1:
+            yield from row
+            continue
+        for i in range(0, len(row), n):
+            _, offset, first = row[i]
+            yield axis, offset, [row[k][2][s] for s in range(len(first)) for k in range(i, i + n)]
+
+
+def _axis_of_rows(groups: Sequence[Group], to: NamedSharding) -> int | None:
+    """That of the lanes; else the one along which most cells follow each other in all shards."""
+    lanes, offset, _ = groups[0]
+    if lanes is not None:
+        return lanes
+    counts = {
+        axis: len({at[axis] for _, at, _ in groups})
+        for axis in range(len(offset))
+        if shards(to, axis) == 1
+    }
+    axis = max(counts, key=lambda axis: counts[axis], default=None)
+    return axis if axis is not None and counts[axis] > 1 else None
+
+
+def _is_even(row: Sequence[Group], axis: int) -> bool:
+    """Whether the groups of a row follow each other without gaps."""
+    extent = row[0][2][0].expr.shape[axis]
+    start = row[0][1][axis]
+    return [at[axis] for _, at, _ in row] == [start + k * extent for k in range(len(row))]
+
+
+def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
+    """The parts of a leaf that stand side by side, and where."""
+    if not isinstance(expr, Concat):
+        yield offset, expr
+        return
+    axis = expr.axis
+    for part, start, _ in expr.placed():
+        yield from _cells(part, (*offset[:axis], offset[axis] + start, *offset[axis + 1 :]))
+
+
+def _alike(cells: Sequence[PlacedCell]) -> bool:
+    """Whether one program can make them all: their tensors differ in names only."""
+    return len({cell.kind for cell in cells}) == 1
+
+
+def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
+    """An expression over "0", "1", ... and the names that these stand for."""
+    names = list(dict.fromkeys(t.name for t in tensors(expr)))
+
+    def rename(node: Expr) -> Expr:
+        match node:
+            case Tensor(name, shape):
+                return Tensor(str(names.index(name)), shape)
+            case Apply(op, x):
+                return Apply(op, rename(x))
+            case Concat(axis, parts):
+                return Concat(axis, tuple(rename(part) for part in parts))
+            case Combine(op, parts):
+                return Combine(op, tuple(rename(part) for part in parts))
+            case _:
+                return node
+
+    return rename(expr), tuple(names)

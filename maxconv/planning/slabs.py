@@ -1,0 +1,128 @@
+"""Leaves in slabs: parts that are made and written one after another, so that none is held whole.
+
+A slab has the same part of every shard of its leaf, and so is an array over the mesh in the leaf's
+own sharding. A leaf that is small enough is one slab.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from maxconv.algebra import Box, Shape, dims
+from maxconv.planning.cells import Offset, Recipe, Step
+from maxconv.planning.placement import local_devices, shard_nbytes, shards
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a leaf.
+
+    Attributes:
+        shape, dtype, sharding: of the slab, as an array over the mesh.
+        offset: where it begins in every shard of the leaf.
+        leaf: shape of the leaf.
+        steps: that make it.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    sharding: NamedSharding
+    offset: Offset
+    leaf: Shape
+    steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def shard_nbytes(self) -> int:
+        return shard_nbytes(self.sharding, self.shape, self.dtype)
+
+    @property
+    def local_nbytes(self) -> int:
+        """Bytes of it that the busiest process holds."""
+        return self.shard_nbytes * local_devices(self.sharding)
+
+    def in_leaf(self, box: Box) -> Box:
+        """Where a box of the slab, that lies in one shard, is in the leaf."""
+        local = self.sharding.shard_shape(self.shape)
+        whole = self.sharding.shard_shape(self.leaf)
+        moves = (
+            lo // n * m + at - lo // n * n if n else 0
+            for (lo, _), n, m, at in zip(box, local, whole, self.offset, strict=True)
+        )
+        return tuple((lo + move, hi + move) for (lo, hi), move in zip(box, moves, strict=True))
+
+
+def slabs(
+    steps: Sequence[Step], shape: Shape, dtype: np.dtype, to: NamedSharding, limit: float
+) -> tuple[Slab, ...]:
+    """A leaf as slabs of at most `limit` bytes in a process, as far as its steps can be told apart.
+
+    Args:
+        steps: that make the leaf.
+        shape: of the leaf.
+        dtype: of the leaf.
+        to: its sharding.
+        limit: in bytes.
+    """
+    whole = Slab(shape, dtype, to, (0,) * len(shape), shape, tuple(steps))
+    parts = _parts(_grid(whole), whole.local_nbytes / limit)
+    if math.prod(parts) == 1:
+        return (whole,)
+    cut = tuple(n // p for n, p in zip(shape, parts, strict=True))
+    extents = tuple(n // p for n, p in zip(to.shard_shape(shape), parts, strict=True))
+    recipes: dict[Recipe, Recipe] = {}
+    found: dict[Offset, list[Step]] = {}
+    for step in steps:
+        if step.recipe not in recipes:
+            recipes[step.recipe] = replace(step.recipe, shape=cut)
+        pairs = zip(step.offset, extents, parts, strict=True)
+        offset = tuple(at // n * n if p > 1 else 0 for at, n, p in pairs)
+        inner = tuple(at - start for at, start in zip(step.offset, offset, strict=True))
+        moved = replace(step, recipe=recipes[step.recipe], offset=inner)
+        found.setdefault(offset, []).append(moved)
+    return tuple(replace(whole, shape=cut, offset=at, steps=tuple(s)) for at, s in found.items())
+
+
+def _grid(whole: Slab) -> list[int]:
+    """Into how many equal intervals the steps of a leaf divide each axis of a shard."""
+    grid = []
+    for axis, n in enumerate(whole.sharding.shard_shape(whole.shape)):
+        intervals = {_interval(step, axis, whole) for step in whole.steps}
+        extents = {extent for _, extent in intervals}
+        extent = max(extents, default=n)
+        is_even = len(extents) == 1 and all(at % extent == 0 for at, _ in intervals)
+        grid.append(n // extent if is_even and n else 1)
+    return grid
+
+
+def _interval(step: Step, axis: int, leaf: Slab) -> tuple[int, int]:
+    """Where a step begins in every shard, and how much of it it makes; all, if it is not so."""
+    n, pieces = leaf.shape[axis], shards(leaf.sharding, axis)
+    extent = dims(step.recipe.box)[axis]
+    if step.recipe.lanes == axis:
+        return step.offset[axis], extent * step.recipe.lanes_in_shard
+    if pieces == 1:
+        return step.offset[axis], extent
+    return 0, n // pieces
+
+
+def _parts(grid: Sequence[int], excess: float) -> list[int]:
+    """Into how many parts to cut each axis, in all at least `excess` if the grid allows it."""
+    parts = [1] * len(grid)
+    while excess > 1 and (left := [a for a, n in enumerate(grid) if n > 1 and parts[a] == 1]):
+        enough = [(p, a) for a in left for p in _divisors(grid[a]) if p >= excess]
+        most = [(grid[a], a) for a in left]
+        n, axis = min(enough) if enough else max(most)
+        parts[axis] = n
+        excess /= n
+    return parts
+
+
+def _divisors(n: int) -> Iterator[int]:
+    return (p for p in range(1, n + 1) if n % p == 0)

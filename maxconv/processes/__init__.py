@@ -1,0 +1,1 @@
+"""The processes of `jax.distributed`: they start, agree and end together."""

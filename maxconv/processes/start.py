@@ -1,0 +1,243 @@
+"""Starts JAX: the platform, the simulated devices and the other processes, before any array."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from glob import glob
+from typing import Any
+
+import numpy as np
+
+from maxconv.config import Config, parse
+from maxconv.errors import RetryableError, UserError
+from maxconv.processes import coordinator, liveness
+from maxconv.report import duration
+
+PORT = 1234  # of a coordinator that is named without one, as MaxText has it
+
+
+def start(words: Sequence[str]) -> Config:
+    """The config of a command line, with JAX started as it says, and the user told."""
+    config = parse(words)
+    notices = (*config.notices, *initialize(config))
+    import jax
+
+    if jax.process_index() == 0:
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+    return config
+
+
+def initialize(config: Config) -> tuple[str, ...]:
+    """Sets JAX up as `config` says; returns what the user should be told.
+
+    Call it first: it has no effect on a backend that already runs.
+    """
+    platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    platform = platform or ("tpu" if _has_tpu() else "cpu")
+    notices: tuple[str, ...] = ()
+    if config.tpu_type is not None:  # a plan for devices that are not here needs none
+        _use_cpu(1)
+        return notices
+    if config.hardware == "cpu":
+        platform = "cpu"
+    elif platform == "cpu":
+        notices = ("No TPU is in use here: the conversion runs on the CPU, as with hardware=cpu.",)
+    if platform == "cpu":
+        _use_cpu(config.simulated_cpu_devices_count)
+    _connect(config, platform)
+    return notices
+
+
+def _has_tpu() -> bool:
+    """Whether a TPU's device nodes are here; asking JAX would start its backend."""
+    return bool(glob("/dev/accel[0-9]*") or glob("/dev/vfio/[0-9]*"))
+
+
+def _use_cpu(num_devices: int) -> None:
+    import jax
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for what we start; this process has read it already
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        # JAX refuses both ways of counting at once: the user's own wins.
+        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError:
+        pass  # the backend runs: its devices stay
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job: where their coordinator listens, how many, and which this one is."""
+
+    address: str
+    n: int
+    mine: int
+
+
+def find_processes(
+    config: Config, platform: str, environ: Mapping[str, str] = os.environ
+) -> Processes | None:
+    """The processes that the flags name, else those that the environment does; None: just this.
+
+    Raises:
+        UserError: the environment says that there are others, but not which.
+    """
+    if config.skip_jax_distributed_system:
+        return None
+    if config.coordinator_address is not None:
+        assert config.num_processes is not None and config.process_id is not None
+        found = Processes(config.coordinator_address, config.num_processes, config.process_id)
+    elif platform == "tpu":
+        found = _on_tpus(config.jax_distributed_initialization_timeout)
+    elif "JAX_COORDINATOR_ADDRESS" in environ:
+        found = _in_cpu_pool(environ)
+    else:
+        return None
+    if found is None or found.n == 1:
+        return None
+    host, colon, port = found.address.rpartition(":")
+    with_port = found.address if colon and port.isdigit() else f"{found.address}:{PORT}"
+    return replace(found, address=with_port)
+
+
+def _on_tpus(timeout: int) -> Processes | None:
+    """What JAX reads of GKE's environment or the TPU VM's metadata; slices follow each other."""
+    from jax._src import clusters
+
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    try:
+        address, count, mine, _ = detect(None, None, None, None, None, timeout)
+    except Exception as error:  # of the network, of a library that is missing, of odd metadata
+        raise UserError(
+            f"JAX cannot tell which processes share this TPU ({error}); give "
+            "--coordinator_address, --num_processes and --process_id, or "
+            "skip_jax_distributed_system=true if there is one."
+        ) from error
+    if address is None or count is None or mine is None:
+        return None
+    return Processes(address, count, mine)
+
+
+def _in_cpu_pool(environ: Mapping[str, str]) -> Processes:
+    """What xpk sets in the pods of a pool of CPU nodes; JAX reads no more than the address."""
+    names = ("JAX_PROCESS_COUNT", "JOB_INDEX", "PROCESSES_IN_JOB", "JOB_COMPLETION_INDEX")
+    try:
+        count, job, in_job, mine = (int(environ[name]) for name in names)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS is set, but not all of {', '.join(names)} are numbers; give "
+            "--coordinator_address, --num_processes and --process_id, or unset it."
+        ) from None
+    return Processes(environ["JAX_COORDINATOR_ADDRESS"], count, job * in_job + mine)
+
+
+def _connect(config: Config, platform: str) -> None:
+    """Joins the other processes, if there are any."""
+    import jax
+    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
+        return
+    if platform == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    timeout = config.jax_distributed_initialization_timeout
+    stock = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = coordinator.Service
+    try:
+        with _patience(to, timeout):
+            jax.distributed.initialize(
+                to.address,
+                to.n,
+                to.mine,
+                cluster_detection_method="deactivate",
+                initialization_timeout=2 * timeout + 60,  # JAX's own would abort the process
+            )
+    finally:
+        _jax.get_distributed_runtime_service = stock
+    liveness.watch()
+
+
+@contextmanager
+def _patience(to: Processes, seconds: int) -> Iterator[None]:
+    """Says whom this process waits for; ends it, with the usual mistake, when nobody comes."""
+    others = f"{to.n - 1} other process(es)" if to.mine == 0 else "process 0"
+    where = f"at {to.address}" if to.mine else f"to come to {to.address}"
+    print(
+        f"note: process {to.mine} of {to.n} waits for {others} {where}; started on one worker "
+        "only? Start it on all: gcloud takes --worker=all",
+        file=sys.stderr,
+        flush=True,
+    )
+
+    def give_up() -> None:
+        liveness.fail(
+            RetryableError(
+                f"Process {to.mine} of {to.n} waited {duration(seconds)} in vain for {others} "
+                f"{where}; start the same command on all workers (gcloud takes --worker=all), and "
+                f"see that port {to.address.rpartition(':')[2]} is open between them."
+            )
+        )
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def same_error_everywhere() -> Iterator[None]:
+    """Runs a check on every process; a UserError on any of them is raised on all."""
+    mine: tuple[str, ...] = ()
+    try:
+        yield
+    except UserError as error:
+        mine = error.problems
+    if problems := next(filter(None, gathered(mine)), None):
+        raise UserError(problems)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has to say, as JSON has it, in the order of processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
+    width = -(-longest // 4096) * 4096  # mostly the same: compiled once
+    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
+
+
+def once(action: Callable[[], object], patience: int | None = None) -> None:
+    """Does something on process 0, while the others wait for it to be done.
+
+    `patience`: seconds that it may take, if more than collectives wait.
+    """
+    import jax
+
+    if jax.process_index() == 0:
+        action()
+    if jax.process_count() == 1:
+        return
+    if patience is not None:
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
+        client.wait_at_barrier("maxconv: done at length", timeout_in_ms=1000 * patience)
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("maxconv: done on process 0")

@@ -1,0 +1,171 @@
+"""Google Cloud Storage by its JSON API: where it is, who asks, and what its answers mean."""
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote, urlencode
+
+import google.auth
+import urllib3
+from google.auth import exceptions
+from google.auth.credentials import AnonymousCredentials
+from google.auth.transport.urllib3 import Request
+
+from maxconv.sources import http
+from maxconv.sources.http import Fault, patiently
+
+_EMULATOR = "STORAGE_EMULATOR_HOST"  # names a server on this machine, as Google's clients have it
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+_READING = ("storage.objects.list", "storage.objects.get")
+_READERS = "roles/storage.objectViewer"
+_WRITERS = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
+
+
+class Refused(OSError):
+    """A bucket or an object that is not to be had, in a sentence."""
+
+
+class Object(NamedTuple):
+    """What a listing says: bytes, and the generation, which another content does not have."""
+
+    size: int
+    generation: str
+
+
+class Bucket:
+    """A bucket, asked by any number of threads with the credentials that are found here."""
+
+    def __init__(self, name: str, max_retries: int = 5):
+        self.name, self._max_retries = name, max_retries
+        host = os.environ.get(_EMULATOR, "")
+        self._endpoint = host or "https://storage.googleapis.com"
+        if "://" not in self._endpoint:
+            self._endpoint = f"http://{host}"
+        self._http, self._lock = http.client(1), Lock()
+        self._renewal = Request(urllib3.PoolManager())
+        self._credentials = _credentials()
+
+    def objects(self, prefix: str) -> dict[str, Object]:
+        """Every object whose name begins so, by the rest of its name.
+
+        Raises:
+            Refused: when the bucket does not exist, or may not be read.
+        """
+        found: dict[str, Object] = {}
+        query = {"prefix": prefix, "fields": "items(name,size,generation),nextPageToken"}
+        while True:
+            page = self._ask("/o", query, _READING)
+            for item in page.get("items", ()):
+                if name := item["name"].removeprefix(prefix):  # empty: what stands for a directory
+                    found[name] = Object(int(item["size"]), str(item["generation"]))
+            if not (token := page.get("nextPageToken")):
+                return found
+            query["pageToken"] = token
+
+    def check_writable(self, directory: str) -> None:
+        """Makes and removes an empty object in a directory, as one does a file on a disk.
+
+        What IAM says of the bucket would not do: rights may hold for some directories only.
+        TensorStore looks at the bucket itself before it writes, hence storage.buckets.get.
+
+        Raises:
+            Refused: when the bucket does not exist, or what it takes to save is not allowed.
+        """
+        self._ask("", {"fields": "name"}, ("storage.buckets.get",))
+        prefix = directory and f"{directory}/"
+        self._ask("/o", {"prefix": prefix, "maxResults": 1}, ("storage.objects.list",))
+        probe = f"{prefix}maxconv.{uuid.uuid4().hex}"
+        new = {"uploadType": "media", "name": probe}
+        self._ask("/o", new, ("storage.objects.create",), "POST")
+        self._ask(f"/o/{quote(probe, safe='')}", {}, ("storage.objects.delete",), "DELETE")
+
+    def media(self, name: str, generation: str, renew: bool) -> tuple[str, Mapping[str, str]]:
+        """Where an object's bytes are, and the headers to ask with.
+
+        Raises:
+            Refused: when there are credentials, but they are of no use.
+            Fault: when whoever gives out tokens cannot be reached.
+        """
+        query = {"alt": "media", "generation": generation}
+        return self._url(f"/o/{quote(name, safe='')}", query), self._headers(renew)
+
+    def refusal(self, status: int, rights: tuple[str, ...] = _READING) -> str | None:
+        """What an answer means that neither gives nor may be retried; None for any other."""
+        match status:
+            case 401 if isinstance(self._credentials, AnonymousCredentials):
+                return (
+                    f"gs://{self.name} is not public, and there are no Google credentials here: "
+                    "run `gcloud auth application-default login`, or set "
+                    "GOOGLE_APPLICATION_CREDENTIALS"
+                )
+            case 403:
+                return self._without(rights)
+            case 404:
+                return f"There is no bucket gs://{self.name}: check its name, or create it"
+            case _:
+                return None
+
+    def _without(self, rights: tuple[str, ...]) -> str:
+        who = getattr(self._credentials, "service_account_email", None)
+        return (
+            f"gs://{self.name} does not let {who or 'these credentials'} do {', '.join(rights)}: "
+            f"give it {_READERS if rights == _READING else _WRITERS}, and create TPU VMs "
+            "with --scopes=cloud-platform"
+        )
+
+    def _ask(
+        self,
+        path: str,
+        query: Mapping[str, Any],
+        rights: tuple[str, ...],
+        method: Literal["GET", "POST", "DELETE"] = "GET",
+    ) -> dict[str, Any]:
+        """What the bucket answers. Asked again, POST makes what is there, and DELETE has done."""
+
+        def attempt(is_stale: bool) -> dict[str, Any]:
+            url = self._url(path, query, upload=method == "POST")
+            answer = self._http.request(method, url, headers=self._headers(is_stale))
+            if answer.status < 300 or (answer.status, method) == (404, "DELETE"):
+                return json.loads(answer.data) if method == "GET" else {}
+            if answer.status in http.RETRIED:
+                raise Fault.of(answer)
+            if sentence := self.refusal(answer.status, rights):
+                raise Refused(sentence)
+            raise Fault.of(answer, is_stale=answer.status == 401)
+
+        return patiently(f"gs://{self.name} could not be asked", self._max_retries, attempt)
+
+    def _url(self, path: str, query: Mapping[str, Any], upload: bool = False) -> str:
+        api = f"{self._endpoint}{'/upload' * upload}/storage/v1"
+        return f"{api}/b/{self.name}{path}?{urlencode(query)}"
+
+    def _headers(self, renew: bool) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        if isinstance(self._credentials, AnonymousCredentials):
+            return headers
+        try:
+            with self._lock:
+                if renew:
+                    self._credentials.refresh(self._renewal)
+                self._credentials.before_request(self._renewal, "GET", self._endpoint, headers)
+        except exceptions.TransportError as error:
+            raise Fault(f"no token was given ({type(error).__name__})") from None
+        except exceptions.GoogleAuthError as error:
+            raise Refused(
+                f"The Google credentials here are of no use ({error.args[0]}): run "
+                "`gcloud auth application-default login`"
+            ) from None
+        return headers
+
+
+def _credentials() -> Any:
+    """Those of the environment, of gcloud, or of this machine; none will do for public buckets."""
+    if os.environ.get(_EMULATOR):
+        return AnonymousCredentials()
+    try:
+        return google.auth.default(scopes=[_SCOPE])[0]
+    except exceptions.DefaultCredentialsError:
+        return AnonymousCredentials()

@@ -1,0 +1,73 @@
+"""What an OCDBT database is made of: files in which the values and the nodes of its tree lie."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import google_crc32c
+import tensorstore as ts
+from etils import epath
+
+from maxconv.sources.orbax import open_store
+
+Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and end, in bytes
+
+PAGE = 4096  # bytes: TensorStore fills up the last of a large file with zeros
+# The three kinds of OCDBT nodes: manifest, B+tree node, version tree node.
+_MAGIC = {bytes.fromhex(magic) for magic in ("0cdb3a2a", "0cdb20de", "0cdb1234")}
+
+
+def values(directory: epath.PathLike) -> Iterator[tuple[str, str, int, int]]:
+    """The values that a database's tree points to: key, file, where it begins and ends there.
+
+    Small values, which lie in the nodes themselves, are not among them. Raises ValueError if there
+    is no tree.
+    """
+    store = open_store(epath.Path(directory))
+    (version,) = ts.ocdbt.dump(store).result()["versions"][-1:]
+    nodes = [("", version["root"]["location"])]
+    while nodes:
+        prefix, node = nodes.pop()
+        for entry in ts.ocdbt.dump(store, node).result()["entries"]:
+            if "location" in entry:
+                common = prefix + entry["subtree_common_prefix"].decode()
+                nodes.append((common, entry["location"]))
+            elif "indirect_value" in entry:
+                file, start, length = _parsed(entry["indirect_value"])
+                yield prefix + entry["key"].decode(), file, start, start + length
+
+
+def value_spans(directory: epath.PathLike) -> Spans:
+    """Where in a database's data files those values lie."""
+    spans: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
+    for _, file, start, stop in values(directory):
+        spans[file].add((start, stop))
+    return spans
+
+
+def _parsed(location: str) -> tuple[str, int, int]:
+    """File, offset and length of `value:<base>:<file>:<offset>:<length>`."""
+    match = re.fullmatch(r"\w+:(.*):(\d+):(\d+)", location)
+    assert match is not None, location
+    return match[1].replace(":", ""), int(match[2]), int(match[3])
+
+
+def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """The runs of bytes, in words, that are neither values nor nodes nor padding."""
+    size, start = file.stat().length, 0
+    with file.open("rb") as data:
+        for begin, end in [*values, (size, size)]:
+            while start < begin:
+                data.seek(start)
+                header = data.read(12)
+                length = int.from_bytes(header[4:], "little")
+                if header[:4] not in _MAGIC or not 16 <= length <= begin - start:
+                    padding = begin == size and begin - start < PAGE
+                    if not padding or any(header + data.read()):
+                        yield f"bytes {start} to {begin} belong to nothing"
+                    break
+                node = header + data.read(length - 12)
+                if google_crc32c.value(node[:-4]) != int.from_bytes(node[-4:], "little"):
+                    yield f"the node at bytes {start} to {start + length} has another CRC"
+                start += length
+            start = max(start, end)
