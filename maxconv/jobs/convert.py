@@ -46,7 +46,7 @@ def run(config: Config) -> Job:
     with prepared(config) as job, Programs(job.plan.recipes) as programs, _cleared(job):
         speaks = jax.process_index() == 0
         if speaks:
-            for notice in (*job.source.notices, *job.plan.notices):
+            for notice in (*orbax.notices(), *job.source.notices, *job.plan.notices):
                 print(f"note: {notice}", file=sys.stderr)
         with (
             liveness.all_or_none(),
@@ -93,7 +93,7 @@ def _begin(job: Job, speaks: bool) -> dict[str, Any]:
     directory, kept = job.directory, dict[str, Any]()
     if job.there == "unfinished":
         distributed.once(partial(resume.keep, directory))
-        kept = resume.finished(directory)
+        kept = resume.finished(directory) if orbax.streams() else {}
         if speaks and kept:
             print(f"note: {len(kept)} of {len(job.plan.leaves)} leaves are there", file=sys.stderr)
     if not kept:
