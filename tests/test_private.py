@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import import_module
@@ -262,16 +263,31 @@ def test_private_parts_are_used_in_one_place() -> None:
             assert not hidden, f"{path} imports {hidden}: that belongs into maxconv/private"
 
 
+def pins(name: str) -> dict[str, str]:
+    """The releases of a file of CI's two ends."""
+    lines = (ROOT / "tests/versions" / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
 @pytest.mark.parametrize("library", private.TESTED)
-def test_bounds_are_those_that_were_tested(library: str) -> None:
-    """The installed release was tested, and pyproject.toml lets in none below."""
+def test_the_installed_release_was_tested(library: str) -> None:
     assert private.is_tested(library), private.tested_releases(library)
+
+
+def test_what_was_tested_is_what_ci_installs() -> None:
+    oldest, newest = pins("oldest.txt"), pins("newest.txt")
+    ends = {library: (oldest[library], newest[library]) for library in private.TESTED}
+    assert private.TESTED == ends
+
+
+def test_bounds_begin_with_the_oldest_and_let_the_newest_in() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (bounds,) = (d for d in project["dependencies"] if d.startswith((f"{library}>", f"{library}=")))
-    first, last = private.TESTED[library]
-    low, _, high = bounds.removeprefix(library).partition(",")
-    assert low == f">={first}" and high.startswith("<"), bounds
-    assert private._numbers(last) < private._numbers(high)
+    ranges = [re.match(r"([\w-]+)>=([\d.]+),<([\d.]+)$", d) for d in project["dependencies"]]
+    bounds = {found[1]: found.groups()[1:] for found in ranges if found}
+    assert bounds.keys() == private.TESTED.keys() | {"flax", "numpy"}
+    for library, (low, high) in bounds.items():
+        assert low == pins("oldest.txt")[library], library
+        assert private._numbers(pins("newest.txt")[library]) < private._numbers(high), library
 
 
 def test_a_part_that_is_gone_is_named() -> None:

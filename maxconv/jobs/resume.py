@@ -28,6 +28,7 @@ INTERVAL = 1  # seconds between two journals: no more than that is done again
 _JOURNAL = "finished.json"
 _KEPT = f"{target.UNFINISHED}-kept"  # where stores wait for the next attempt
 _ANY_STORE = "ocdbt.process_*"
+ATTEMPT = "attempt"  # in the names of the stores of attempts that were cut off
 _NO_MATTER = ("max_host_memory_gb",)  # to the bits
 _MANY = 3  # differences that are worth telling
 
@@ -78,16 +79,16 @@ def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> s
 def keep(directory: str) -> None:
     """Puts the stores of the attempts before aside, for this one, and clears the rest.
 
-    Each gets a name of its own, `ocdbt.process_<process>a<attempt>`, as Orbax may have begun a new
-    `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so and
-    goes on with letters and digits.
+    Each gets a name of its own, `ocdbt.process_<process>attempt<number>`, as Orbax may have begun a
+    new `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so
+    and goes on with letters and digits.
     """
     root = epath.Path(directory)
     kept = root / _KEPT
     kept.mkdir(parents=True, exist_ok=True)
     for store in root.glob(f"{target.UNFINISHED}/items.*/{_ANY_STORE}"):
-        process = store.name.partition("a")[0]
-        names = (kept / f"{process}a{attempt}" for attempt in itertools.count())
+        process = store.name.partition(ATTEMPT)[0]
+        names = (kept / f"{process}{ATTEMPT}{attempt}" for attempt in itertools.count())
         store.rename(next(name for name in names if not name.exists()))
     for path in root.glob(f"{target.UNFINISHED}*"):
         if path.name != _KEPT:
@@ -152,7 +153,7 @@ def _store(items: epath.Path) -> epath.Path:
 
 
 def _stores(kept: epath.Path) -> list[epath.Path]:
-    return sorted(kept.glob(f"{_store(kept).name}a*"))
+    return sorted(kept.glob(f"{_store(kept).name}{ATTEMPT}*"))
 
 
 def _journal(store: epath.Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from maxconv.algebra import Box, slices
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import bits
+from maxconv.jobs.resume import ATTEMPT
 from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import local_boxes
 from maxconv.planning.plan import LeafPlan, Plan, groups
@@ -253,12 +254,12 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     Values may be in the tree of their store alone: those of a leaf that was made again, and that
     the whole takes from an attempt before. The stores of attempts that were cut off,
-    `ocdbt.process_<process>.<attempt>`, may also have what was about to become either: of these the
-    leaves tell all that matters.
+    `ocdbt.process_<process>attempt<number>`, may also have what was about to become either: of these
+    the leaves tell all that matters.
     """
     values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
-    databases = [items, *(store for store in stores if store.name.count(".") == 1)]
+    databases = [items, *(store for store in stores if ATTEMPT not in store.name)]
     for store in databases[1:]:
         with suppress(ValueError):  # it is empty, or its nodes are told below
             for file, spans in value_spans(store).items():

@@ -43,7 +43,8 @@ def save_one(way: str, directory: str, gib: float, processes: int, mine: int, ad
 
     state, nbytes = _state(gib)
     progress = orbax.Progress(total=nbytes // processes)
-    context, window = orbax.context(), nbytes // processes // 8
+    window = nbytes // processes // 8
+    context = orbax.context(file_bytes=window // 16)  # as in conversions
     custom = {"scan_layers": True}
     ways: dict[str, Callable[[], None]] = {
         "streamed": lambda: streaming.save(directory, state, window, progress, context, {}, custom),
