@@ -253,9 +253,9 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     Values may be in the tree of their store alone: those of a leaf that was made again, and that
-    the whole takes from an attempt before. The stores of attempts that were cut off,
-    `ocdbt.process_<process>attempt<number>`, may also have what was about to become either: of these
-    the leaves tell all that matters.
+    the whole takes from an attempt before. The stores of attempts that were cut off, which have
+    ATTEMPT in their names, may also have what was about to become either: of these the leaves tell
+    all that matters.
     """
     values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
