@@ -23,7 +23,7 @@ from maxconv.targets.orbax import train_state
 __all__ = [
     "LazyHFLoader",
     "LazyTensor",
-    "LazyTensorHandler",  # noqa: F822 as it is imported when it is asked for
+    "LazyTensorHandler",  # noqa: F822  # pyright: ignore[reportUnsupportedDunderAll]
     "get_maxtext_model_info",
     "main",
 ]
@@ -122,7 +122,7 @@ def get_maxtext_model_info(
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
-    tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params
+    tree = train_state({leaf.name: i for i, leaf in enumerate(leaves)}).params
     order, structure = jax.tree.flatten(tree)
     return {
         "-".join(leaves[i].path): (position, leaves[i].shape) for position, i in enumerate(order)

@@ -18,6 +18,7 @@ from test_checkpoint import files, lazy_save, stored
 from maxconv import private
 from maxconv.planning.slabs import Slab
 from maxconv.targets import orbax
+from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor
 
 
@@ -88,21 +89,22 @@ def test_a_leaf_of_slabs_is_put_together(tmp_path: Path, another_orbax: None) ->
             part = LazyTensor(make, slab.shape, slab.dtype, "a", sharding)
             parts.append((slab.in_leaf, part))
     lazy = LazyTensor(lambda: 1 / 0, whole.shape, whole.dtype, "a", sharding, parts)
-    state = orbax.train_state([(("params", "a"), lazy)])
-    orbax.save(str(tmp_path), state, True, 1 << 20, orbax.Progress())
+    state = orbax.train_state({"params.params.a": lazy})
+    orbax.save(str(tmp_path), state, True, 1 << 20, Progress())
     assert np.array_equal(load(tmp_path)["params"]["params"]["a"], whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0"]
 
 
 def test_a_failure_leaves_no_checkpoint(tmp_path: Path, another_orbax: None) -> None:
-    def lazy(name: str, load: Any) -> tuple[tuple[str, ...], LazyTensor]:
-        return ("params", name), LazyTensor(load, (2, 3), np.float32, name)
-
+    loads = {"a": lambda: np.zeros((2, 3), np.float32), "b": lambda: 1 / 0}
     state = orbax.train_state(
-        [lazy("a", lambda: np.zeros((2, 3), np.float32)), lazy("b", lambda: 1 / 0)]
+        {
+            f"params.params.{name}": LazyTensor(load, (2, 3), np.float32, name)
+            for name, load in loads.items()
+        }
     )
     with pytest.raises(ZeroDivisionError):
-        orbax.save(str(tmp_path), state, True, 1, orbax.Progress())
+        orbax.save(str(tmp_path), state, True, 1, Progress())
     left = [path.name for path in tmp_path.iterdir()]
     assert left and all(name.startswith("0.orbax-checkpoint-tmp") for name in left)
 

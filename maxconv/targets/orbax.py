@@ -1,8 +1,7 @@
 """The checkpoint of MaxText: what Orbax is told to save, and in which of two ways it is done."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from threading import Event
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -10,29 +9,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import private
-from maxconv.targets.lazy import LazyTensor
-
-__all__ = ["LazyTensor", "Progress", "TrainState", "context", "save", "streams", "train_state"]
+from maxconv.targets.base import Progress
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
-
-
-@dataclass
-class Progress:
-    """How far a save is, in this process. `written` and `total` are bytes of finished leaves."""
-
-    total: int = 0
-    written: int = 0
-    leaves: int = 0
-    held: int = 0
-    peak_held: int = 0
-    begun: Event = field(default_factory=Event)
-    """Set when Orbax has begun, on the main thread and with collectives: ours may follow."""
-
-    def hold(self, nbytes: int) -> None:
-        self.held += nbytes
-        self.peak_held = max(self.peak_held, self.held)
 
 
 def context(
@@ -69,13 +49,15 @@ class TrainState:
     opt_state: dict[str, Any]
 
 
-def train_state(leaves: Iterable[tuple[Sequence[str], Any]]) -> TrainState:
-    """The state before the first step: parameters nested by their paths, no optimizer state."""
+def train_state(leaves: Mapping[str, Any]) -> TrainState:
+    """The state before the first step: parameters by name, such as `params.params.decoder...`,
+    nested; no optimizer state."""
     params: dict[str, Any] = {}
-    for path, leaf in leaves:
+    for name, leaf in leaves.items():
+        _, *path = name.split(".")
         node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return TrainState(0, params, {})
 
@@ -89,19 +71,21 @@ def save(
     ctx: ocp.Context | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
     metadata: Mapping[str, Any] = MappingProxyType({}),
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
 
-    `window` in bytes per process. `kept`: what `resume.finished` says of leaves that are not to be
-    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. Returns
-    when everything is durable; until then nothing there reads as a checkpoint.
+    `window` in bytes per process. `kept`: what `journal.finished` says of leaves that are not to be
+    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. `ready` is
+    called before each part is made. Returns when everything is durable; until then nothing there
+    reads as a checkpoint.
     """
     if streams():
         from maxconv.targets.streaming import save as chosen
     else:
         from maxconv.targets.partial_save import save as chosen
     custom = {"scan_layers": scan_layers, **metadata}
-    chosen(directory, state, window, progress, ctx or context(), kept, custom)
+    chosen(directory, state, window, progress, ctx or context(), kept, custom, ready)
 
 
 def streams() -> bool:
@@ -114,6 +98,4 @@ def notices() -> tuple[str, ...]:
     if streams():
         return ()
     releases = private.tested_releases("orbax-checkpoint")
-    return (
-        f"{releases}: saving leaf by leaf through its public API, which --resume cannot resume.",
-    )
+    return (f"{releases}: saving through its public API, which takes more memory and no --resume.",)

@@ -7,7 +7,7 @@ first, and saved as MaxText does. tests/benchmarks/partial_save.py measures both
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from maxconv.algebra import slices
-from maxconv.processes import liveness, start
+from maxconv.processes import liveness
+from maxconv.processes.agreement import once
 from maxconv.targets import place
+from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor
-from maxconv.targets.orbax import Progress, TrainState
+from maxconv.targets.orbax import TrainState
 
 _MERGED = f"{place.UNFINISHED}.merged"  # where pieces are put together: not yet a checkpoint
 _KEY, _ITEMS = "state", "items"  # what `ocp.partial` and what MaxText call the tree
@@ -46,15 +48,18 @@ def save(
     ctx: ocp.Context,
     kept: Mapping[str, Any],
     custom_metadata: Mapping[str, Any],
+    ready: Callable[[], None],
 ) -> None:
     """As `maxconv.targets.orbax.save` says; `window` bounds a group unless it is one leaf."""
     assert not kept, "leaves of an attempt before are in stores that ocp.partial cannot merge"
     progress.begun.set()
     with liveness.all_or_none():
         if "://" in directory:
-            _save_at_once(directory, state, progress, ctx, custom_metadata)
+            _save_at_once(directory, state, progress, ctx, custom_metadata, ready)
         else:
-            _save_in_groups(epath.Path(directory), state, window, progress, ctx, custom_metadata)
+            _save_in_groups(
+                epath.Path(directory), state, window, progress, ctx, custom_metadata, ready
+            )
 
 
 def _save_at_once(
@@ -63,8 +68,9 @@ def _save_at_once(
     progress: Progress,
     ctx: ocp.Context,
     custom_metadata: Mapping[str, Any],
+    ready: Callable[[], None],
 ) -> None:
-    made = jax.tree.map(lambda leaf: _made(leaf, progress), state)
+    made = jax.tree.map(lambda leaf: _made(leaf, progress, ready), state)
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
         checkpointer.save_checkpointables(
             0, {_ITEMS: made}, force=True, custom_metadata=dict(custom_metadata)
@@ -80,19 +86,20 @@ def _save_in_groups(
     progress: Progress,
     ctx: ocp.Context,
     custom_metadata: Mapping[str, Any],
+    ready: Callable[[], None],
 ) -> None:
     root.mkdir(parents=True, exist_ok=True)
     merged = root / _MERGED
     with ctx:
         for number, group in enumerate(_groups(_leaves(state.params), window)):
-            params = _nested((path, _made(leaf, progress)) for path, leaf in group)
+            params = _nested((path, _made(leaf, progress, ready)) for path, leaf in group)
             piece = _Parameters(params) if number else replace(state, params=params)
             ocp.partial.save(merged, piece, custom_metadata=dict(custom_metadata))
             del params, piece
             for _, leaf in group:
                 _written(leaf, progress)
         ocp.partial.finalize(merged)
-    start.once(lambda: _publish(merged, root / place.STEP))
+    once(lambda: _publish(merged, root / place.STEP))
 
 
 def _publish(merged: epath.Path, step: epath.Path) -> None:
@@ -141,9 +148,9 @@ def _nbytes(leaf: Any) -> int:
     return leaf.local_nbytes if isinstance(leaf, LazyTensor) else 0
 
 
-def _made(leaf: Any, progress: Progress) -> Any:
+def _made(leaf: Any, progress: Progress, ready: Callable[[], None]) -> Any:
     progress.hold(_nbytes(leaf))
-    return _whole(leaf) if isinstance(leaf, LazyTensor) else leaf
+    return _whole(leaf, ready) if isinstance(leaf, LazyTensor) else leaf
 
 
 def _written(leaf: Any, progress: Progress) -> None:
@@ -152,15 +159,17 @@ def _written(leaf: Any, progress: Progress) -> None:
     progress.leaves += isinstance(leaf, LazyTensor)
 
 
-def _whole(leaf: LazyTensor) -> jax.Array:
+def _whole(leaf: LazyTensor, ready: Callable[[], None]) -> jax.Array:
     """A leaf of all its parts, which lie in its shards; put together in host memory."""
     if len(leaf.parts) == 1:
         ((_, part),) = leaf.parts
+        ready()
         return part.load()
     where = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     shape = leaf.sharding.shard_shape(leaf.shape)
     shards = {device: np.empty(shape, leaf.dtype) for device in where}
     for in_whole, part in leaf.parts:
+        ready()
         for shard in part.load().addressable_shards:
             pairs = zip(shard.index, part.shape, strict=True)
             box = in_whole(tuple(s.indices(n)[:2] for s, n in pairs))

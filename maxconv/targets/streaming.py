@@ -2,8 +2,8 @@
 
 A `LazyTensor` stands in the tree for an array. Orbax writes its metadata at once and asks for the
 array when there is room in the window, so a save never holds the model. What is written is what
-Orbax writes for ordinary arrays, apart from how OCDBT spreads them over its data files; this takes
-private parts of Orbax, and is done with the releases that were tested with.
+Orbax writes for ordinary arrays, apart from how OCDBT spreads them over its data files. This takes
+private parts of Orbax, so it is done with the releases in `maxconv.private.TESTED` alone.
 """
 
 import asyncio
@@ -21,7 +21,6 @@ from orbax.checkpoint import v1 as ocp
 
 from maxconv.algebra import Box, Shape, slices
 from maxconv.execution.timeline import span
-from maxconv.jobs import resume
 from maxconv.private.orbax import (
     array_leaf_handler,
     future,
@@ -34,8 +33,10 @@ from maxconv.private.orbax import (
     types_v0,
 )
 from maxconv.processes import liveness
+from maxconv.targets import journal
+from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
-from maxconv.targets.orbax import Progress, TrainState
+from maxconv.targets.orbax import TrainState
 
 _ROWS = 4  # in which concurrent writes are drawn, in a timeline
 
@@ -46,6 +47,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     window: int
     progress: Progress
     kept: Mapping[str, Any]
+    ready: Callable[[], None]
 
     async def serialize(
         self,
@@ -86,7 +88,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         await infos[0].await_path_creation()
         await asyncio.to_thread(self.progress.begun.wait)
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
+        finished = journal.Journal(infos[0].parent_dir, use_ocdbt)
 
         left = [len(value.parts) for value in values]
         rows = itertools.cycle(range(_ROWS))
@@ -103,7 +105,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
             self.progress.written += cost
             left[i] -= 1
             if not left[i]:
-                journal.add(metadata[i])
+                finished.add(metadata[i])
                 self.progress.leaves += 1
 
         # One thread: leaves are made in one order on all processes, as collectives must be.
@@ -117,7 +119,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                         array = await asyncio.get_running_loop().run_in_executor(maker, make)
                         writes.create_task(write(i, array, part.local_nbytes))
                         del array
-        journal.write()
+        finished.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
                 checkpoint_dir=infos[0].parent_dir,
@@ -140,6 +142,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlices:
         """What this process writes of a part, where it belongs in the whole."""
+        self.ready()
         array = part.load()
         held = replica_slices.get_replica_slices(
             array,
@@ -208,6 +211,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     window = 512 << 20
     progress = Progress()
     kept: Mapping[str, Any] = {}
+    ready: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, *, context: ocp.Context | None = None):
         super().__init__(context=context)
@@ -226,6 +230,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
         self._handler_impl.window = self.window
         self._handler_impl.progress = self.progress
         self._handler_impl.kept = self.kept
+        self._handler_impl.ready = self.ready
 
 
 class _AbstractLazyTensor:
@@ -234,9 +239,8 @@ class _AbstractLazyTensor:
     _maxconv_lazy_tensor: bool
 
 
-def _tree_handler(window: int, progress: Progress, kept: Mapping[str, Any]) -> type:
+def _tree_handler(**own: Any) -> type:
     """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
-    own = {"window": window, "progress": progress, "kept": kept}
     leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
 
     class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
@@ -260,11 +264,13 @@ def save(
     ctx: ocp.Context,
     kept: Mapping[str, Any],
     custom_metadata: Mapping[str, Any],
+    ready: Callable[[], None],
 ) -> None:
     """As `maxconv.targets.orbax.save` says."""
     ctx.memory.write_concurrent_bytes = window
     handlers = ocp.handlers.local_registry()
-    handlers.add(_tree_handler(window, progress, kept), checkpointable_name="items")
+    handler = _tree_handler(window=window, progress=progress, kept=kept, ready=staticmethod(ready))
+    handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
         try:
@@ -279,4 +285,4 @@ def save(
         assert saving is not None
         saving.result()
     if jax.process_index() == 0:
-        resume.clear(directory)
+        journal.clear(directory)

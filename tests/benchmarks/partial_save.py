@@ -40,18 +40,20 @@ def save_one(way: str, directory: str, gib: float, processes: int, mine: int, ad
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, processes, mine, cluster_detection_method="deactivate")
     from maxconv.targets import orbax, partial_save, streaming
+    from maxconv.targets.base import Progress
 
     state, nbytes = _state(gib)
-    progress = orbax.Progress(total=nbytes // processes)
+    progress = Progress(total=nbytes // processes)
     window = nbytes // processes // 8
     context = orbax.context(file_bytes=window // 16)  # as in conversions
     custom = {"scan_layers": True}
+    root, saved = partial_save.epath.Path(directory), (progress, context, custom, _ready)
     ways: dict[str, Callable[[], None]] = {
-        "streamed": lambda: streaming.save(directory, state, window, progress, context, {}, custom),
-        "in groups": lambda: partial_save._save_in_groups(
-            partial_save.epath.Path(directory), state, window, progress, context, custom
+        "streamed": lambda: streaming.save(
+            directory, state, window, progress, context, {}, custom, _ready
         ),
-        "at once": lambda: partial_save._save_at_once(directory, state, progress, context, custom),
+        "in groups": lambda: partial_save._save_in_groups(root, state, window, *saved),
+        "at once": lambda: partial_save._save_at_once(directory, state, *saved),
     }
     made = list[float]()
     threading.Thread(target=_watch, args=(progress, made), daemon=True).start()
@@ -61,6 +63,10 @@ def save_one(way: str, directory: str, gib: float, processes: int, mine: int, ad
     merge = ended - made[0] if made else 0
     print(json.dumps({"wall": ended - began, "merge": merge, "peak": _peak() - before}), flush=True)
     os._exit(0)
+
+
+def _ready() -> None:
+    """There is always room."""
 
 
 def _watch(progress: Any, made: list[float]) -> None:
@@ -98,12 +104,12 @@ def _state(gib: float) -> tuple[Any, int]:
 
         return jax.make_array_from_callback(shape, sharding, shard)
 
-    names = [("params", "decoder", f"layer_{i:02}", "kernel") for i in range(LEAVES)]
+    names = [f"params.params.decoder.layer_{i:02}.kernel" for i in range(LEAVES)]
     leaves = [
-        LazyTensor(partial(make, i), shape, ml_dtypes.bfloat16, ".".join(name), sharding)
+        LazyTensor(partial(make, i), shape, ml_dtypes.bfloat16, name, sharding)
         for i, name in enumerate(names)
     ]
-    state = orbax.train_state(zip(names, leaves, strict=True))
+    state = orbax.train_state(dict(zip(names, leaves, strict=True)))
     return state, sum(leaf.nbytes for leaf in leaves)
 
 
