@@ -32,13 +32,13 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         (size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"),
         (size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"),
         (str(len(reads)), f"hosts, {plan.mesh.size} devices"),
-        (size(host_estimate(plan, window)), "at most in a host" + _of(on and on.kind.host_ram)),
+        (size(host_estimate(plan, window)), "at most in a host" + _of(on and on.machine.ram)),
         (size(device_estimate(plan)), "at most on a device" + _of(on and on.kind.hbm)),
     ]
     if on:
         written = plan.output_nbytes / len(reads)
-        seconds = max(max(reads), written) / on.kind.network
-        rate = f"{on.kind.network * 8 / 1e9:.0f} Gbit/s"
+        seconds = max(max(reads), written) / on.network
+        rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
         facts.append((duration(seconds), f"at least, at {rate} a host"))
     name = plan.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)

@@ -216,7 +216,7 @@ def _window(config: Config) -> int:
     if config.max_host_memory_gb is not None:
         window = int(config.max_host_memory_gb * 2**30) - BASE
     elif config.tpu_type is not None:
-        window = min(slice_of(config.tpu_type).kind.host_ram // WINDOW_PART, WINDOW_MOST["tpu"])
+        window = min(slice_of(config.tpu_type).machine.ram // WINDOW_PART, WINDOW_MOST["tpu"])
     else:
         most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
         window = min(machine_memory() // WINDOW_PART, most)
