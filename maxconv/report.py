@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
+from maxconv.text import LONGEST_CELL, printable
+
 if TYPE_CHECKING:  # sizes are also told where JAX is not needed, and not imported
     from maxconv.planning.plan import LeafPlan, Plan
     from maxconv.planning.tpus import Slice
@@ -65,7 +67,7 @@ def machine_memory() -> int:
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str]) -> str:
     """Aligned columns; numbers to the right."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
+    cells = [[printable(c, LONGEST_CELL) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(row[i][:1].isdigit() for row in cells[1:]) for i in range(len(header))]
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from maxconv import __version__
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
+from maxconv.text import printable_lines
 
 USAGE = """\
 maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout they train in.
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        print(f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     return run(lambda: COMMANDS[name](rest))
 
@@ -124,7 +128,8 @@ def plan(words: Sequence[str]) -> None:
         total = sum(info.nbytes for info in source.tensors.values())
         readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        print(plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source))
+        text = plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source)
+        print(printable_lines(text))
         if job.config.compile:
             print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
@@ -144,7 +149,7 @@ def inspect(words: Sequence[str]) -> None:
 
     if len(words) != 1:
         raise UserError("Say maxconv inspect PATH, of one HF or Orbax checkpoint.")
-    print(describe(words[0]))
+    print(printable_lines(describe(words[0])))
 
 
 def families(words: Sequence[str]) -> None:

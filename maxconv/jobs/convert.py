@@ -33,6 +33,7 @@ from maxconv.targets import hub as publish
 from maxconv.targets import orbax
 from maxconv.targets import place as target
 from maxconv.targets.lazy import LazyTensor, Part
+from maxconv.text import printable
 
 
 def run(config: Config) -> Job:
@@ -47,7 +48,7 @@ def run(config: Config) -> Job:
         speaks = jax.process_index() == 0
         if speaks:
             for notice in (*job.source.notices, *job.plan.notices):
-                print(f"note: {notice}", file=sys.stderr)
+                print(f"note: {printable(notice)}", file=sys.stderr)
         with (
             liveness.all_or_none(),
             timeline.recorded() if config.trace else nullcontext() as spans,
@@ -114,7 +115,7 @@ def _begin_publication(job: Job, going: publish.Publication, speaks: bool) -> No
             )
     with distributed.same_error_everywhere():
         for notice in going.begin() if speaks else ():
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {printable(notice)}", file=sys.stderr)
 
 
 def _finish(job: Job) -> None:

@@ -184,8 +184,8 @@ def slice_of(name: str) -> Slice:
     match = re.fullmatch(r"(\w+)-([0-9]{1,9})(?::([\w-]+))?", name.replace("v5e-", "v5litepod-"))
     if match is None or match[1] not in KINDS:
         raise UserError(
-            f"Unknown tpu_type={name}; expected one like v5p-64. Known are {', '.join(KINDS)}, each "
-            "with a number."
+            f"Unknown tpu_type={name}; expected one like v5p-64. Known are {', '.join(KINDS)}, "
+            "each with a number."
         )
     kind = KINDS[match[1]]
     chips, left = divmod(int(match[2]), kind.named_by)

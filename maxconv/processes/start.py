@@ -16,6 +16,7 @@ from maxconv.config import Config, parse
 from maxconv.errors import RetryableError, UserError
 from maxconv.processes import coordinator, liveness
 from maxconv.report import duration
+from maxconv.text import printable
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
@@ -28,7 +29,7 @@ def start(words: Sequence[str]) -> Config:
 
     if jax.process_index() == 0:
         for notice in notices:
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {printable(notice)}", file=sys.stderr)
     return config
 
 
