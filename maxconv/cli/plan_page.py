@@ -5,6 +5,7 @@ from html import escape
 from itertools import groupby
 
 from maxconv.algebra import Box
+from maxconv.config.outputs import MARK
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.tpus import Slice
@@ -64,7 +65,8 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         *(["<h2>Notes</h2><ul>", *_items(plan.notices), "</ul>"] if plan.notices else []),
     ]
     title = f"<title>{escape(name)}: a plan</title>"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{_STYLE}</style>'
+    meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
+    head = f'<!doctype html><html lang="en">{meta}{title}<style>{_STYLE}</style>'
     return "\n".join([head, *body, "</html>\n"])
 
 
