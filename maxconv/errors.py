@@ -3,6 +3,8 @@
 import traceback
 from collections.abc import Sequence
 
+from maxconv.text import printable, printable_lines
+
 _MANY = 20  # problems that are worth reading one by one
 
 
@@ -55,8 +57,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def problems_text(problems: Sequence[str]) -> str:
-    """Problems, one a line; a long list is cut."""
-    lines = [f"maxconv: {p.rstrip('.')}." for p in problems[:_MANY]]
+    """Problems, one a line; a long list is cut, and so is a long problem."""
+    lines = [f"maxconv: {printable(p.rstrip('.'))}." for p in problems[:_MANY]]
     if len(problems) > _MANY:
         lines.append(f"maxconv: and {len(problems) - _MANY} more like these.")
     return "\n".join(lines)
@@ -71,6 +73,7 @@ def failure_text(error: BaseException) -> str:
     if isinstance(error, ConversionError):
         return problems_text(error.problems)
     said = str(error) or type(error).__name__
+    failed = printable_lines(f"maxconv: failed: {said}")
     if isinstance(error, OSError) or "[os_error_code=" in said:  # the latter is TensorStore's
-        return f"maxconv: failed: {said}"
-    return "".join(traceback.format_exception(error)) + f"maxconv: failed: {said}"
+        return failed
+    return printable_lines("".join(traceback.format_exception(error))) + failed

@@ -1,6 +1,35 @@
-"""Sizes, durations and tables as people read them."""
+"""Text for people: what comes from files and servers made harmless; sizes, durations, tables."""
 
 from collections.abc import Iterable, Sequence
+
+MARK = "written by maxconv"  # in files that a later run may overwrite
+LONGEST = 2000  # characters of a sentence
+LONGEST_CELL = 120  # characters of a name in a table
+_MOST_LINES = 100_000
+
+
+def printable(text: object, limit: int = LONGEST) -> str:
+    """`text` on one line, fit for any terminal.
+
+    What is not printable becomes an escape sequence as in Python's literals: control characters,
+    which a terminal would obey, line breaks, marks that reverse the direction of writing, halves of
+    surrogate pairs, which cannot be encoded. Text of more than `limit` characters is cut in the
+    middle: it begins with what happened, and ends with what to do.
+    """
+    text = str(text)
+    if len(text) > limit:
+        tail = limit // 4
+        left_out = len(text) - limit
+        text = f"{text[: limit - tail]}[... {left_out:,} characters ...]{text[-tail:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str, limit: int = LONGEST) -> str:
+    """The same of each line of a text, which keeps its line breaks; `limit` is that of a line."""
+    lines = text.split("\n", _MOST_LINES)
+    return "\n".join(printable(line, limit) for line in lines)
 
 
 def size(nbytes: float) -> str:
@@ -28,7 +57,10 @@ def percent(part: int, whole: int) -> str:
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> str:
     """Aligned columns; with a header, columns of numbers are aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in ((header, *rows) if header else rows)]
+    cells = [
+        [printable(cell, LONGEST_CELL) for cell in row]
+        for row in ((header, *rows) if header else rows)
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [
         bool(header) and all(cell[:1].isdigit() for cell in column[1:])

@@ -155,8 +155,8 @@ def test_no_architecture(place: Place, architectures: Any) -> None:
         (
             {"hidden_size": "42", "num_attention_heads": 0, "tie_word_embeddings": 1},
             [
-                'hidden_size="42" is not a size',
-                "num_attention_heads=0 is not a size",
+                'hidden_size="42" is not a whole number from 1 to 2147483647',
+                "num_attention_heads=0 is not a whole number from 1 to 2147483647",
                 "tie_word_embeddings=1 is not true or false",
             ],
         ),

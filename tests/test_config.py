@@ -137,7 +137,8 @@ def test_secrets_are_not_shown() -> None:
 def test_keys_without_meaning_are_one_notice() -> None:
     config = read("run_name=x steps=5 lora.lora_rank=8 attention=dot_product scan_layers=true")
     assert config.notices == (
-        "Nothing to a conversion, so ignored: attention, lora.lora_rank, run_name, steps.",
+        "Arguments that have no effect on a conversion: attention, lora.lora_rank, run_name, "
+        "steps.",
     )
     (notice,) = read("custom_mesh_and_rule=pure-fsdp").notices
     assert "custom_mesh_and_rule is not read" in notice

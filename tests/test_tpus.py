@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from headers import published, write_headers
+from jax.experimental import topologies
 from plans import make_plan
-from test_tpu_compile import devices, plan_of
+from test_tpu_compile import plan_of
 
 from maxconv import cli
 from maxconv.config import parse
@@ -40,15 +41,24 @@ needs_libtpu = pytest.mark.skipif(
         ("v5p-64", "v5p:2x4x4"),
         ("v5p-256", "v5p:4x4x8"),
         ("v6e-64", "v6e:8x8"),
+        ("v6e-1", "v6e:1x1"),
+        ("v5litepod-4", "v5e:2x2"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-8:ct6e-standard-4t", "v6e:2x4"),
     ],
 )
 def test_chips_are_those_of_libtpu(name: str, topology: str) -> None:
     def known(chips):
         return [(c.id, c.process_index, tuple(c.coords), c.device_kind) for c in chips]
 
-    ours, theirs = slice_of(name).chips(), devices(topology)
+    on = slice_of(name)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, chips_per_host_bounds=on.machine.grid
+    )
+    ours, theirs = on.chips(), described.devices
     assert known(ours) == known(theirs)
-    config = parse([f"ici_tensor_parallelism={slice_of(name).shape[0]}"], {})
+    config = parse([f"ici_tensor_parallelism={on.shape[0]}"], {})
     meshes = [device_array(config, chips) for chips in (ours, theirs)]
     assert [c.id for c in meshes[0].flat] == [c.id for c in meshes[1].flat]
 
@@ -113,10 +123,55 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "tpu_type is a word of maxconv plan" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["v5p", "v9-8", "v5p-7", "v5p-4", "v5p-24", "v6e-512", "v5e-"])
-def test_no_such_slice(name: str) -> None:
-    with pytest.raises(UserError, match=f"tpu_type={name}"):
+@pytest.mark.parametrize(
+    ("name", "hosts", "gib", "gbits"),
+    [
+        ("v5litepod-1", 1, 48, 25),
+        ("v5litepod-4", 1, 192, 100),
+        ("v5litepod-8", 1, 384, 200),
+        ("v5e-8:ct5lp-hightpu-4t", 2, 192, 100),
+        ("v5litepod-16", 4, 192, 100),
+        ("v6e-1", 1, 176, 100),
+        ("v6e-4", 1, 720, 400),
+        ("v6e-8", 1, 1440, 800),
+        ("v6e-8:ct6e-standard-4t", 2, 720, 400),
+        ("v6e-256", 64, 720, 400),
+        ("v5p-8", 1, 448, 200),
+        ("v5p-16", 2, 448, 200),
+    ],
+)
+def test_hosts_are_those_of_googles_machine_types(name, hosts, gib, gbits) -> None:
+    on = slice_of(name)
+    assert (on.hosts, on.machine.ram >> 30, on.network * 8 / 1e9) == (hosts, gib, gbits)
+    assert {chip.process_index for chip in on.chips()} == set(range(hosts))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5p", "expected one like v5p-64"),
+        ("v9-8", "Known are v5litepod, v5p, v6e"),
+        ("v5p-7", "N is one of 8, 16, 32, 64"),
+        ("v5p-4", "N is one of 8, 16, 32, 64"),
+        ("v5p-24", "512, 1024, 2048, 4096, 8192.$"),
+        ("v6e-2", "N is one of 1, 4, 8, 16"),
+        ("v6e-512", "64, 128, 256.$"),
+        ("v6e-" + "9" * 5000, "expected one like v5p-64"),
+        ("v6e-²", "expected one like v5p-64"),
+        ("v5e-", "expected one like v5p-64"),
+        ("v5e-8:ct6e-standard-4t", "v5litepod-8 can be made of ct5lp-hightpu-4t or ct5lp-hightpu-"),
+        ("v5e-16:ct5lp-hightpu-8t", "v5litepod-16 can be made of ct5lp-hightpu-4t.$"),
+    ],
+)
+def test_no_such_slice(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
         slice_of(name)
+    assert f"tpu_type={name}" in str(error.value)
+
+
+def test_more_slices_than_there_are() -> None:
+    with pytest.raises(UserError, match="num_slices=100000: .* 16384 chips, which are 512 slices"):
+        slice_of("v5p-64").chips(100_000)
 
 
 @needs_libtpu

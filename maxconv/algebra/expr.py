@@ -256,6 +256,8 @@ def _sliced(x: Concat, cut: Slice) -> Expr:
 
 def stack(parts: Sequence[Expr], axis: int) -> Expr:
     """Bound parts of one shape along a new axis; one part alone just gets a unit axis."""
+    if not parts:
+        raise AlgebraError("there are too few layers to stack any here; say scan_layers=False")
     axis = min(axis, len(parts[0].shape))
     names = [f"x{i}" for i in range(len(parts[0].shape))]
     unit = rearrange(f"{' '.join(names)} -> {' '.join([*names[:axis], '1', *names[axis:]])}")

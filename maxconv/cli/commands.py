@@ -13,6 +13,7 @@ from maxconv.cli.help import command_help, topic, usage
 from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
+from maxconv.text import printable, printable_lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +94,7 @@ def start(arguments: Sequence[str]) -> Config:
 
     if jax.process_index() == 0:
         for notice in notices:
-            print(f"note: {notice}", file=sys.stderr)
+            print(f"note: {printable(notice)}", file=sys.stderr)
     return config
 
 
@@ -116,7 +117,7 @@ def plan(arguments: Sequence[str]) -> None:
 
     with prepared(start(arguments), writes=False) as job:
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        print(plan_text(job, on) + network_text(job.plan, job.source))
+        print(printable_lines(plan_text(job, on) + network_text(job.plan, job.source)))
         if job.config.compile:
             print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
@@ -142,7 +143,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
     if len(arguments) != 1:
         raise UserError("Give one checkpoint: maxconv inspect PATH.")
-    print(describe(arguments[0]))
+    print(printable_lines(describe(arguments[0])))
 
 
 def families(arguments: Sequence[str]) -> None:

@@ -45,7 +45,7 @@ def _layers(family: Family) -> str:
 
 
 def _notes(family: Family) -> str:
-    keys = [("use_multimodal", family.encoders), ("use_audio", family.hearing)]
+    keys = [("use_multimodal", family.encoders), ("use_audio", family.audio_patterns)]
     words = " and ".join(f"{key}=True" for key, patterns in keys if patterns)
     return words and f"other encoders with {words}"
 

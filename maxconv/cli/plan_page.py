@@ -11,7 +11,7 @@ from maxconv.planning.estimates import device_estimate, held_nbytes, host_estima
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.tpus import Slice
-from maxconv.text import duration, size
+from maxconv.text import MARK, duration, size
 
 _LEAVES = 12  # drawn: the largest
 _WIDTH = 880
@@ -36,13 +36,13 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         (size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"),
         (size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"),
         (str(len(reads)), f"hosts, {plan.mesh.size} devices"),
-        (size(host_estimate(plan, window)), "at most in a host" + _of(on and on.kind.host_ram)),
+        (size(host_estimate(plan, window)), "at most in a host" + _of(on and on.machine.ram)),
         (size(device_estimate(plan)), "at most on a device" + _of(on and on.kind.hbm)),
     ]
     if on:
         written = plan.output_nbytes / len(reads)
-        seconds = max(max(reads), written) / on.kind.network
-        rate = f"{on.kind.network * 8 / 1e9:.0f} Gbit/s"
+        seconds = max(max(reads), written) / on.network
+        rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
         facts.append((duration(seconds), f"at least, at {rate} a host"))
     name = job.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)
@@ -68,7 +68,8 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         *(["<h2>Notes</h2><ul>", *_items(job.notices), "</ul>"] if job.notices else []),
     ]
     title = f"<title>{escape(name)}: a plan</title>"
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{_STYLE}</style>'
+    meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
+    head = f'<!doctype html><html lang="en">{meta}{title}<style>{_STYLE}</style>'
     return "\n".join([head, *body, "</html>\n"])
 
 

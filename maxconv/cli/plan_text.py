@@ -60,12 +60,12 @@ def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
 
     yield (
         f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host holds "
-        f"{held(host_estimate(plan, window), kind.host_ram)}, "
+        f"{held(host_estimate(plan, window), on.machine.ram)}, "
         f"a chip {held(device_estimate(plan), kind.hbm)}"
     )
     yield (
-        f"time     at least {duration(max(busiest, written) / kind.network)}: the busiest host "
-        f"reads {size(busiest)} and writes {size(written)} at {kind.network * 8 / 1e9:.0f} Gbit/s, "
+        f"time     at least {duration(max(busiest, written) / on.network)}: the busiest host "
+        f"reads {size(busiest)} and writes {size(written)} at {on.network * 8 / 1e9:.0f} Gbit/s, "
         "if the storage keeps up"
     )
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import jax
 
@@ -13,7 +12,7 @@ from maxconv.jobs.prepare import Job
 from maxconv.jobs.reporter import Reporter
 from maxconv.targets import place
 from maxconv.targets.publication import is_repository, repository_name
-from maxconv.text import duration, size
+from maxconv.text import duration, printable, printable_lines, size
 
 
 class TerminalReporter(Reporter):
@@ -24,7 +23,7 @@ class TerminalReporter(Reporter):
 
     def note(self, text: str) -> None:
         if self._speaks:
-            print(f"note: {text}", file=sys.stderr)
+            print(f"note: {printable(text)}", file=sys.stderr)
 
     def progress(
         self, label: str, done: Callable[[], tuple[int, int]]
@@ -33,7 +32,7 @@ class TerminalReporter(Reporter):
 
     def saved(self, job: Job, seconds: float) -> None:
         if self._speaks:
-            print(_summary(job, seconds), flush=True)
+            print(printable_lines(_summary(job, seconds)), flush=True)
 
     def verified(self, job: Job, leaves: int, seconds: float) -> None:
         if self._speaks:
@@ -42,7 +41,7 @@ class TerminalReporter(Reporter):
                 f"source in {duration(seconds)}"
             )
 
-    def traced(self, path: Path, seconds: Mapping[str, float]) -> None:
+    def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         if self._speaks:
             parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())
             print(f"time, over all threads: {', '.join(parts)}; for ui.perfetto.dev: {path}")

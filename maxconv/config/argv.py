@@ -1,6 +1,7 @@
-"""The words of a command line, split and turned into typed values; no word has a meaning here."""
+"""The arguments of a command line, split and turned into typed values, whatever they mean."""
 
 import difflib
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,17 +12,20 @@ _TRUE = ("y", "yes", "t", "true", "1", "on")
 _FALSE = ("n", "no", "f", "false", "0", "off")
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", list: "a YAML list"}
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MOST_YAML = 1 << 20  # characters; MaxText's base.yml has less than a tenth
+_LONGEST_SCALAR = 10_000
+_DEEPEST_YAML = 20
 
 
-class Words(NamedTuple):
-    """A command line, split: the leading `.yml`, the `name=value` words, and what was wrong."""
+class Arguments(NamedTuple):
+    """A command line, split: the leading `.yml`, the `name=value` pairs, and what is wrong."""
 
     yml: str | None
     values: dict[str, str]
     problems: list[str]
 
 
-def split(argv: Sequence[str], flags: Mapping[str, type]) -> Words:
+def split(argv: Sequence[str], flags: Mapping[str, type]) -> Arguments:
     """Splits `argv` into `key=value`, `--flag=value` and `--flag value`, in any order.
 
     `flags` are the names that may have dashes, with their types. The last of equal names wins.
@@ -29,8 +33,8 @@ def split(argv: Sequence[str], flags: Mapping[str, type]) -> Words:
     yml, values, problems = None, dict[str, str](), list[str]()
     rest = deque(argv)
     while rest:
-        word = rest.popleft()
-        name, has_value, text = word.partition("=")
+        argument = rest.popleft()
+        name, has_value, text = argument.partition("=")
         if name.startswith("--") and name[2:] not in flags:
             problems.append(_unknown_flag(name, flags))
             if not has_value:
@@ -43,11 +47,11 @@ def split(argv: Sequence[str], flags: Mapping[str, type]) -> Words:
                 values[name[2:]] = value
         elif has_value and name:
             values[name] = text
-        elif _is_yml(word) and yml is None and values.keys() <= flags.keys():
-            yml = word
+        elif _is_yml(argument) and yml is None and values.keys() <= flags.keys():
+            yml = argument
         else:
-            problems.append(f"{shown(word)!r} is not of the form key=value or --flag=value")
-    return Words(yml, values, problems)
+            problems.append(f"{shown(argument)!r} is not of the form key=value or --flag=value")
+    return Arguments(yml, values, problems)
 
 
 def convert(kind: type, value: Any) -> Any:
@@ -55,25 +59,61 @@ def convert(kind: type, value: Any) -> Any:
 
     Raises a ValueError that names what it should be.
     """
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
     try:
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return _checked(value)
         if kind is bool:
             return _boolean(str(value))
         if kind is list:
             return _list(value)
         if isinstance(value, str) or (kind is float and isinstance(value, int)):
-            return kind(value)
-        if kind is str and not isinstance(value, list | dict):
+            return _checked(kind(value))
+        if kind is str and isinstance(value, bool | int | float):
             return str(value)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, OverflowError, yaml.YAMLError):
         pass
     raise ValueError(_EXPECTED.get(kind, "a text"))
 
 
-def load_yaml(text: str) -> Any:
-    """`text` as YAML 1.1, in which `1e-06` is a text, as it is for MaxText."""
+def _checked(value: Any) -> Any:
+    """The value, unless no use of it can be right: an infinite number, a text with a NUL in it."""
+    if (isinstance(value, float) and not math.isfinite(value)) or "\0" in str(value):
+        raise ValueError
+    return value
+
+
+def own_yaml(text: str) -> Any:
+    """One of our own files, as YAML 1.1."""
     return yaml.load(text, Loader=_YAML_LOADER)
+
+
+def load_yaml(text: str) -> Any:
+    """`text`, from anywhere, as YAML 1.1, in which `1e-06` is a text, as it is for MaxText.
+
+    Raises:
+        yaml.YAMLError: it is none, or is too large, too deep, or has aliases, with which a short
+            text can stand for one without end.
+    """
+    try:
+        _check_yaml(text)
+        return yaml.load(text, Loader=_YAML_LOADER)
+    except (ValueError, OverflowError, RecursionError) as error:  # of a date, or a number
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _check_yaml(text: str) -> None:
+    if len(text) > MOST_YAML:
+        raise yaml.YAMLError(f"it has more than {MOST_YAML} characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name); write out what they stand for")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _LONGEST_SCALAR:
+            raise yaml.YAMLError(f"it has a value of more than {_LONGEST_SCALAR} characters")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_YAML:
+            raise yaml.YAMLError(f"it is nested more than {_DEEPEST_YAML} deep")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -82,26 +122,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
-def shown(word: str) -> str:
-    """`word` for a message: a stray one may be a token of the Hugging Face Hub."""
-    return f"{word[:3]}..." if word.startswith("hf_") else word
+def shown(argument: str) -> str:
+    """An argument for a message: a stray one may be a token of the Hugging Face Hub."""
+    return f"{argument[:3]}..." if argument.startswith("hf_") else argument
 
 
 def _flag_value(kind: type, rest: deque[str]) -> str | None:
-    """The value of a flag without `=`: the next word, or true for a boolean that has none."""
+    """The value of a flag without `=`: the next argument, or true for a boolean without one."""
     if kind is bool:
         return rest.popleft() if rest and rest[0].lower() in _TRUE + _FALSE else "true"
     return rest.popleft() if rest and not rest[0].startswith("--") else None
 
 
 def _skip_value(rest: deque[str]) -> None:
-    """Takes the next word if it can only be a value."""
+    """Takes the next argument if it can only be a value."""
     if rest and "=" not in rest[0] and not rest[0].startswith("--") and not _is_yml(rest[0]):
         rest.popleft()
 
 
-def _is_yml(word: str) -> bool:
-    return word.endswith((".yml", ".yaml"))
+def _is_yml(argument: str) -> bool:
+    return argument.endswith((".yml", ".yaml"))
 
 
 def _unknown_flag(name: str, flags: Mapping[str, type]) -> str:
@@ -110,10 +150,10 @@ def _unknown_flag(name: str, flags: Mapping[str, type]) -> str:
 
 
 def _boolean(text: str) -> bool:
-    word = text.strip().lower()
-    if word not in _TRUE + _FALSE:
+    answer = text.strip().lower()
+    if answer not in _TRUE + _FALSE:
         raise ValueError
-    return word in _TRUE
+    return answer in _TRUE
 
 
 def _list(value: Any) -> list[Any]:

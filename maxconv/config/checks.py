@@ -34,6 +34,21 @@ _MINIMUM = {
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,
 }
+MOST_DEVICES = 1024  # simulated on one machine: JAX starts threads for each of them
+_LARGEST_NUMBER = 2**31 - 1
+_MAXIMUM = {
+    "simulated_cpu_devices_count": MOST_DEVICES,
+    "num_slices": 1024,
+    "num_processes": 65_536,
+    "max_retries": 1000,
+    "jax_distributed_initialization_timeout": 7 * 24 * 3600,
+    "base_num_decoder_layers": 4096,
+    "num_hidden_layers_for_vit": 4096,
+    "encoder_layers_for_audio": 4096,
+    "mtp_num_layers": 4096,
+    "num_experts": 65_536,
+    "max_host_memory_gb": 1 << 20,
+}
 # What a user chooses of a model, without override_model_config.
 _CHOSEN = ("use_multimodal", "use_audio", "mtp_num_layers")
 # -1: what is left, or none.
@@ -61,6 +76,10 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
     for key, minimum in _MINIMUM.items():
         if values[key] is not None and values[key] < minimum:
             yield f"{key}={values[key]} is less than {minimum}"
+    for key, value in values.items():
+        most = _MAXIMUM.get(key, _LARGEST_NUMBER)
+        if isinstance(value, int | float) and value > most:
+            yield f"{key}={value} is more than {most}"
     for key, value in values.items():
         may_be_minus_one = key.endswith("_parallelism") or key in _POSITIVE_OR_MINUS_ONE
         if may_be_minus_one and value < 1 and value != -1:

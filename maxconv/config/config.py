@@ -1,5 +1,6 @@
 """What the user asked for: MaxText's command line, read into one frozen `Config`."""
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from maxconv.config.argv import convert, did_you_mean, load_yaml, shown, split
-from maxconv.config.checks import is_rule, model_problems, value_problems
+from maxconv.config.argv import MOST_YAML, convert, did_you_mean, load_yaml, shown, split
+from maxconv.config.checks import MOST_DEVICES, is_rule, model_problems, value_problems
+from maxconv.config.options import OPTIONS
 from maxconv.config.tables import (
     MODEL_KEYS,
     defaults,
@@ -19,51 +21,18 @@ from maxconv.config.tables import (
 )
 from maxconv.errors import UserError
 
-# Flags have a type and a default; None: not given.
-_FLAGS: Mapping[str, tuple[type, Any]] = {
-    "lazy_load_tensors": (bool, True),
-    "hf_model_path": (str, None),
-    "revision": (str, None),
-    "max_retries": (int, 5),
-    "cache": (bool, False),
-    "save_dtype": (str, "bfloat16"),
-    "eager_load_method": (str, "safetensors"),
-    "simulated_cpu_devices_count": (int, 16),
-    "use_compression": (bool, False),
-    "verify": (str, "sample"),
-    "overwrite": (bool, False),
-    "resume": (bool, False),
-    "public": (bool, False),
-    "coordinator_address": (str, None),
-    "num_processes": (int, None),
-    "process_id": (int, None),
-    "max_host_memory_gb": (float, None),
-    "tpu_type": (str, None),
-    "report": (str, None),
-    "compile": (bool, False),
-    "trace": (str, None),
-}
-_FLAG_TYPES = {name: kind for name, (kind, _) in _FLAGS.items()}
+_FLAG_TYPES = {name: option.kind for name, option in OPTIONS.items()}
 
-# What a run was told that has no part in the checkpoint, or is a secret.
+# MaxText's keys that have no part in the checkpoint, or are a secret.
 _OF_ONE_RUN = (
     "base_output_directory",
     "hf_access_token",
-    "max_retries",
-    "cache",
-    "overwrite",
-    "resume",
-    "public",
-    "verify",
-    "coordinator_address",
-    "num_processes",
-    "process_id",
     "jax_distributed_initialization_timeout",
-    "tpu_type",
-    "report",
-    "compile",
-    "trace",
+    "skip_jax_distributed_system",
+    "enable_single_controller",
 )
+_MOST_RECORDED = 1000  # arguments
+_MOST_CONFIGS = 16  # files, each the `base_config` of the one before
 
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -135,7 +104,7 @@ class Config:
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""
     words: tuple[str, ...]
-    """What the user typed that decides the checkpoint, without the token: parses to the same."""
+    """The arguments that shape the checkpoint, as `key=value`: they parse to the same."""
 
     @property
     def adapter_alone(self) -> bool:
@@ -158,11 +127,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     problems, notices = words.problems, list[str]()
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)
-    values = dict(defaults()) | {name: default for name, (_, default) in _FLAGS.items()}
+    values = dict(defaults()) | {name: option.default for name, option in OPTIONS.items()}
     named = known_models().get(typed.get("model_name", ""), {})
     values["scan_layers"] = named.get("scan_layers", values["scan_layers"])
+    from_yml: dict[str, Any] = {}
     if words.yml:
-        values |= _typed(_read_yml(words.yml, problems, notices), problems, words.yml)
+        from_yml = _typed(_read_yml(words.yml, problems, notices), problems, words.yml)
+        values |= from_yml
     rules = _merge_rules(values, typed)
     values |= typed | {"logical_axis_rules": rules}
 
@@ -175,7 +146,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
 
     parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
     if "simulated_cpu_devices_count" not in typed:
-        values["simulated_cpu_devices_count"] = _devices(values, parallelism)
+        needed = _devices(values, parallelism)  # if they are too many, the mesh says so
+        values["simulated_cpu_devices_count"] = min(needed, MOST_DEVICES)
     if values["eager_load_method"] != "safetensors" and values["lazy_load_tensors"]:
         notices.append("eager_load_method does nothing without --lazy_load_tensors=False.")
     if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
@@ -193,7 +165,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         "mesh_axes": tuple(values["mesh_axes"]),
         "logical_axis_rules": _frozen_rules(rules),
         "notices": tuple(notices),
-        "words": _said(words.yml, typed),
+        "words": _shaping(from_yml, typed, values),
     }
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
     return _of_adapter(config) if config.adapter_alone else config
@@ -210,8 +182,8 @@ def _of_adapter(config: Config) -> Config:
 
 
 def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
-    """The words that we read; of the others MaxText's keys are noticed, the rest are problems."""
-    known = defaults().keys() | _FLAGS.keys()
+    """The arguments that we read; of the others, MaxText's keys are a notice, the rest problems."""
+    known = defaults().keys() | OPTIONS.keys()
     notices += [notice for key, notice in _SPECIAL_NOTICES.items() if words.get(key)]
     others = sorted(words.keys() - known - _SPECIAL_NOTICES.keys())
     for name in others:
@@ -219,7 +191,7 @@ def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> 
             near = did_you_mean(name, known | maxtext_keys()) or ": take it out"
             problems.append(f"{shown(name)} is not a key of MaxText{near}")
     if ignored := [name for name in others if name.split(".")[0] in maxtext_keys()]:
-        notices.append(f"Nothing to a conversion, so ignored: {', '.join(ignored)}.")
+        notices.append(f"Arguments that have no effect on a conversion: {', '.join(ignored)}.")
     return {name: text for name, text in words.items() if name in known}
 
 
@@ -239,8 +211,8 @@ def _typed(values: Mapping[str, Any], problems: list[str], origin: str = "") -> 
     """`values` in the types of their defaults, without those that are empty or null."""
     typed = {}
     for name, value in values.items():
-        kind = _FLAG_TYPES[name] if name in _FLAGS else type(defaults()[name])
-        nulls = ("",) if name in _FLAGS else ("", "none", "null")
+        kind = OPTIONS[name].kind if name in OPTIONS else type(defaults()[name])
+        nulls = ("",) if name in OPTIONS else ("", "none", "null")
         if value is None or (isinstance(value, str) and value.lower() in nulls):
             continue
         try:
@@ -251,24 +223,31 @@ def _typed(values: Mapping[str, Any], problems: list[str], origin: str = "") -> 
     return typed
 
 
-def _read_yml(name: str, problems: list[str], notices: list[str]) -> dict[str, Any]:
-    """The keys we read of a config file and of the `base_config` files below it."""
+def _read_yml(
+    name: str, problems: list[str], notices: list[str], most: int = _MOST_CONFIGS
+) -> dict[str, Any]:
+    """The keys we read of a config file and of the `base_config` files below it, `most` in all."""
     path = Path(name)
     if not path.is_file():
         if path.name != "base.yml":  # that one is MaxText's own: our defaults
             problems.append(f"{name}: no such file")
         return {}
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = load_yaml(file.read(MOST_YAML + 1))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"{name} cannot be read as YAML: {str(error).splitlines()[0]}")
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        problems.append(f"{name} cannot be read as YAML: {why}")
         return {}
     if not isinstance(content, dict):
         problems.append(f"{name} is not a mapping of keys to values")
         return {}
     keys = {str(key): value for key, value in content.items()}
     base = keys.pop("base_config", None)
-    values = _read_yml(str(path.parent / str(base)), problems, notices) if base else {}
+    if base and most <= 1:
+        problems.append(f"{name} is the last of {_MOST_CONFIGS} files that read one another")
+        return {}
+    values = _read_yml(str(path.parent / str(base)), problems, notices, most - 1) if base else {}
     if unknown := sorted(keys.keys() - maxtext_keys()):
         names = ", ".join(unknown)
         notices.append(f"{name} has keys that MaxText 0.2.5 does not have, ignored: {names}.")
@@ -295,13 +274,56 @@ def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
     return values["simulated_cpu_devices_count"] if -1 in sizes else max(needed, 1)
 
 
-def _said(yml: str | None, typed: Mapping[str, Any]) -> tuple[str, ...]:
-    paths = {key: typed[key] for key in ("hf_model_path", "hf_lora_adapter_path") if key in typed}
-    own = dict(typed) | {
-        key: _absolute(path) for key, path in paths.items() if os.path.exists(path)
-    }
-    words = [f"{key}={value}" for key, value in own.items() if key not in _OF_ONE_RUN]
-    return (*([_absolute(yml)] if yml else []), *words)
+def _shapes(key: str) -> bool:
+    """Whether a key or a flag decides what the checkpoint is."""
+    return OPTIONS[key].shapes if key in OPTIONS else key in defaults() and key not in _OF_ONE_RUN
+
+
+def _shaping(
+    from_yml: Mapping[str, Any], typed: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """What a command line and its `.yml` say of the checkpoint, as a command line without one."""
+    said = {key: values[key] for key in from_yml if key not in MODEL_KEYS} | dict(typed)
+    if from_yml:
+        said["scan_layers"] = values["scan_layers"]
+    if "logical_axis_rules" in said:  # by then merged
+        said |= {"logical_axis_rules": values["logical_axis_rules"]}
+        said |= {"override_logical_axis_rules": True}
+    for key in ("hf_model_path", "hf_lora_adapter_path"):
+        if key in said and os.path.exists(said[key]):
+            said[key] = _absolute(said[key])
+    return tuple(f"{key}={_text(value)}" for key, value in said.items() if _shapes(key))
+
+
+def _text(value: Any) -> str:
+    """A value as an argument."""
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def recorded(arguments: object) -> list[str]:
+    """Of the arguments that were recorded beside a checkpoint, those that shape one.
+
+    Whoever made the checkpoint wrote them. What is for a run alone is left out: processes and their
+    addresses, tokens, files to write, a `.yml` to read.
+
+    Args:
+        arguments: what maxconv.json holds; ours are those of `Config.words`.
+
+    Raises:
+        UserError: they are no list of texts, or one has not the type that it must have.
+    """
+    if not (
+        isinstance(arguments, list)
+        and len(arguments) <= _MOST_RECORDED
+        and all(isinstance(argument, str) for argument in arguments)
+    ):
+        raise UserError("The arguments recorded beside the checkpoint are not a list of texts.")
+    pairs = {key: text for key, is_pair, text in (a.partition("=") for a in arguments) if is_pair}
+    problems: list[str] = []
+    _typed({key: text for key, text in pairs.items() if _shapes(key)}, problems)
+    if problems:
+        raise UserError([f"Recorded beside the checkpoint: {problem}." for problem in problems])
+    return [f"{key}={text}" for key, text in pairs.items() if _shapes(key)]
 
 
 def _absolute(directory: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from maxconv.config.argv import did_you_mean, load_yaml
+from maxconv.config.argv import did_you_mean, own_yaml
 from maxconv.errors import UserError
 
 MODEL_KEYS = (
@@ -100,13 +100,13 @@ def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
 @cache
 def defaults() -> Mapping[str, Any]:
     """The keys of MaxText that we read, with their default values."""
-    return MappingProxyType(load_yaml(config_path("base.yml").read_text()))
+    return MappingProxyType(own_yaml(config_path("base.yml").read_text()))
 
 
 @cache
 def known_models() -> Mapping[str, Mapping[str, Any]]:
     """The rows of `models.yml`."""
-    table = load_yaml(config_path("models.yml").read_text())
+    table = own_yaml(config_path("models.yml").read_text())
     return {name: facts for name, facts in table.items() if not name.startswith(".")}
 
 

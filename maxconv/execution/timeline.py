@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from maxconv.text import MARK
+
 KINDS = ("read", "to device", "compile", "compute", "to host", "write", "wait")
 
 
@@ -60,8 +62,8 @@ class Timeline:
             }
             for span in self.spans
         ]
-        other = {"began": self.began}
-        trace = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
+        other = {"began": self.began, "generator": MARK}
+        trace = {"otherData": other, "displayTimeUnit": "ms", "traceEvents": events}
         Path(path).write_text(json.dumps(trace))
 
 

@@ -46,7 +46,10 @@ def chips(on: Slice, num_slices: int) -> Sequence[Any]:
     name = f"{_GENERATIONS.get(kind, kind)}:{'x'.join(map(str, on.shape))}"
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=num_slices
+            platform="tpu",
+            topology_name=name,
+            num_slices=num_slices,
+            chips_per_host_bounds=on.machine.grid,
         ).devices
     except Exception as error:  # of a plugin that is not there, or does not know the name
         why = str(error).partition("\n")[0]

@@ -20,7 +20,20 @@ from maxconv.families.blocks import (
     projection,
     routed_experts,
 )
-from maxconv.families.table import Dims, Family, Layers, Row, each, row, size, uniform
+from maxconv.families.table import (
+    DECODER_LAYERS,
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Dims,
+    Family,
+    Layers,
+    Row,
+    each,
+    layer_count,
+    row,
+    size,
+    uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +44,22 @@ class DeepSeekDims(Dims):
     """
 
     head_dim: int = size("v_head_dim", maxtext="v_head_dim")
-    experts: int = size("n_routed_experts", maxtext="num_experts")
+    experts: int = size("n_routed_experts", maxtext="num_experts", most=MOST_EXPERTS)
     shared: int = size("n_shared_experts", maxtext="shared_experts")
-    dense: int = size("first_k_dense_replace", maxtext="first_num_dense_layers", least=0)
+    dense: int = size(
+        "first_k_dense_replace", maxtext="first_num_dense_layers", least=0, most=MOST_LAYERS
+    )
     q_lora: int = size("q_lora_rank", maxtext="q_lora_rank", default=0, least=0)
     kv_lora: int = size("kv_lora_rank", maxtext="kv_lora_rank")
     nope: int = size("qk_nope_head_dim", maxtext="qk_nope_head_dim")
     rope: int = size("qk_rope_head_dim", maxtext="qk_rope_head_dim")
-    mtp: int = size("num_nextn_predict_layers", maxtext="mtp_num_layers", default=0, least=0)
+    mtp: int = layer_count(
+        "num_nextn_predict_layers",
+        maxtext="mtp_num_layers",
+        numbered=DECODER_LAYERS,
+        default=0,
+        least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +178,7 @@ DEEPSEEK_V2 = Family(
     rows=v2_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
-    apart=FUSED,
+    split_experts=FUSED,
 )
 DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
@@ -165,7 +186,7 @@ DEEPSEEK_V3 = Family(
     rows=v3_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
-    apart=FUSED,
+    split_experts=FUSED,
 )
 DEEPSEEK_V32 = Family(
     architectures=("DeepseekV32ForCausalLM",),
@@ -173,5 +194,5 @@ DEEPSEEK_V32 = Family(
     rows=v32_rows,
     sizes=IndexerDims,
     ignored=IGNORED,
-    apart=FUSED,
+    split_experts=FUSED,
 )

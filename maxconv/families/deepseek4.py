@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Fill, Slice, fit, hf, rearrange
 from maxconv.families.blocks import DECODER, ends, gated_mlp, norm, projection, routed_experts
-from maxconv.families.table import Dims, Family, Layers, Row, each, row, size
+from maxconv.families.table import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    Dims,
+    Family,
+    Layers,
+    Row,
+    each,
+    row,
+    size,
+)
 
 AT, NAME = DECODER
 PARTS = ("w1", "w3", "w2")  # gate, up and down
@@ -24,7 +34,7 @@ class DeepSeek4Dims(Dims):
     """
 
     mlp: int = size("moe_intermediate_size", maxtext="base_mlp_dim")
-    experts: int = size("n_routed_experts", maxtext="num_experts")
+    experts: int = size("n_routed_experts", maxtext="num_experts", most=MOST_EXPERTS)
     chosen: int = size("num_experts_per_tok")
     shared: int = size("n_shared_experts", maxtext="shared_experts")
     mlp_kinds: list = size("mlp_layer_types", default=[])
@@ -32,6 +42,7 @@ class DeepSeek4Dims(Dims):
         "num_hash_layers",
         maxtext="first_num_hash_layers",
         default=lambda d: d["mlp_kinds"].count("hash_moe") or 3,
+        most=MOST_LAYERS,
     )
     streams: int = size("hc_mult", maxtext="mhc_expansion_rate")
     q_lora: int = size("q_lora_rank", maxtext="q_lora_rank")

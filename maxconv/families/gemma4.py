@@ -15,7 +15,7 @@ import numpy as np
 from maxconv.algebra import hf, rearrange, scale
 from maxconv.families.blocks import LAYER, attention, ends, fused_kernels, gated_mlp, norm, qk_norms
 from maxconv.families.gemma import norms
-from maxconv.families.table import Dims, Family, Layers, Numbers, Row, each, row, size
+from maxconv.families.table import MOST_LAYERS, Dims, Family, Layers, Numbers, Row, each, row, size
 from maxconv.families.vision import VisionDims, gemma4_vit
 
 BLOCK = 6  # five layers of sliding attention, then one of full attention
@@ -58,8 +58,8 @@ class SmallDims(Gemma4Dims):
     """`per_layer` is the width of the embeddings for each layer."""
 
     full_kv_heads: int = size(default=lambda d: d["kv_heads"])
-    kinds: list = size("layer_types")
-    shared: int = size("num_kv_shared_layers", maxtext="num_kv_shared_layers")
+    kinds: list = size("layer_types", each="layers")
+    shared: int = size("num_kv_shared_layers", maxtext="num_kv_shared_layers", most=MOST_LAYERS)
     wide: bool = size("use_double_wide_mlp", maxtext="use_double_wide_mlp", default=False)
     per_layer: int = size(
         "hidden_size_per_layer_input", maxtext="hidden_size_per_layer_input", default=256
@@ -159,7 +159,8 @@ def local_layers(count: int) -> Layers:
 def full_layers(count: int) -> Layers:
     """Those with full attention: one in a block."""
     numbers = range(BLOCK - 1, count, BLOCK)
-    return Layers((("scanned_blocks/global_layer", numbers),), one_by_one(numbers))
+    stacked = (("scanned_blocks/global_layer", numbers),) if numbers else ()
+    return Layers(stacked, one_by_one(numbers))
 
 
 def one_by_one(numbers: Sequence[int]) -> tuple[tuple[str, int], ...]:

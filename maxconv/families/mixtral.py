@@ -23,7 +23,7 @@ MIXTRAL = Family(
     rows=rows,
     sizes=MixtralDims,
     names=(("model.layers.*.mlp.", "model.layers.*.block_sparse_moe."),),  # of transformers 5
-    apart=(
+    split_experts=(
         (".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight")),
         (".experts.down_proj", (".experts.{e}.w2.weight",)),
     ),

@@ -53,5 +53,5 @@ QWEN3_MOE = Family(
     rows=qwen3_moe_rows,
     pads_vocab=True,
     sizes=ExpertsOnly,
-    apart=FUSED,
+    split_experts=FUSED,
 )

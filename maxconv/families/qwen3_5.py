@@ -68,6 +68,6 @@ QWEN3_5_MOE = Family(
     names=(("model.language_model.", "model."),),
     ignored=("mtp.*",),
     encoders=("model.visual.*",),
-    joined=FUSED,
+    fuse_experts=FUSED,
     in_blocks=in_blocks,
 )

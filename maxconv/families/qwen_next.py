@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from maxconv.algebra import Expr, hf, rearrange
 from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
 from maxconv.families.qwen import ExpertsOnly
-from maxconv.families.table import Family, Layers, Row, each, row, size
+from maxconv.families.table import MOST_LAYERS, Family, Layers, Row, each, row, size
 
 ATTENTION = "decoder/{layers}/attention"
 
@@ -19,7 +19,10 @@ class HybridDims(ExpertsOnly):
     """`cycle`: layers from one with attention to the next. A delta net has keys and values."""
 
     cycle: int = size(
-        "full_attention_interval", maxtext="inhomogeneous_layer_cycle_interval", default=4
+        "full_attention_interval",
+        maxtext="inhomogeneous_layer_cycle_interval",
+        default=4,
+        most=MOST_LAYERS,
     )
     conv: int = size("linear_conv_kernel_dim", maxtext="gdn_conv_kernel_dim")
     delta_keys: int = size("linear_num_key_heads", maxtext="gdn_num_key_heads")
@@ -106,5 +109,5 @@ QWEN3_NEXT = Family(
     rows=rows,
     sizes=HybridDims,
     ignored=("mtp.*",),
-    apart=FUSED,
+    split_experts=FUSED,
 )

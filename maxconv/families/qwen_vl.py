@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from maxconv.algebra import hf, rearrange
 from maxconv.families.blocks import FUSED, Root, attention, ends, fused_experts, pre_norms, qk_norms
 from maxconv.families.qwen import ExpertsOnly, qwen3_moe_rows, qwen3_rows
-from maxconv.families.table import Dims, Family, Row, each, row, size, uniform, unrolled
+from maxconv.families.table import (
+    Dims,
+    Family,
+    Row,
+    each,
+    layer_count,
+    row,
+    size,
+    uniform,
+    unrolled,
+)
 from maxconv.families.vision import QwenVisionDims, dense, layer_norm, qwen_vision, vector
 
 
@@ -31,8 +41,11 @@ class OmniDims(MoeDims):
     audio_mlp: int = size(
         "audio_config.encoder_ffn_dim", maxtext="encoder_ffn_dim_for_audio", default=5120
     )
-    audio_layers: int = size(
-        "audio_config.encoder_layers", maxtext="encoder_layers_for_audio", default=32
+    audio_layers: int = layer_count(
+        "audio_config.encoder_layers",
+        maxtext="encoder_layers_for_audio",
+        numbered="audio_tower.layers.",
+        default=32,
     )
     audio_heads: int = size(
         "audio_config.encoder_attention_heads",
@@ -50,7 +63,7 @@ class OmniDims(MoeDims):
     audio_out: int = size("audio_config.output_dim", maxtext="output_dim_for_audio", default=3584)
 
     @property
-    def ear(self) -> Dims:
+    def audio_dims(self) -> Dims:
         """The sizes of the audio encoder, as those of a decoder."""
         heads = self.audio_heads
         sizes = {"heads": heads, "kv_heads": heads, "head_dim": self.audio_emb // heads}
@@ -78,12 +91,12 @@ def omni_rows(d: OmniDims):
     if d.multimodal:
         yield from qwen_vision(d, "Qwen3OmniMoe")
     if d.audio:
-        yield from hearing(d)
+        yield from audio_encoder(d)
 
 
-def hearing(d: OmniDims) -> Iterator[Row]:
+def audio_encoder(d: OmniDims) -> Iterator[Row]:
     """An audio encoder: three convolutions that halve time and frequency, then a transformer."""
-    at, name, a = "audio_encoder/Qwen3OmniAudioEncoder_0", "audio_tower", d.ear
+    at, name, a = "audio_encoder/Qwen3OmniAudioEncoder_0", "audio_tower", d.audio_dims
     mels = d.audio_mels
     for i in (1, 2, 3):
         square = rearrange("o i y x -> y x i o", o=d.audio_conv, i=d.audio_conv if i > 1 else 1)
@@ -133,7 +146,7 @@ QWEN3_VL_MOE = Family(
     rows=vl_moe_rows,
     sizes=MoeDims,
     names=(("model.language_model.", "model."),),
-    turned=((".experts.gate_up_proj", ".experts.down_proj"),),
+    transposed_experts=((".experts.gate_up_proj", ".experts.down_proj"),),
     encoders=SEEING,
     scans=False,
     pads_vocab=True,
@@ -154,9 +167,9 @@ QWEN3_OMNI_MOE = Family(
         ("thinker.", ""),
     ),
     ignored=("talker.*", "code2wav.*"),
-    apart=FUSED,
+    split_experts=FUSED,
     encoders=SEEING,
-    hearing=("audio_tower.*",),
+    audio_patterns=("audio_tower.*",),
     scans=False,
     pads_vocab=True,
 )

@@ -5,6 +5,7 @@ Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned
 `decoder/layers_0/...`. Nothing else in a family knows the difference.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -15,8 +16,21 @@ from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
 
 _REQUIRED = object()
 
+LONGEST_AXIS = 2**31 - 1  # XLA counts the places of an axis in 32 bits
+MOST_LAYERS = 4096  # far beyond any model: what is more is a mistake, or malice
+MOST_EXPERTS = 1 << 16
+_NUMBER = re.compile("[0-9]{1,9}")  # ASCII: str.isdigit also takes superscripts, which int refuses
 
-def size(*hf: str, maxtext: str | None = None, default: Any = _REQUIRED, least: int = 1) -> Any:
+
+def size(
+    *hf: str,
+    maxtext: str | None = None,
+    default: Any = _REQUIRED,
+    least: int = 1,
+    most: int = LONGEST_AXIS,
+    numbered: str = "",
+    each: str = "",
+) -> Any:
     """A field of `Dims`, and where its value comes from.
 
     Args:
@@ -25,10 +39,37 @@ def size(*hf: str, maxtext: str | None = None, default: Any = _REQUIRED, least: 
         maxtext: MaxText's key of the same meaning.
         default: when config.json does not state it, as transformers has it: a value, or a function
             of the fields before it, by name. Without one the first entry is required.
-        least: of a number.
+        least, most: the range of a number.
+        numbered: how the names of tensors begin, in the table's terms, whose next part is a number:
+            the checkpoint has as many numbers as all sizes of this prefix say together.
+        each: the field that says how many entries a list has.
     """
-    metadata = {"hf": hf, "maxtext": maxtext, "default": default, "least": least}
+    metadata = {
+        "hf": hf,
+        "maxtext": maxtext,
+        "default": default,
+        "least": least,
+        "most": most,
+        "numbered": numbered,
+        "each": each,
+    }
     return field(metadata=metadata)
+
+
+def layer_count(*hf: str, numbered: str, least: int = 1, **others: Any) -> Any:
+    """A `size` that is a number of layers, each of which has tensors of its own."""
+    return size(*hf, numbered=numbered, least=least, most=MOST_LAYERS, **others)
+
+
+def number_after(name: str, prefix: str) -> int | None:
+    """The number that follows `prefix` in the name of a tensor, up to a dot; None if none does."""
+    if not name.startswith(prefix):
+        return None
+    part = name[len(prefix) :].partition(".")[0]
+    return int(part) if _NUMBER.fullmatch(part) else None
+
+
+DECODER_LAYERS = "model.layers."  # how the names of tensors of the decoder's layers begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +89,18 @@ class Dims:
         "num_key_value_heads", maxtext="base_num_kv_heads", default=lambda d: d["heads"]
     )
     head_dim: int = size("head_dim", maxtext="head_dim", default=lambda d: d["emb"] // d["heads"])
-    layers: int = size("num_hidden_layers", maxtext="base_num_decoder_layers")
+    layers: int = layer_count(
+        "num_hidden_layers", maxtext="base_num_decoder_layers", numbered=DECODER_LAYERS
+    )
     vocab: int = size("vocab_size", maxtext="vocab_size")
     tied: bool = size("tie_word_embeddings", maxtext="logits_via_embedding", default=True)
-    experts: int = size("num_experts", "num_local_experts", maxtext="num_experts", default=1)
+    experts: int = size(
+        "num_experts", "num_local_experts", maxtext="num_experts", default=1, most=MOST_EXPERTS
+    )
     moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
     multimodal: bool = size(maxtext="use_multimodal", default=False)
     audio: bool = size(maxtext="use_audio", default=False)
-    mtp: int = size(maxtext="mtp_num_layers", default=0, least=0)
+    mtp: int = size(maxtext="mtp_num_layers", default=0, least=0, most=MOST_LAYERS)
 
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
@@ -106,6 +151,11 @@ class Row:
     dtype: str | None = None
     stack: int | None = None
     layers: Layers | None = None
+
+    @property
+    def times(self) -> int:
+        """How many parameters of single layers and experts it stands for."""
+        return (len(self.layers.unscanned) if self.layers else 1) * max(self.experts, 1)
 
     def names(self, layers: Iterable[int] | None = None) -> set[str]:
         """The tensors that it reads; of some HF layers, or of all it is of."""
@@ -178,13 +228,14 @@ class Family:
         ignored: patterns of tensors that MaxText has no parameter for.
         spare: more of these, given the sizes.
         encoders: patterns of those that it has one for only with use_multimodal.
-        hearing: and only with use_audio.
-        joined: how names end of tensors of all experts; and of those, one of each expert `{e}`,
-            that some checkpoints hold in their stead, to be joined on the first axis.
-        apart: the same where the table has the tensors of each expert, and some checkpoints those
-            of all.
-        turned: how names end of a layer's fused gates and ups, and of its downs, in both of which
-            some checkpoints have rows and columns exchanged.
+        audio_patterns: patterns of those that it has one for only with use_audio.
+        fuse_experts: how the names end of tensors that hold all experts; and of those, one for each
+            expert `{e}`, that some checkpoints hold instead: these are concatenated on the first
+            axis.
+        split_experts: the same where the table has a tensor for each expert, and some checkpoints
+            hold one for all.
+        transposed_experts: how the names end of a layer's fused gate and up projections, and of its
+            down projections, which some checkpoints hold with rows and columns exchanged.
         scans: MaxText can stack its layers.
         pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
         train_with: what MaxText must be told to train such a model when no model_name says it.
@@ -201,10 +252,10 @@ class Family:
     ignored: tuple[str, ...] = ()
     spare: Callable[[Any], Iterable[str]] = lambda d: ()
     encoders: tuple[str, ...] = ()
-    hearing: tuple[str, ...] = ()
-    joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    apart: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    turned: tuple[tuple[str, str], ...] = ()
+    audio_patterns: tuple[str, ...] = ()
+    fuse_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    split_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    transposed_experts: tuple[tuple[str, str], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
     train_with: str = ""
@@ -251,7 +302,7 @@ class Family:
             *self.ignored,
             *self.spare(dims),
             *(() if dims.multimodal else self.encoders),
-            *(() if dims.audio else self.hearing),
+            *(() if dims.audio else self.audio_patterns),
         )
         return any(fnmatchcase(name, pattern) for pattern in unwanted)
 
@@ -265,7 +316,9 @@ def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """Those of some entries, see `size`, that a config.json has."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
-        view = dict(view.get(nested) or {}) | view  # the outer entry wins: tie_word_embeddings
+        inner = view.get(nested)
+        if isinstance(inner, Mapping):
+            view = dict(inner) | view  # the outer entry wins: tie_word_embeddings
     found = {}
     for key in keys:
         value: Any = view
@@ -352,4 +405,4 @@ def flat(numbers: Numbers) -> list[int]:
 
 
 def _depth(numbers: Numbers) -> int:
-    return 0 if isinstance(numbers, int) else 1 + _depth(numbers[0])
+    return 0 if isinstance(numbers, int) else 1 + max(map(_depth, numbers), default=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import Ops, Root, attention, gated_mlp, norm, qk_norms
-from maxconv.families.table import Dims, Row, each, row, size, unrolled
+from maxconv.families.table import Dims, Row, each, layer_count, row, size, unrolled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,11 @@ class VisionDims(Dims):
     vit_mlp: int = size(
         "vision_config.intermediate_size", maxtext="intermediate_size_for_vit", default=3072
     )
-    vit_layers: int = size(
-        "vision_config.num_hidden_layers", maxtext="num_hidden_layers_for_vit", default=12
+    vit_layers: int = layer_count(
+        "vision_config.num_hidden_layers",
+        maxtext="num_hidden_layers_for_vit",
+        numbered="vision_tower.encoder.layers.",
+        default=12,
     )
     vit_heads: int = size(
         "vision_config.num_attention_heads", maxtext="num_attention_heads_for_vit", default=12
@@ -102,7 +105,12 @@ class QwenVisionDims(VisionDims):
     vit_mlp: int = size(
         "vision_config.intermediate_size", maxtext="intermediate_size_for_vit", default=4304
     )
-    vit_layers: int = size("vision_config.depth", maxtext="num_hidden_layers_for_vit", default=27)
+    vit_layers: int = layer_count(
+        "vision_config.depth",
+        maxtext="num_hidden_layers_for_vit",
+        numbered="model.visual.blocks.",
+        default=27,
+    )
     vit_heads: int = size(
         "vision_config.num_heads", maxtext="num_attention_heads_for_vit", default=16
     )
@@ -125,6 +133,7 @@ class QwenVisionDims(VisionDims):
         "vision_config.deepstack_visual_indexes",
         maxtext="deepstack_visual_indexes_for_vit",
         default=[],
+        numbered="model.visual.deepstack_merger_list.",
     )
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 
 from maxconv.config import Config
+from maxconv.config.outputs import of_process
 from maxconv.errors import VerificationError
 from maxconv.execution import timeline
 from maxconv.execution.engine import Engine
@@ -48,19 +48,12 @@ def run(config: Config, reporter: Reporter | None = None) -> Job:
                 _save(job, programs, reporter)
             job.target.commit(job.record)
             if spans is not None and config.trace:
-                path = _of_process(Path(config.trace))
+                path = of_process(config.trace, jax.process_index(), jax.process_count())
                 spans.write(path, jax.process_index())
                 reporter.traced(path, spans.seconds())
         reporter.saved(job, time.monotonic() - started)
         check(job, place.items(job.target.directory), config.verify, reporter, programs)
     return job
-
-
-def _of_process(path: Path) -> Path:
-    """A file of this process alone, where there are others."""
-    if jax.process_count() == 1:
-        return path
-    return path.with_stem(f"{path.stem}.{jax.process_index()}")
 
 
 def _save(job: Job, programs: Programs, reporter: Reporter) -> None:

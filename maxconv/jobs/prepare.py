@@ -12,6 +12,7 @@ import jax
 from maxconv import __version__
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh
+from maxconv.config.outputs import of_process, output_problem
 from maxconv.errors import RetryableError, UserError
 from maxconv.execution.memory import machine_memory
 from maxconv.execution.tpu_compiler import chips
@@ -82,6 +83,8 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             raise UserError(f"--{option} is only valid with `maxconv plan`: take it out.")
     if config.compile and config.tpu_type is None:
         raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
+    with same_error_everywhere():
+        _check_outputs(config)
     with _opened_by_all(config) as source:
         _check_same_everywhere(source)
         window = min(gathered(_window(config)))  # hosts may differ, plans may not
@@ -97,6 +100,17 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             if writes:
                 job = _with_target(job, form)
         yield job
+
+
+def _check_outputs(config: Config) -> None:
+    """UserError when a file to write beside the checkpoint is not ours to write."""
+    index, count = jax.process_index(), jax.process_count()
+    trace = config.trace and of_process(config.trace, index, count)
+    report = config.report if index == 0 else None
+    outputs = {"--trace": trace, "--report": report}
+    found = (output_problem(option, path) for option, path in outputs.items() if path)
+    if problems := [problem for problem in found if problem]:
+        raise UserError(problems)
 
 
 def _planned(config: Config, source: Source, window: int) -> tuple[Model, Plan, tuple[str, ...]]:
@@ -244,7 +258,7 @@ def _window(config: Config) -> int:
     if config.max_host_memory_gb is not None:
         window = int(config.max_host_memory_gb * 2**30) - BASE
     elif config.tpu_type is not None:
-        window = min(slice_of(config.tpu_type).kind.host_ram // WINDOW_PART, WINDOW_MOST["tpu"])
+        window = min(slice_of(config.tpu_type).machine.ram // WINDOW_PART, WINDOW_MOST["tpu"])
     else:
         most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
         window = min(machine_memory() // WINDOW_PART, most)

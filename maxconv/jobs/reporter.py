@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from maxconv.jobs.prepare import Job
 
@@ -25,5 +24,5 @@ class Reporter:
     def verified(self, job: Job, leaves: int, seconds: float) -> None:
         """So many leaves of a checkpoint were compared with the source, and are right."""
 
-    def traced(self, path: Path, seconds: Mapping[str, float]) -> None:
+    def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         """A timeline was written; seconds of each kind of work, over all threads."""

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from maxconv.algebra import Box, slices
+from maxconv.config import recorded
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import bits
@@ -298,6 +299,7 @@ def saved_items(path: str) -> epath.Path:
 def recorded_arguments(items: epath.Path) -> list[str]:
     """The arguments that a checkpoint was made with, if they lie beside it."""
     try:
-        return json.loads((items.parent.parent / place.WORDS).read_text())["words"]
-    except (OSError, ValueError, KeyError):
+        record = json.loads((items.parent.parent / place.WORDS).read_text())
+    except (OSError, ValueError):
         return []
+    return recorded(record.get("words", [])) if isinstance(record, dict) else []

@@ -26,13 +26,15 @@ from maxconv.algebra import (
 )
 from maxconv.errors import UserError
 from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, flat
+from maxconv.models import schema
 from maxconv.models.canonical_names import renamer
-from maxconv.models.lora import config_problems, pairs, scaling
+from maxconv.models.lora import check, config_problems, missing_parts, pairs, scaling
 from maxconv.models.resolve import Model, unit
 from maxconv.sources import Source
 
 IN, OUT = "A", "B"  # the sides of a weight are called after their parts
 RANK = "rank"
+_MOST_TENSORS = 1 << 20  # of the model that an adapter is of
 
 
 def adapter_model(
@@ -55,30 +57,22 @@ def adapter_model(
     """
     if name is None or facts is None:
         raise UserError("Say which model the adapter is of: model_name=.")
+    check(config_problems(adapter.config, alone=True), adapter)
     family, dims = described(name, {"mtp_num_layers": 0, **facts, **words})
-    adaptable = [a for r in family.rows(dims) if (a := Adaptable.of(r))]
-    weights = set().union(*(a.row.names() for a in adaptable))
-    rename = renamer(family.names)
-    found, problems = pairs(adapter, lambda n: rename(n)[0], weights)
-    problems += config_problems(adapter.config, alone=True)
-    problems += [
-        f"{weight}: there is no lora_{letter}"
-        for weight, parts in found.items()
-        for letter in (IN, OUT)
-        if letter not in parts
-    ]
-    ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
-    stated = adapter.config.get("r", 8)
-    if ranks and ranks != {stated}:
-        have = " and ".join(map(str, sorted(ranks)))
-        problems.append(f"adapter_config.json: r={stated}, but tensors have {have}")
-    if problems:
-        raise UserError([f"{adapter.root}: {p}." for p in problems])
-    rows, tensors = list[Row](), dict[str, Expr]()
+    rows = list(family.rows(dims))
+    if sum(r.times for r in rows) > _MOST_TENSORS:
+        raise UserError(
+            f"{name} would have {dims.layers} layers and {dims.experts} experts, more than an "
+            "adapter can be converted for: take out what you have typed of its sizes."
+        )
+    adaptable = [a for r in rows if (a := Adaptable.of(r))]
+    found, problems = _found(adapter, family, adaptable)
+    check(problems, adapter)
+    parts, tensors = list[Row](), dict[str, Expr]()
     for one in adaptable:
         adapted = one.restricted(found.keys(), scans)
         if adapted is not None:
-            rows += adapted.rows
+            parts += adapted.rows
             tensors |= adapted.tensors(found)
     notices = (
         "just the adapter is converted: with --hf_model_path=, it is merged into that model",
@@ -89,12 +83,28 @@ def adapter_model(
         family,
         dims,
         dims,
-        tuple(rows),
+        tuple(parts),
         tensors,
         notices,
         rounds=False,
         metadata=_lora(adapter),
     )
+
+
+def _found(
+    adapter: Source, family: Family, adaptable: Sequence["Adaptable"]
+) -> tuple[dict[str, dict[str, Expr]], list[str]]:
+    """The parts of each weight that is adapted, and what is wrong with them."""
+    rename = renamer(family.names)
+    weights = set().union(*(a.row.names() for a in adaptable))
+    found, problems = pairs(adapter, lambda n: rename(n)[0], weights)
+    problems += missing_parts(found)
+    ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
+    stated = _rank(adapter)
+    if ranks and ranks != {stated}:
+        have = " and ".join(map(str, sorted(ranks)))
+        problems.append(f"adapter_config.json: r={stated}, but tensors have {have}")
+    return found, problems
 
 
 def described(name: str, facts: Mapping[str, Any]) -> tuple[Family, Dims]:
@@ -232,5 +242,9 @@ def _flat(sides: Sequence[str], letter: str) -> Pattern:
 
 def _lora(adapter: Source) -> dict[str, Any]:
     """What MaxText wants to know of an adapter; it scales by alpha / rank."""
-    rank = adapter.config.get("r", 8)
-    return {"lora": {"lora_rank": rank, "lora_alpha": rank * scaling("", rank, adapter.config)}}
+    rank, alpha = _rank(adapter), schema.entry(adapter.config, "lora_alpha", 8)
+    return {"lora": {"lora_rank": rank, "lora_alpha": rank * scaling(alpha, rank, adapter.config)}}
+
+
+def _rank(adapter: Source) -> int:
+    return schema.entry(adapter.config, "r", 8)  # PEFT's default

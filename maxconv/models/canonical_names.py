@@ -1,9 +1,8 @@
-"""The tensors that a family's table speaks of, as expressions over those that a checkpoint holds.
+"""The tensors that a family's table names, as expressions over those that a checkpoint holds.
 
-Checkpoints of one architecture come under several names. What is read here as
-`model.layers.0.mlp.up_proj.weight` may lie there as `language_model.model.layers.0...`: the table
-is written once, in names of its own, and a family lists the others. What is quantised is decoded
-by its codec.
+Checkpoints of one architecture come under several names: `model.layers.0.mlp.up_proj.weight` is
+`language_model.model.layers.0...` in some. The table is written once, in canonical names, and a
+family lists the others. Quantised tensors are decoded by their codec.
 """
 
 import re
@@ -31,6 +30,7 @@ from maxconv.algebra import (
 )
 from maxconv.errors import UserError
 from maxconv.families import Family
+from maxconv.families.table import MOST_EXPERTS
 from maxconv.models.codecs import SCALE, decoded
 from maxconv.models.lora import merged
 from maxconv.sources import Source
@@ -43,7 +43,7 @@ Names = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Logical:
-    """What a checkpoint holds, by the names of a table; `notices` tell how it was read."""
+    """A checkpoint's tensors by their canonical names; `notices` say how it was read."""
 
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     `keep_fp8`: fp8 weights are not dequantised, and their scales are tensors like others.
 
     Raises:
-        UserError: when two tensors would have the same name, or packed ones do not fit together.
+        UserError: two tensors have the same canonical name, or packed ones do not fit together.
     """
     beside = source.adapter.tensors if source.adapter else ()
     stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in beside}
@@ -77,13 +77,13 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     if source.adapter is not None:
         if any(name.endswith(SCALE) for name in found):
             raise UserError(
-                "An adapter cannot be merged into fp8 weights: say --save_dtype=bfloat16, to "
+                "An adapter cannot be merged into fp8 weights: add --save_dtype=bfloat16, to "
                 "dequantise them."
             )
         found = merged(found, source.adapter, lambda name: rename(name)[0])
         notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
     try:
-        found, n = turned(joined(apart(found, family), family), family)
+        found, n = transposed_experts(fused_experts(split_experts(found, family), family), family)
     except AlgebraError as error:
         raise UserError(f"{source.root}: {error}.") from None
     if n:
@@ -92,10 +92,10 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     return Logical(found, (*notices, *renamed))
 
 
-def joined(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
-    """The weights, those of single experts as the tensors of all that the table has."""
+def fused_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, those of single experts concatenated to the fused ones that the table has."""
     found = dict(weights)
-    for whole, pieces in (*family.joined, *_of_scales(family.joined)):
+    for whole, pieces in (*family.fuse_experts, *_of_scales(family.fuse_experts)):
         first = pieces[0].format(e=0)
         for layer in [name.removesuffix(first) for name in weights if name.endswith(first)]:
             experts: list[Expr] = []
@@ -106,34 +106,51 @@ def joined(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
                 parts = [found.pop(name) for name in names]
                 experts.append(Concat(0, tuple(parts)) if len(parts) > 1 else parts[0])
             if experts:
-                found[layer + whole] = stack(experts, 0)
+                _add(found, layer + whole, stack(experts, 0))
     return found
 
 
-def _of_scales(joined: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for whole, pieces in joined:
+def _of_scales(fused: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for whole, pieces in fused:
         yield whole + SCALE, tuple(piece + SCALE for piece in pieces)
 
 
-def apart(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
-    """The weights, those of all experts as the tensors of each that the table has."""
+def split_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
+    """The weights, fused ones of all experts cut into the tensors of each that the table has.
+
+    Raises:
+        AlgebraError: a tensor that is not of all experts.
+    """
     found = dict(weights)
-    for whole, pieces in family.apart:
+    for whole, pieces in family.split_experts:
         for name in [name for name in weights if name.endswith(whole)]:
             fused, layer = found.pop(name), name.removesuffix(whole)
-            if len(fused.shape) != 3 or fused.shape[1] % len(pieces):
+            if len(fused.shape) != 3 or fused.shape[1] % len(pieces) or not _is_filled(fused):
                 raise AlgebraError(f"tensor {name} {fused.shape} is not of all experts")
             experts, n = fused.shape[0], fused.shape[1] // len(pieces)
             for e, (i, piece) in product(range(experts), enumerate(pieces)):
                 one = apply(Slice(1, i * n, n), apply(Slice(0, e, 1), fused))
-                found[layer + piece.format(e=e)] = apply(rearrange("1 o i -> o i"), one)
+                _add(found, layer + piece.format(e=e), apply(rearrange("1 o i -> o i"), one))
     return found
 
 
-def turned(weights: Mapping[str, Expr], family: Family) -> tuple[dict[str, Expr], int]:
+def _is_filled(experts: Expr) -> bool:
+    """Whether there is anything of each expert, and no more of them than any model has."""
+    return 0 not in experts.shape and experts.shape[0] <= MOST_EXPERTS
+
+
+def _add(weights: dict[str, Expr], name: str, weight: Expr) -> None:
+    """Adds a weight, of which there must not be another."""
+    if name in weights:
+        one, other = (next(tensors(x)).name for x in (weights[name], weight))
+        raise AlgebraError(f"{one} and {other} are the same tensor")
+    weights[name] = weight
+
+
+def transposed_experts(weights: Mapping[str, Expr], family: Family) -> tuple[dict[str, Expr], int]:
     """The weights, experts' (x, 2m, e) and (x, e, m) as (x, e, 2m) and (x, m, e); and how often."""
     found, count = dict(weights), 0
-    for fused, down in family.turned:
+    for fused, down in family.transposed_experts:
         for name in [name for name in weights if name.endswith(fused)]:
             other = name.removesuffix(fused) + down
             into, out = weights[name], weights.get(other)

@@ -22,7 +22,9 @@ from maxconv.algebra import (
 )
 from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row
+from maxconv.models.schema import entry
 
+QUANTIZATION = "quantization_config"  # the entry of config.json
 SCALE = "_scale_inv"  # how the names end of the scales of fp8 blocks
 
 
@@ -72,9 +74,11 @@ def decoded(
                 continue
             for end in (*codec.parts, *codec.others):
                 weights.pop(weight + end, None)
+            if weight in weights:
+                problems.append(f"{weight} and {packed.name} are the same tensor.")
+                continue
             try:
-                quantization = config.get("quantization_config") or {}
-                weights[weight] = codec.decode(packed, scale, quantization)
+                weights[weight] = codec.decode(packed, scale, entry(config, QUANTIZATION, {}))
             except AlgebraError as error:
                 problems.append(f"{packed.name} is not {codec.name}: {error}.")
             counts[codec.name] = counts.get(codec.name, 0) + 1
@@ -101,10 +105,15 @@ def scale_rows(
         return
     if family.in_blocks is None:
         raise UserError(
-            f"MaxText keeps no fp8 weights of {family.architectures[0]}: say "
+            f"MaxText keeps no fp8 weights of {family.architectures[0]}: add "
             "--save_dtype=bfloat16, to dequantise them."
         )
-    block, _ = _block_size(config.get("quantization_config") or {})
+    block, columns = _block_size(entry(config, QUANTIZATION, {}))
+    if block != columns:
+        raise UserError(
+            f"MaxText keeps fp8 weights of square blocks only, but weight_block_size is "
+            f"[{block}, {columns}]: add --save_dtype=bfloat16, to dequantise them."
+        )
     for r in family.rows(family.in_blocks(dims, block)):
         if not scaled.isdisjoint(r.names()):
             yield replace(
@@ -115,13 +124,15 @@ def scale_rows(
 def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
     """Blocks with a scale each, those at the ends ragged (DeepSeek-V3, inference/kernel.py)."""
     scales: Expr = scale
+    if not len(weight.shape) == len(scale.shape) > 1:
+        raise AlgebraError(f"a weight {weight.shape} with scales {scale.shape}")
     for axis, k in zip((-2, -1), _block_size(config), strict=True):
         scales = apply(Repeat(axis, k, weight.shape[axis]), scales)
     return _product(weight, scales)
 
 
 def _block_size(quantization: Mapping[str, Any]) -> tuple[int, int]:
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    rows, columns = entry(quantization, "weight_block_size", (128, 128))
     return rows, columns
 
 
@@ -139,6 +150,8 @@ def mxfp4(blocks: Tensor, scales: Tensor, config: Mapping[str, Any]) -> Expr:
 
 def int4(packed: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
     """Eight numbers an int32, a scale for each group of a row (compressed-tensors)."""
+    if not packed.shape or not scale.shape or not scale.shape[-1]:
+        raise AlgebraError(f"packed numbers {packed.shape} with scales {scale.shape}")
     numbers = apply(Nibbles(8, "int4"), packed)
     n = numbers.shape[-1]
     return _product(numbers, apply(Repeat(-1, n // scale.shape[-1], n), scale))

@@ -5,15 +5,22 @@ For those that stay by themselves see `adapters.py`.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
-from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale
+from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale, tensors
 from maxconv.errors import UserError
+from maxconv.models import schema
 from maxconv.sources import Source
 
 _PART = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OTHER = {"A": "B", "B": "A"}
+
+# PEFT takes any regular expression for a pattern of modules, and some never end. These do: names,
+# character classes, alternatives, and repetitions of single characters.
+_PATTERN = re.compile(r"\^?(?:[\w/:-]|\.|\\[.dw]|\[[\w-]+\]|(?<!\))[*+?]|[(|)])*\$?", re.ASCII)
+_LONGEST_NAME = 128  # of a module, or a pattern
+_MOST_STEPS = 1 << 32  # of matching all patterns with all modules, at worst
 
 
 def merged(
@@ -29,18 +36,25 @@ def merged(
     Raises:
         UserError: everything in the adapter that fits nothing, or is no plain LoRA.
     """
+    check(config_problems(adapter.config), adapter)
     found, problems = pairs(adapter, rename, weights.keys())
-    problems += config_problems(adapter.config)
+    problems += missing_parts(found)
+    check([*problems, *_pattern_problems(adapter.config, len(found))], adapter)
+    alpha_of = alphas(adapter.config)
     result = dict(weights)
     for weight, parts in found.items():
         try:
-            result[weight] = _sum(weights[weight], parts, weight, adapter.config)
-        except (AlgebraError, KeyError) as error:
-            what = f"there is no lora_{error.args[0]}" if isinstance(error, KeyError) else error
-            problems.append(f"{weight}: {what}")
-    if problems:
-        raise UserError([f"{adapter.root}: {p}." for p in problems])
+            result[weight] = _sum(weights[weight], parts, alpha_of, adapter.config)
+        except AlgebraError as error:
+            problems.append(f"{weight}: {error}")
+    check(problems, adapter)
     return result
+
+
+def check(problems: Iterable[str], adapter: Source) -> None:
+    """Raises a UserError about an adapter if there are problems."""
+    if found := [f"{adapter.root}: {p}." for p in problems]:
+        raise UserError(found)
 
 
 def pairs(
@@ -61,38 +75,113 @@ def pairs(
     for name, info in adapter.tensors.items():
         match = _PART.fullmatch(name)
         weight = rename(f"{match[1]}.weight") if match else ""
-        if match is None or weight not in weights:
+        if match is None or len(match[1]) > _LONGEST_NAME or weight not in weights:
             problems.append(f"tensor {name} fits no weight of the model")
             continue
         part: Expr = Tensor(name, info.shape)
         letter = match[3]
         if match[2]:  # an embedding is adapted by the transpose, A' B'
             part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
-        found.setdefault(weight, {})[letter] = part
+        if len(info.shape) != 2 or 0 in info.shape:
+            problems.append(f"tensor {name} {info.shape} is no matrix")
+            continue
+        parts = found.setdefault(weight, {})
+        if letter in parts:
+            problems.append(f"{next(tensors(parts[letter])).name} and {name} are the same tensor")
+        parts[letter] = part
     return found, problems
 
 
-def _sum(weight: Expr, parts: Mapping[str, Expr], name: str, config: Mapping[str, Any]) -> Expr:
+def missing_parts(found: Mapping[str, Mapping[str, Expr]]) -> Iterator[str]:
+    """A sentence for each weight that has only one of the two parts."""
+    for weight, parts in found.items():
+        yield from (f"{weight}: there is no lora_{part}" for part in _OTHER if part not in parts)
+
+
+def _sum(
+    weight: Expr,
+    parts: Mapping[str, Expr],
+    alpha_of: Callable[[str], float],
+    config: Mapping[str, Any],
+) -> Expr:
     product = Combine("matmul", (parts["B"], parts["A"]))
-    rank = parts["A"].shape[0]
-    whole = Combine("plus", (weight, apply(scale(scaling(name, rank, config)), product)))
+    by = scaling(alpha_of(_module(parts["A"])), parts["A"].shape[0], config)
+    whole = Combine("plus", (weight, apply(scale(by), product)))
     _ = whole.shape  # raises when the parts differ
     return whole
 
 
-def scaling(weight: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with rslora (arXiv:2312.03732); alpha may be a module's own."""
-    alpha = config.get("lora_alpha", 8)
-    module = weight.removesuffix(".weight")
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = own
+def _module(part: Expr) -> str:
+    """The module that PEFT knows by this name, which its patterns are for."""
+    match = _PART.fullmatch(next(tensors(part)).name)
+    assert match is not None
+    return match[1]
+
+
+def scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) with rslora (arXiv:2312.03732)."""
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
+    """The function that gives the alpha of a module by its name.
+
+    The first pattern counts that fits the name, or its end after a dot (PEFT's get_pattern_key).
+    """
+    default = schema.entry(config, "lora_alpha", 8)
+    own = [
+        (_compiled(pattern), alpha)
+        for pattern, alpha in schema.entry(config, "alpha_pattern", {}).items()
+    ]
+
+    def alpha_of(module: str) -> float:
+        return next((alpha for pattern, alpha in own if pattern.fullmatch(module)), default)
+
+    return alpha_of
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")
+
+
+def _pattern_problems(config: Mapping[str, Any], modules: int) -> Iterator[str]:
+    """Patterns that are none, or may take too long to match."""
+    patterns = schema.entry(config, "alpha_pattern", {})
+    for pattern in patterns:
+        if not _is_simple(pattern):
+            yield (
+                f"adapter_config.json: alpha_pattern has {pattern!r}, which is neither the name of "
+                "a module nor a simple regular expression; merge it with PEFT first"
+            )
+    if modules * sum(map(_most_steps, patterns)) > _MOST_STEPS:
+        yield (
+            "adapter_config.json: alpha_pattern takes too long to match; merge it with PEFT first"
+        )
+
+
+def _is_simple(pattern: str) -> bool:
+    if len(pattern) > _LONGEST_NAME or not _PATTERN.fullmatch(pattern):
+        return False
+    try:
+        _compiled(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _most_steps(pattern: str) -> int:
+    """Backtracking tries each place for a repetition, and each of two alternatives."""
+    repetitions = 1 + sum(pattern.count(c) for c in "*+?")  # one before the pattern
+    return _LONGEST_NAME**repetitions << pattern.count("|")
 
 
 def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[str]:
     """What is no plain LoRA, or is not MaxText's if it is to stand `alone`, each in a sentence."""
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
+    malformed = [f"adapter_config.json: {p}" for p in schema.problems(config, schema.ADAPTER)]
+    if malformed:
+        yield from malformed
+        return
+    if (kind := schema.entry(config, "peft_type", "LORA")) != "LORA":
         yield f"adapter_config.json: peft_type={kind} is not supported; only LORA can be converted"
     for key in ("rank_pattern", "alpha_pattern") if alone else ():
         if config.get(key):
@@ -103,5 +192,5 @@ def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[
     for key in ("use_dora", "fan_in_fan_out"):
         if config.get(key):
             yield f"adapter_config.json: {key}=true is not supported; merge it with PEFT first"
-    if (bias := config.get("bias", "none")) != "none":
+    if (bias := schema.entry(config, "bias", "none")) != "none":
         yield f"adapter_config.json: bias={bias} is not supported; merge it with PEFT first"

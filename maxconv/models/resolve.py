@@ -1,13 +1,14 @@
 """Which model a checkpoint is: config.json, MaxText's table and the user's words, together."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
-from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, stated_sizes
+from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, number_after, stated_sizes
+from maxconv.families.table import DECODER_LAYERS
+from maxconv.models import schema
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
 from maxconv.sources import Source
@@ -42,9 +43,9 @@ class Model:
         """
         if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == "lm_head.weight"):
             return True
-        number = name.removeprefix("model.layers.").partition(".")[0]
-        return number.isdigit() and any(
-            first <= int(number) < end
+        number = number_after(name, DECODER_LAYERS)
+        return number is not None and any(
+            first <= number < end
             for first, end in (
                 (self.dims.layers, self.published.layers),
                 (self.published.layers + self.dims.mtp, self.published.layers + self.published.mtp),
@@ -72,7 +73,9 @@ def resolve(
         UserError: an architecture that is not known, or every difference between config.json and
             what MaxText would build, at once.
     """
+    _check_config(source, schema.problems(source.config, schema.CONFIG))
     family = _family(source)
+    _check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
     logical = logical_tensors(source, family, keep_fp8)
     published = _published(source, family, logical.tensors)
     # Layers of multi-token prediction are there if they are asked for.
@@ -81,7 +84,7 @@ def resolve(
     chosen: dict[str, Any] = {}
     wanted = facts | words
     for f in fields(published):
-        if not wanted.get(_encoder(f), True):
+        if not wanted.get(f"use_{_encoder(f)}", True):
             continue
         key, theirs = f.metadata["maxtext"], getattr(published, f.name)
         typed = key in words
@@ -102,7 +105,7 @@ def resolve(
     predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(published))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
-        ("use_audio", dims.audio, family.hearing),
+        ("use_audio", dims.audio, family.audio_patterns),
         ("mtp_num_layers", dims.mtp, predicts),
     ):
         if wants and not has:
@@ -115,6 +118,7 @@ def resolve(
             f"mtp_num_layers={dims.mtp} needs all {published.layers} layers before: "
             "take base_num_decoder_layers out."
         )
+    problems = problems or list(layer_problems(dims, logical.tensors))
     if problems:
         raise UserError(problems)
     notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
@@ -123,14 +127,22 @@ def resolve(
     return Model(family, dims, published, rows, logical.tensors, tuple(notices))
 
 
+def _check_config(source: Source, problems: Iterable[str]) -> None:
+    """Raises a UserError about config.json if there are problems."""
+    if found := list(problems):
+        raise UserError(
+            [f"config.json in {source.root}: {p}; take that of the original model." for p in found]
+        )
+
+
 def _family(source: Source) -> Family:
-    entry = source.config.get("architectures") or []
-    named = [entry] if isinstance(entry, str) else [str(name) for name in entry]
-    for architecture in named:
+    named = schema.entry(source.config, "architectures", [])
+    names = [named] if isinstance(named, str) else named
+    for architecture in names:
         for family in BY_ARCHITECTURE.get(architecture, ()):
             if family.fits(source.config):
                 return family
-    what = ", ".join(named) or "model without an architecture in config.json"
+    what = ", ".join(names) or "model without an architecture in config.json"
     raise UserError(
         f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
         'To teach it another, see "Add a model" in its README.'
@@ -138,31 +150,50 @@ def _family(source: Source) -> Family:
 
 
 def _published(source: Source, family: Family, tensors: Mapping[str, Expr]) -> Dims:
-    """The sizes in config.json; UserError when they are none, or not those of the embedding."""
-    problems = [
-        f"{key}={json.dumps(value)} is not {'true or false' if f.type is bool else 'a size'}"
-        for f in fields(family.sizes)
-        for key, value in stated_sizes(source.config, f).items()
-        if not _is_sane(value, f)
-    ]
-    if not problems:
-        try:
-            dims = family.dims(source.config, tensors)
-            shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
-            if shape in (None, (dims.vocab, dims.emb)):
-                return dims
-            problems = [
-                f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
-            ]
-        except KeyError as error:
-            problems = [f"there is no entry {error}"]
-    raise UserError(
-        [f"config.json in {source.root}: {p}; take that of the original model." for p in problems]
-    )
+    """The sizes in config.json; UserError when they are not those of the tensors."""
+    try:
+        dims = family.dims(source.config, tensors)
+    except KeyError as error:
+        _check_config(source, [f"there is no entry {error}"])
+        raise
+    _check_config(source, _size_problems(source, dims, tensors))
+    return dims
 
 
-def _is_sane(value: Any, f: Field) -> bool:
-    return type(value) is f.type and (f.type is not int or value >= f.metadata["least"])
+def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> Iterator[str]:
+    """Sizes that follow from others and are none, lists of another length, another embedding."""
+    for f in fields(dims):
+        value, rule = getattr(dims, f.name), schema.size_rule(f)
+        if callable(f.metadata["default"]) and not rule.fits(value):
+            yield f"{_entry(source, f)} is absent and would be {value}, not {rule.what}"
+        if (count := f.metadata["each"]) and len(value) != getattr(dims, count):
+            yield f"{_entry(source, f)} has {len(value)} entries for {getattr(dims, count)} {count}"
+    shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
+    if shape not in (None, (dims.vocab, dims.emb)):
+        yield f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
+
+
+def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
+    """Layers that the checkpoint cannot have, as no tensors are numbered so: before rows are made.
+
+    Of encoders only if they are wanted.
+    """
+    wanted: dict[str, int] = {}
+    for f in fields(dims):
+        prefix, value, encoder = f.metadata["numbered"], getattr(dims, f.name), _encoder(f)
+        if prefix and (not encoder or getattr(dims, encoder)):
+            wanted[prefix] = wanted.get(prefix, 0) + (len(value) if f.type is list else value)
+    found = {prefix: set[int]() for prefix in wanted}
+    for name in names:
+        for prefix, numbers in found.items():
+            if (number := number_after(name, prefix)) is not None:
+                numbers.add(number)
+    for prefix, count in wanted.items():
+        if count > len(found[prefix]):
+            yield (
+                f"config.json and the arguments tell of {count} layers {prefix}*, but there are "
+                f"tensors of {len(found[prefix])}: download the checkpoint again."
+            )
 
 
 def _entry(source: Source, f: Field) -> str:
@@ -181,9 +212,9 @@ def _architecture_problems(family: Family, name: str | None, facts: Mapping[str,
 
 
 def _encoder(f: Field) -> str:
-    """MaxText's key of the encoder that a size is of: config.json has it in an entry of its own."""
+    """Which encoder a size is of, "multimodal" or "audio": it has an entry of its own."""
     entry = next(iter(f.metadata["hf"]), "").partition(".")[0]
-    return {"vision_config": "use_multimodal", "audio_config": "use_audio"}.get(entry, "")
+    return {"vision_config": "multimodal", "audio_config": "audio"}.get(entry, "")
 
 
 def unit(name: str, family: Family) -> int:

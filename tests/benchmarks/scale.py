@@ -41,7 +41,7 @@ def main() -> None:
     for model_name in MODELS:
         for name in SLICES:
             on = slice_of(name)
-            window = min(on.kind.host_ram // WINDOW_PART, WINDOW_MOST["tpu"])
+            window = min(on.machine.ram // WINDOW_PART, WINDOW_MOST["tpu"])
             lines.append(row(model_name, on, plan_of(model_name, on, window), window))
     table = "\n".join(lines)
     print(table)
@@ -80,7 +80,7 @@ def row(model_name: str, on: Slice, plan: Plan, window: int) -> str:
         f"{ranges:,}",
         size(host_estimate(plan, window)),
         size(device_estimate(plan)),
-        f"{duration(moved / on.kind.network)} at {on.kind.network * 8 / 1e9:.0f} Gbit/s",
+        f"{duration(moved / on.network)} at {on.network * 8 / 1e9:.0f} Gbit/s",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,0 +1,54 @@
+"""Files that a command writes beside a checkpoint, such as a report: they overwrite only their own.
+
+What maxconv writes there carries a mark, so that the next run knows it again.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from maxconv.text import MARK
+
+_WITHIN = 4096  # bytes from the beginning of a file
+
+
+def output_problem(option: str, path: str) -> str | None:
+    """Why an option cannot have this file, in a sentence; None if it can.
+
+    Args:
+        option: with its dashes: --report.
+        path: of the file, which need not exist.
+    """
+    file = Path(path)
+    directory = file.absolute().parent
+    if "\0" in path or not directory.is_dir():
+        return f"{option}={path}: there is no directory {directory}; make it first."
+    if not os.path.lexists(file):
+        try:
+            with tempfile.TemporaryFile(dir=directory):
+                return None
+        except OSError as error:
+            why = error.strerror
+            return f"{option}={path}: {directory} cannot be written to ({why}); name another file."
+    if not file.is_file() or not _has_mark(file):
+        return (
+            f"{option}={path} is there already, and maxconv did not write it; name another file, "
+            "or remove it first."
+        )
+    if not os.access(file, os.W_OK):
+        return f"{option}={path} cannot be written to; name another file."
+    return None
+
+
+def of_process(path: str, process: int, processes: int) -> str:
+    """A file of one process alone, where there are others."""
+    file = Path(path)
+    return path if processes == 1 else str(file.with_stem(f"{file.stem}.{process}"))
+
+
+def _has_mark(file: Path) -> bool:
+    try:
+        with file.open("rb") as content:
+            return MARK.encode() in content.read(_WITHIN)
+    except OSError:
+        return False
