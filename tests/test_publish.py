@@ -142,7 +142,7 @@ import os, sys
 from pathlib import Path
 from maxconv import cli
 from maxconv.jobs import prepare as job
-from maxconv.targets import hub as publish, place as target
+from maxconv.targets import publication as publish, place as target
 from maxconv.sources.ocdbt import value_spans
 
 job._window = lambda config: 32 << 10

@@ -26,9 +26,8 @@ class HubTarget(MaxTextTarget):
         self.place, self._publication, self._limit = publication.place, publication, limit
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
-        _, told = super().begin(
-            record, resume=False
-        )  # what was uploaded before is not known any more
+        # What was uploaded before is not known any more.
+        _, told = super().begin(record, resume=False)
         going = self._publication
         with same_error_everywhere():
             if not (epath.Path(self.directory) / place.UNFINISHED_WORDS).exists():
