@@ -16,7 +16,7 @@ from etils import epath
 from maxconv.algebra import Box
 from maxconv.errors import UserError
 from maxconv.report import size
-from maxconv.sources import Source, open_source
+from maxconv.sources import FileSource, open_source
 from maxconv.targets.place import UNFINISHED_WORDS
 
 METADATA = "_METADATA"
@@ -243,10 +243,10 @@ def _describe_item(item: Item) -> str:
     return "\n".join([*lines, "", *_table(item.arrays.values())])
 
 
-def _describe_source(source: Source) -> str:
+def _describe_source(source: FileSource) -> str:
     named = source.config.get("architectures") or ["no architecture named"]
     sizes = [f"{key}={source.config[key]}" for key in _SIZES if key in source.config]
-    files = sorted({info.file for info in source.tensors.values()})
+    files = source.files
     more = f" to {files[-1]}" if len(files) > 1 else ""
     lines = [
         f"Hugging Face checkpoint {source.root}",
@@ -257,7 +257,7 @@ def _describe_source(source: Source) -> str:
     ]
     stored = [
         Stored(info.name, info.shape, info.dtype.name, info.nbytes)
-        for info in source.tensors.values()
+        for info in source.stored.values()
     ]
     return "\n".join([*lines, "", *_table(stored)])
 

@@ -104,7 +104,7 @@ def test_an_object_that_changes_ends_the_reading(bucket: Bucket, kind: str) -> N
     source = open_source("gs://bucket/hf")
     bucket.settings(faults=[[f"*/o/hf/{FIRST}", kind, 1]])
     before = len(bucket.log)
-    name = next(name for name, info in source.tensors.items() if info.file == FIRST)
+    name = next(name for name, info in source.stored.items() if info.file == FIRST)
     with pytest.raises(OSError, match=f"{FIRST} in gs://bucket/hf was replaced or removed while"):
         source.tensor(name)
     assert len(bucket.log) == before + 1  # that does not pass: it is not tried again

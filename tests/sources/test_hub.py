@@ -109,7 +109,7 @@ import sys
 from maxconv.sources import open_source
 
 source = open_source(sys.argv[1])
-info = next(iter(source.tensors.values()))
+info = next(iter(source.stored.values()))
 with open(f"{sys.argv[2]}/{info.file}", "r+b") as file:
     file.seek(info.offset)
     file.write(b"other")

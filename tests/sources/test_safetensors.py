@@ -8,7 +8,7 @@ import safetensors
 from safetensors.numpy import save
 
 from maxconv.errors import UserError
-from maxconv.sources.safetensors import DTYPES, MAX_HEADER, header_length, parse_header, some
+from maxconv.sources.safetensors import DTYPES, MAX_JSON, header_length, parse_header, some
 
 
 def entry(dtype: str = "U8", shape: list | None = None, begin: int = 0, end: int = 4) -> dict:
@@ -195,8 +195,8 @@ def test_header_that_is_not_json(text):
 
 
 def test_header_over_the_limit_is_not_read():
-    assert header_length(struct.pack("<Q", MAX_HEADER), 1 << 40) == MAX_HEADER
-    raw = struct.pack("<Q", MAX_HEADER + 1)
+    assert header_length(struct.pack("<Q", MAX_JSON), 1 << 40) == MAX_JSON
+    raw = struct.pack("<Q", MAX_JSON + 1)
     assert header_length(raw, 1 << 40) == 0
     with pytest.raises(UserError, match="would mean a header of 100000001 bytes"):
         parse_header(raw, "f", 1 << 40)
