@@ -179,12 +179,18 @@ def _objects(page: Mapping[str, Any], prefix: str) -> dict[str, Object]:
     """A page of a listing, by what follows the prefix in names."""
     try:
         return {
-            name: Object(int(item["size"]), str(item["generation"]))
+            name: Object(_size(item["size"]), str(item["generation"]))
             for item in page.get("items", ())
             if (name := item["name"].removeprefix(prefix))  # empty: what stands for a directory
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Refused(f"The listing of the bucket makes no sense ({error!r})") from None
+
+
+def _size(said: str) -> int:
+    if not said.isdecimal():
+        raise ValueError(f"{said!r} bytes")
+    return int(said)
 
 
 def _credentials() -> Any:

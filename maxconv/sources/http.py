@@ -26,7 +26,8 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 BUSY = (429, 503)  # of these: when the server has too much to do
 CONNECT, READ = 10, 30  # seconds: to connect; of silence, and for the headers of an answer
 LEAST = 16 << 10  # bytes a second that the body of an answer brings at least, after READ seconds
-CALL = 120  # seconds for a call of an API as a whole
+CALL = 120  # seconds for a call of an API as a whole, beside what it uploads
+UPLOAD = 256 << 10  # bytes a second that an upload takes at least
 MOST_ASKED = 60  # seconds that a server may tell us to wait: rates are counted by the minute
 MOST_DATA = 100_000_000  # bytes of an API's answer
 

@@ -18,17 +18,9 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import build_hf_headers
 
 from maxconv.errors import ConversionError, RetryableError, UserError
+from maxconv.sources import http
 from maxconv.sources.files import FileSource
-from maxconv.sources.http import (
-    AGAIN,
-    CALL,
-    RETRIED,
-    Fault,
-    patiently,
-    redirected,
-    same_origin,
-    within,
-)
+from maxconv.sources.http import Fault, patiently, redirected, same_origin, within
 from maxconv.sources.local import LocalSource
 from maxconv.sources.remote import RemoteSource, Span, spans
 
@@ -143,9 +135,8 @@ class HubSource(RemoteSource):
         """
         url = hf_hub_url(self._name, file, revision=self.revision)
         for _ in range(_MOST_REDIRECTS):
-            answer = self._http.ask("HEAD", url, self._headers)
-            answer.release_conn()
-            if answer.status in RETRIED:
+            answer, _ = self._http.data("HEAD", url, self._headers)
+            if answer.status in http.RETRIED:
                 raise Fault.of(answer.status, answer.headers)
             there = redirected(url, answer)
             if there is None or not same_origin(url, there):
@@ -165,10 +156,17 @@ def ask(
     name: str,
     max_retries: int,
     call: Callable[[], Answer],
-    seconds: float = CALL,
-    mend: str = AGAIN,
+    nbytes: int = 0,
+    mend: str = http.AGAIN,
 ) -> Answer:
     """What a call of the Hub's API about a model returns, tried again while that may help.
+
+    Args:
+        name: of the model.
+        max_retries: attempts after the first.
+        call: what to do; other threads may still be in an attempt that took too long.
+        nbytes: that it uploads, which prolongs the time that it has.
+        mend: what to do when nothing helps.
 
     Raises:
         RetryableError: the Hub fails, is too busy, or cannot be reached.
@@ -177,7 +175,7 @@ def ask(
 
     def attempt(is_stale: bool) -> Answer:
         try:
-            return within(seconds, call)
+            return within(http.CALL + nbytes / http.UPLOAD, call)
         except Exception as error:
             if (fault := _fault(error)) is not None:
                 raise fault from error
@@ -191,7 +189,7 @@ def _fault(error: BaseException | None) -> Fault | None:
     while error is not None:
         match error:
             case HfHubHTTPError(response=response):
-                if response.status_code in RETRIED or response.status_code >= 500:
+                if response.status_code in http.RETRIED or response.status_code >= 500:
                     return Fault.of(response.status_code, response.headers)
                 return None
             case ConversionError() | FileNotFoundError():

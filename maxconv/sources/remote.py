@@ -163,17 +163,18 @@ class RemoteSource(FileSource):
         wanted = {"Range": f"bytes={start}-{start + len(into) - 1}"}
         self._add(Traffic(requests=1))
         answer = self._http.get(url, headers, kept=wanted)
-        at = 0
+        at, is_done = 0, False
         try:
             self._check(file, answer, start, len(into))
             while n := answer.readinto(into[at : at + PIECE]):
                 at += n
-            if at < len(into) or answer.read(1):
+            is_done = at == len(into) and not answer.read(1)
+            if not is_done:
                 raise Fault("the answer was cut off")
         finally:
             self._add(Traffic(nbytes=at))
             self._flow.came(at)
-            answer.release_conn() if at == len(into) else answer.close()
+            answer.release_conn() if is_done else answer.close()
 
     def _check(self, file: str, answer: http.Response, start: int, nbytes: int) -> None:
         """Raises Fault when an answer may be another one next time, else OSError."""

@@ -24,7 +24,6 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from maxconv.errors import ConversionError, RetryableError, UserError
 from maxconv.processes import liveness
 from maxconv.processes import start as distributed
-from maxconv.sources.http import CALL
 from maxconv.sources.hub import HubSource, ask, find_token, told
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item
@@ -42,7 +41,6 @@ _ITEMS = f"{target.STEP}/items"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")
 RETRIES = 5  # of what is asked before anything is written
-UPLOAD = 1 << 18  # bytes a second that an upload brings at least
 
 
 def is_repository(place: str) -> bool:
@@ -254,7 +252,7 @@ class Publication:
             self._api.preupload_lfs_files(self.name, additions)
 
         try:
-            self._persistently(upload, CALL + nbytes / UPLOAD)
+            self._persistently(upload, nbytes)
         except Exception as error:
             if not files[0].exists():
                 raise FileNotFoundError(str(error)) from None
@@ -267,10 +265,10 @@ class Publication:
                 )
             self._operations[addition.path_in_repo] = addition
 
-    def _persistently(self, action: Callable[[], T], seconds: float = CALL) -> T:
-        """Does something that may fail for a while, or take too long."""
+    def _persistently(self, action: Callable[[], T], nbytes: int = 0) -> T:
+        """Does something that may fail for a while; `nbytes` that it uploads take their time."""
         try:
-            return ask(self.name, self._retries, action, seconds)
+            return ask(self.name, self._retries, action, nbytes)
         except Exception as error:
             raise _refused(error, self.name, self._token) from None
 
