@@ -23,7 +23,7 @@ from maxconv.algebra import (
 from maxconv.config.mesh import partition_spec
 from maxconv.errors import UserError
 from maxconv.families import Leaf, bind_rows
-from maxconv.models.canonical_names import rounded, saved_dtype
+from maxconv.models.canonical_names import misfit, rounded, saved_dtype
 from maxconv.models.resolve import Model
 from maxconv.planning.cells import Recipe, Step, nbytes_by_process, steps
 from maxconv.planning.placement import local_devices, shard_nbytes
@@ -187,25 +187,32 @@ def make_plan(
     """
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     to_save = np.dtype(save_dtype)
-    stored = model.tensors
+    stored = weights = model.tensors
     if model.rounds:
-        stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
+        weights = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
     planned, notices = [], list(model.notices)
     leaves = [
-        replace(logical, expr=substitute(logical.expr, stored))
-        for logical in _checked_leaves(source, model, scan_axis)
+        replace(leaf, expr=substitute(leaf.expr, stored if _has_integers(leaf) else weights))
+        for leaf in _checked_leaves(source, model, scan_axis)
     ]
+    kinds = [np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save)) for leaf in leaves]
+    problems = {misfit(x.expr, dtypes, to): None for x, to in zip(leaves, kinds, strict=True)}
+    if found := [f"{source.root}: {problem}." for problem in problems if problem]:
+        raise UserError(found)
     sharing = Counter(leaf.tensors for leaf in leaves)
-    for leaf in leaves:
+    for leaf, dtype in zip(leaves, kinds, strict=True):
         spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
         to = NamedSharding(mesh, spec)
-        dtype = np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save))
         made = steps(leaf.expr, dtypes, dtype, to, budget)
         parts = slabs(made, leaf.shape, dtype, to, slab / sharing[leaf.tensors])
         planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
     for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
         notices.append(f"{words}: that axis is replicated")
     return Plan(model, mesh, tuple(planned), source.tensors, tuple(notices))
+
+
+def _has_integers(leaf: Leaf) -> bool:
+    return np.dtype(leaf.dtype or np.float32).kind in "iu"
 
 
 def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list[Leaf]:
