@@ -124,9 +124,9 @@ class LocalSource(FileSource):
 
 def sample_spans(size: int) -> Iterator[tuple[int, int]]:
     """Where the samples of so many bytes begin and end: one in each of `SAMPLES` equal parts."""
-    random, part = Random(size), size / SAMPLES
+    random = Random(size)
     for i in range(SAMPLES):
-        first, last = int(i * part), int((i + 1) * part)
+        first, last = i * size // SAMPLES, (i + 1) * size // SAMPLES
         start = random.randint(first, max(first, last - SAMPLE))
         yield start, min(start + SAMPLE, last)
 

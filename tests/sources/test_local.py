@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from maxconv.algebra.storage import blocks, coalesce, runs
 from maxconv.errors import UserError
 from maxconv.sources import LocalSource, Part, aligned_empty, open_source
 from maxconv.sources.index import INDEX, SINGLE
+from maxconv.sources.local import SAMPLE, SAMPLES, sample_spans
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.int16)
@@ -464,6 +466,107 @@ def test_all_problems_of_all_files_at_once(tmp_path):
     assert found[2].startswith("one.safetensors is truncated: its header describes ")
     assert found[3] == f"three.safetensors in {tmp_path} does not exist; download it first."
     assert found[4].startswith("two.safetensors is a Git LFS pointer")
+
+
+SPECIAL = ("config.json", INDEX, "one.safetensors")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "directory"])
+def test_only_regular_files_are_read(tmp_path, name, kind):
+    """Others may never end, or never begin."""
+    write_index(write(tmp_path, one={"a": A}), a="one.safetensors")
+    path = tmp_path / name
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(os.path.relpath(path))
+        case "directory":
+            path.mkdir()
+    what = {"directory": "it is a directory", "socket": "No such device or address"}
+    why = what.get(kind, "it is not a regular file")
+    assert problems(tmp_path)[0] == f"{name} in {tmp_path} cannot be read: {why}."
+
+
+def test_a_file_that_becomes_a_pipe_is_not_read(tmp_path):
+    with LocalSource(write(tmp_path, model={"a": A})) as source:
+        (tmp_path / SINGLE).unlink()
+        os.mkfifo(tmp_path / SINGLE)
+        with pytest.raises(OSError, match="it is not a regular file"):
+            read_whole(source, "a")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_files_without_tensors_have_a_size_that_is_read(tmp_path, name):
+    path = write_index(write(tmp_path, one={"a": A}), a="one.safetensors") / name
+    os.truncate(path, 1 << 40)
+    assert problems(tmp_path)[0] == (
+        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the 100,000,000 that are "
+        "read of a JSON file; download it again."
+    )
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 5000])
+def test_names_that_no_file_can_have(tmp_path, name):
+    write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
+    (sentence,) = problems(tmp_path)
+    assert sentence.startswith(f"{name} in {tmp_path} cannot be read: ")
+
+
+# ---- what tells copies apart
+
+
+def test_fingerprints_are_of_content_alone(tmp_path):
+    """Not of places or times."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_index(write(tmp_path / name, m={"a": A}, n={"b": B}), a="m.safetensors")
+        os.utime(tmp_path / name / "m.safetensors", (0, len(name)))
+    with LocalSource(tmp_path / "one") as one, LocalSource(tmp_path / "other") as other:
+        assert one.versions() != other.versions()
+        found = one.fingerprints()
+        assert found == other.fingerprints()
+        assert found.keys() == {"config.json", INDEX, "m.safetensors"}
+        assert one.stats.bytes_read == 0
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, SAMPLE * SAMPLES, 8 << 20])
+def test_fingerprints_tell_weights_apart(tmp_path, nbytes):
+    random, found = np.random.default_rng(0), []
+    for _ in range(2):  # of the same names and shapes
+        write(tmp_path, model={"a": random.integers(0, 256, nbytes, np.uint8)})
+        with LocalSource(tmp_path) as source:
+            found.append(dict(source.fingerprints()))
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == [SINGLE]
+
+
+def test_any_byte_of_a_small_file_tells_and_of_a_large_one_any_eighth(tmp_path):
+    raw = np.zeros(SAMPLES * SAMPLE - 200, np.uint8)
+    with LocalSource(write(tmp_path, model={"a": raw})) as source:
+        before, at = source.fingerprints(), source.stored["a"].offset
+        for i in random_places(raw.size, 50):
+            with (tmp_path / SINGLE).open("r+b") as file:
+                file.seek(at + i)
+                file.write(b"x")
+            assert source.fingerprints() != before
+            before = source.fingerprints()
+    for size in (1, 7, SAMPLE, 10**6, 10**12 + 1):
+        spans = list(sample_spans(size))
+        parts = [i * size // SAMPLES for i in range(SAMPLES + 1)]
+        assert all(
+            first <= start <= stop <= last and stop - start == min(SAMPLE, last - first)
+            for (start, stop), first, last in zip(spans, parts[:-1], parts[1:], strict=True)
+        )
+        assert spans == list(sample_spans(size))
+
+
+def random_places(size, n):
+    return np.random.default_rng(1).integers(0, size, n).tolist()
 
 
 @contextmanager
