@@ -107,7 +107,7 @@ def get_maxtext_model_info(
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
-    tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params
+    tree = train_state({leaf.name: i for i, leaf in enumerate(leaves)}).params
     order, structure = jax.tree.flatten(tree)
     return {
         "-".join(leaves[i].path): (position, leaves[i].shape) for position, i in enumerate(order)

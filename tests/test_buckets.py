@@ -80,7 +80,7 @@ import jax
 from maxconv import cli
 from maxconv.jobs import convert
 from maxconv.planning import overread
-from maxconv.processes.start import start
+from maxconv.cli.commands import start
 
 def command():
     job = convert.run(start(sys.argv[1:]))

@@ -24,7 +24,7 @@ def test_the_way_back_recovers_every_tensor(case, scan, dtype, tmp_path):
     words = job_words(tmp_path, model, tiny.maxtext_words(case, scan), "fsdp8")
     saved = tiny.CASES[case].save_dtypes[0]
     with prepared(parse([*words, f"--save_dtype={saved}"])) as job:
-        model = job.plan.model
+        model = job.model
         read = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
         arrays = {t.name: job.source.tensor(t.name) for x in read for t in tensors(x)}
     made = {leaf.name: unrounded(leaf.leaf.expr) for leaf in job.plan.leaves}

@@ -16,7 +16,6 @@ from test_processes import processes, said, stored
 
 from maxconv import cli
 from maxconv.config import parse
-from maxconv.jobs import resume
 from maxconv.jobs.convert import run
 from maxconv.jobs.prepare import prepared
 
@@ -53,7 +52,7 @@ def bytes_left(words: Sequence[str], items: Path) -> tuple[int, int]:
     """Bytes that the leaves take which are not finished, and that all take."""
     there = set().union(*map(finished, items.glob("ocdbt.*")))
     with prepared(parse(words), writes=False) as job:
-        left = [leaf for leaf in job.plan.leaves if resume.name_of(leaf) not in there]
+        left = [leaf for leaf in job.plan.leaves if leaf.name not in there]
         return replace(job.plan, leaves=tuple(left)).read_nbytes(0), job.plan.read_nbytes(0)
 
 

@@ -11,6 +11,7 @@ import tensorstore as ts
 import tiny
 from jax.sharding import NamedSharding
 from jobs import job_words, tiny_job
+from plans import make_plan
 from test_engine import LAYERS as INDICES
 from test_engine import LEAVES, MESH, arrays, source  # noqa: F401
 from test_processes import processes, said
@@ -19,12 +20,11 @@ from maxconv import cli
 from maxconv.algebra import bind, dims, evaluate, slices
 from maxconv.config import parse
 from maxconv.execution.engine import Engine
-from maxconv.families import Leaf
 from maxconv.jobs import convert
 from maxconv.jobs.prepare import prepared
 from maxconv.planning.cells import steps
 from maxconv.planning.placement import device_boxes
-from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.plan import Leaf, LeafPlan, Plan
 from maxconv.planning.slabs import Slab, slabs
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -39,8 +39,8 @@ def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     dtypes = {n: i.dtype for n, i in source.tensors.items()}
     made = steps(expr, dtypes, BF16, to, limit // 2)
     parts = slabs(made, expr.shape, BF16, to, limit)
-    leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), BF16, to, parts, ())
-    plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+    leaf = LeafPlan(Leaf("params.params.leaf", expr, BF16, to), parts)
+    plan = Plan(MESH, (leaf,), source.tensors)
     want = evaluate(expr, arrays).astype(BF16).view(np.uint16)
     count = np.zeros(expr.shape, int)
     with Engine(plan, source, window=1 << 20) as engine:
@@ -66,7 +66,7 @@ def test_all_of_them_are_small_enough(tmp_path: Path) -> None:
             config = job.config
             plan = make_plan(
                 job.source,
-                job.plan.model,
+                job.model,
                 job.plan.mesh,
                 config.logical_axis_rules,
                 config.scan_axis,

@@ -103,7 +103,7 @@ def test_the_arguments_of_main(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
-    """The tree of get_maxtext_model_info is that of the orbax, and holds the tensors."""
+    """The tree of get_maxtext_model_info is that of the checkpoint, and holds the tensors."""
     said = words(hf, tmp_path / "out")
     to_maxtext.main(["", *said, QUICK])
     info, treedef = get_maxtext_model_info(parse(said))

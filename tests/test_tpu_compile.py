@@ -18,6 +18,7 @@ import pytest
 from headers import published, quantised
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from plans import is_local, make_plan
 
 from maxconv.config import parse
 from maxconv.config.mesh import make_mesh
@@ -26,7 +27,7 @@ from maxconv.execution.program import bits, cell_function, compile_blank, compil
 from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import Recipe, nbytes_read
-from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.redistribution import CellRead
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +97,7 @@ def test_cells_exchange_what_they_must_and_no_more(
     for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
         check_memory(name, recipe, compiled.memory_analysis())
         text = compiled.as_text() or ""
-        assert recipe.is_local and set(FOREIGN.findall(text)) <= exchanges(recipe), name
+        assert is_local(recipe) and set(FOREIGN.findall(text)) <= exchanges(recipe), name
         if re.search(r" = f32\S* convert\(", text):
             converting.add(name.split(".")[-2])
     for blank in plan.blanks:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from headers import published, write_headers
+from plans import make_plan
 from test_tpu_compile import devices, plan_of
 
 from maxconv import cli
@@ -21,7 +22,6 @@ from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import STEP_MOST, prepared
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import nbytes_read
-from maxconv.planning.plan import make_plan
 from maxconv.planning.tpus import slice_of
 
 needs_libtpu = pytest.mark.skipif(
@@ -60,7 +60,8 @@ def test_a_plan_is_the_one_for_real_devices() -> None:
     config = parse(words.split(), {})
     source = published("qwen3-30b-a3b")
     mesh = make_mesh(config, slice_of("v5p-64").chips())
-    ours = make_plan(source, real.model, mesh, config.logical_axis_rules, config.scan_axis)
+    model = resolve(source, "qwen3-30b-a3b", model_facts("qwen3-30b-a3b"))
+    ours = make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
     assert [leaf.local_nbytes for leaf in ours.leaves] == [p.local_nbytes for p in real.leaves]
     assert list(map(ours.read_nbytes, range(8))) == list(map(real.read_nbytes, range(8)))
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 from headers import published
+from plans import make_plan
 
 from maxconv.algebra import tensors
 from maxconv.config import parse
 from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.config.tables import known_models, model_facts
 from maxconv.errors import UserError
+from maxconv.models.parameters import parameters
 from maxconv.models.resolve import resolve
-from maxconv.planning.plan import make_plan
 
 # Exported from MaxText 0.2.5: path, shape, logical axes, and PartitionSpec on each mesh.
 TREES = {p.name.removesuffix(".json.gz"): p for p in Path(__file__).parent.glob("data/trees/*.gz")}
@@ -74,7 +75,8 @@ def test_plan_is_the_tree_of_maxtext(name, model_name, save_dtype):
     rules = config.logical_axis_rules
     scan_axis = config.param_scan_axis if tree["scan_layers"] else None
     plan = make_plan(source, model, make_mesh(config), rules, scan_axis, save_dtype, 1 << 40)
-    ours = {leaf.leaf.path[1:]: leaf for leaf in plan.leaves}
+    ours = {tuple(leaf.name.split(".")[2:]): leaf for leaf in plan.leaves}
+    logical = {p.name: p.logical for p in parameters(model, source.root, scan_axis)}
     theirs = {tuple(leaf["path"]): leaf for leaf in tree["leaves"]}
     if model_name.endswith("-fp8") and not keeps:  # the scales dequantise the weights
         theirs = {path: leaf for path, leaf in theirs.items() if not path[-1].endswith("_scale")}
@@ -85,15 +87,15 @@ def test_plan_is_the_tree_of_maxtext(name, model_name, save_dtype):
             assert (leaf["dtype"] == FP8_NAME) == (str(ours[path].dtype) == FP8_NAME), path
         else:
             assert ours[path].dtype == dtype_of(model_name, "/".join(path)), path
-        assert is_named(ours[path].leaf.logical, leaf["logical"]), path
+        assert is_named(logical[ours[path].name], leaf["logical"]), path
         for mesh in tree["meshes"].keys() - leaf.get("indivisible", ()):
             sizes = tree["meshes"][mesh]
             sizes = sizes.get("axes", sizes)  # some files say how the tree was made, too
-            spec, _ = partition_spec(ours[path].leaf.logical, ours[path].shape, sizes, rules)
+            spec, _ = partition_spec(logical[ours[path].name], ours[path].shape, sizes, rules)
             entries = [list(e) if isinstance(e, tuple) else e for e in spec]
             assert trimmed(entries) == trimmed(leaf["spec"][mesh]), path
     assert [leaf.sharding.spec for leaf in plan.leaves] == [
-        partition_spec(leaf.leaf.logical, leaf.shape, dict(plan.mesh.shape), rules)[0]
+        partition_spec(logical[leaf.name], leaf.shape, dict(plan.mesh.shape), rules)[0]
         for leaf in plan.leaves
     ]
     needed = [x for name, x in model.tensors.items() if not model.is_dropped(name)]

@@ -14,6 +14,7 @@ import pytest
 import tensorstore as ts
 from etils import epath
 from jobs import tiny_job
+from plans import make_leaf
 
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
@@ -34,7 +35,7 @@ FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
 
 
 class Case:
-    """A orbax, with what it was made from."""
+    """A checkpoint, with what it was made from."""
 
     def __init__(self, directory: Path, job: Job, engine: Engine, format: str):
         ocdbt, zarr3, compression, scan = FORMATS[format]
@@ -43,7 +44,7 @@ class Case:
         self.out = directory / "out"
         orbax.save(
             str(self.pristine),
-            orbax.train_state((p.leaf.path, engine.make(p)) for p in self.plan.leaves),
+            orbax.train_state({p.name: make_leaf(engine, p) for p in self.plan.leaves}),
             scan,
             WINDOW << 8,
             orbax.Progress(),
@@ -206,14 +207,14 @@ def test_bytes_that_belong_to_nothing(case: Case) -> None:
 
 def test_leaves_of_another_model(case: Case) -> None:
     first, second, *rest = case.plan.leaves
-    other = replace(second, dtype=np.dtype(np.float32))
-    added = replace(first, leaf=replace(first.leaf, path=("params", "new")))
+    other = replace(second, leaf=replace(second.leaf, dtype=np.dtype(np.float32)))
+    added = replace(first, leaf=replace(first.leaf, name="params.params.new"))
     plan = replace(case.plan, leaves=(other, *rest, added))
     report = verify(case.out, plan, case.engine, "full", WINDOW)
     assert report.problems == [
         f"{second.name} is {second.shape} bfloat16, planned is {second.shape} float32.",
         "params.params.new is missing.",
-        f"{first.name} is in the orbax, but not in the plan.",
+        f"{first.name} is in the checkpoint, but not in the plan.",
     ]
     assert report.leaves == report.total == len(rest)
 

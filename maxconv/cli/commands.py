@@ -5,9 +5,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from maxconv import __version__
+from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
 
@@ -99,48 +101,63 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR and not record.exc_info
 
 
-def convert(words: Sequence[str]) -> None:
-    from maxconv.jobs import convert as conversion
-    from maxconv.processes.start import start
+def start(arguments: Sequence[str]) -> Config:
+    """The config of a command line, with JAX started as it says, and the user told."""
+    from maxconv.config import parse
+    from maxconv.processes.start import initialize
 
-    conversion.run(start(words))
+    config = parse(arguments)
+    notices = (*config.notices, *initialize(config))
+    import jax
+
+    if jax.process_index() == 0:
+        for notice in notices:
+            print(f"note: {notice}", file=sys.stderr)
+    return config
 
 
-def plan(words: Sequence[str]) -> None:
-    from pathlib import Path
+def convert(arguments: Sequence[str]) -> None:
+    from maxconv.jobs import convert
 
+    config = start(arguments)
+    from maxconv.cli.reports import TerminalReporter
+
+    convert.run(config, TerminalReporter())
+
+
+def plan(arguments: Sequence[str]) -> None:
     import jax
 
     from maxconv.cli.plan_page import plan_page
-    from maxconv.execution.tpu_compiler import compiled_text
+    from maxconv.cli.plan_text import compiled_text, network_text, plan_text
     from maxconv.jobs.prepare import prepared
-    from maxconv.planning.overread import network_text
     from maxconv.planning.tpus import slice_of
-    from maxconv.processes.start import start
-    from maxconv.report import plan_text, size
 
-    with prepared(start(words), writes=False) as job:
-        source = job.source
-        total = sum(info.nbytes for info in source.tensors.values())
-        readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
+    with prepared(start(arguments), writes=False) as job:
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        print(plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source))
+        print(plan_text(job, on) + network_text(job.plan, job.source))
         if job.config.compile:
             print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
-            Path(page).write_text(plan_page(job.plan, job.window, readable, on))
+            Path(page).write_text(plan_page(job, on))
 
 
-def verify(words: Sequence[str]) -> None:
-    from maxconv.jobs.convert import verify_saved
+def verify(arguments: Sequence[str]) -> None:
+    from maxconv.cli.reports import TerminalReporter
+    from maxconv.jobs import convert
+    from maxconv.jobs.prepare import prepared
+    from maxconv.jobs.verify import recorded_arguments, saved_items
 
-    if not words or "=" in words[0]:
+    if not arguments or "=" in arguments[0]:
         raise UserError("Which checkpoint? Say maxconv verify CHECKPOINT.")
-    verify_saved(words[0], words[1:])
+    saved = saved_items(arguments[0])
+    config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"])
+    with prepared(config, writes=False) as job:
+        convert.check(job, str(saved), "full", TerminalReporter())
 
 
 def inspect(words: Sequence[str]) -> None:
-    from maxconv.sources.orbax import describe
+    from maxconv.cli.inspect import describe
 
     if len(words) != 1:
         raise UserError("Say maxconv inspect PATH, of one HF or Orbax checkpoint.")

@@ -102,8 +102,6 @@ class Config:
     allow_split_physical_axes: bool
     parallelism: Mapping[str, int]
     """Every ici_*_parallelism and dcn_*_parallelism."""
-    parallelism_given: bool
-    """Whether the user typed one of them."""
     mesh_axes: tuple[str, ...]
     logical_axis_rules: LogicalAxisRules
 
@@ -192,7 +190,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         or values["enable_single_controller"],
         "overrides": overrides,
         "parallelism": parallelism,
-        "parallelism_given": not parallelism.keys().isdisjoint(typed),
         "mesh_axes": tuple(values["mesh_axes"]),
         "logical_axis_rules": _frozen_rules(rules),
         "notices": tuple(notices),

@@ -13,7 +13,7 @@ from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from maxconv.families.qwen3_5 import QWEN3_5_MOE
 from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
-from maxconv.families.table import Dims, Family, Leaf, Row, bind_rows, flat, row, stated_sizes
+from maxconv.families.table import Dims, Family, Parameter, Row, bind_rows, flat, row, stated_sizes
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -50,7 +50,7 @@ __all__ = [
     "FAMILIES",
     "Dims",
     "Family",
-    "Leaf",
+    "Parameter",
     "Row",
     "bind_rows",
     "flat",

@@ -5,6 +5,8 @@ Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by oursel
 leaf and the one that the engine makes again are compared where they live, on the mesh.
 """
 
+import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,10 +28,11 @@ from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import local_boxes
 from maxconv.planning.plan import LeafPlan, Plan, groups
 from maxconv.planning.slabs import Slab
-from maxconv.processes.start import gathered
+from maxconv.processes.agreement import gathered
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item, find_items, open_item, reason
-from maxconv.targets import orbax
+from maxconv.targets import orbax, place
+from maxconv.targets.publication import is_repository
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
@@ -162,7 +165,7 @@ def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
     known = {leaf.name for leaf in plan.leaves} | {"step"}
     for name in [*item.arrays, *item.others]:
         if name not in known and name.partition(".")[0] != "opt_state":
-            problems[name] = f"{name} is in the orbax, but not in the plan."
+            problems[name] = f"{name} is in the checkpoint, but not in the plan."
     return problems | _step_problem(item.directory)
 
 
@@ -272,3 +275,29 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
         if bad := [*unexplained(file, sorted(values.get(name, ())))]:
             found[name] = f"{name} is damaged: {', '.join(bad)}."
     return found
+
+
+def saved_items(path: str) -> epath.Path:
+    """The tree of the MaxText checkpoint at `<out>`, `<out>/0` or `<out>/0/items`.
+
+    Raises:
+        UserError: there is none, or it is on the Hub.
+    """
+    if is_repository(path):
+        raise UserError(
+            f"{path} can be verified where it is downloaded: give the directory of "
+            "`hf download org/name --local-dir DIR`."
+        )
+    root = epath.Path(path if "://" in path else os.path.abspath(path))  # Orbax wants no less
+    items = find_items(root / place.STEP) or find_items(root)
+    if len(items) != 1:
+        raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+    return items[0]
+
+
+def recorded_arguments(items: epath.Path) -> list[str]:
+    """The arguments that a checkpoint was made with, if they lie beside it."""
+    try:
+        return json.loads((items.parent.parent / place.WORDS).read_text())["words"]
+    except (OSError, ValueError, KeyError):
+        return []

@@ -9,11 +9,10 @@ this uses private parts of that release, which is why it is pinned.
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event
 from types import MappingProxyType
 from typing import Any
 
@@ -30,30 +29,14 @@ from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf
 
 from maxconv.algebra import Box, Shape, slices
 from maxconv.execution.timeline import span
-from maxconv.jobs import resume
 from maxconv.processes import liveness
+from maxconv.targets import journal
+from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
 _ROWS = 4  # in which concurrent writes are drawn, in a timeline
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
-
-
-@dataclass
-class Progress:
-    """How far a save is, in this process. `written` and `total` are bytes of finished leaves."""
-
-    total: int = 0
-    written: int = 0
-    leaves: int = 0
-    held: int = 0
-    peak_held: int = 0
-    begun: Event = field(default_factory=Event)
-    """Set when Orbax has begun, on the main thread and with collectives: ours may follow."""
-
-    def hold(self, nbytes: int) -> None:
-        self.held += nbytes
-        self.peak_held = max(self.peak_held, self.held)
 
 
 class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
@@ -62,6 +45,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     window: int
     progress: Progress
     kept: Mapping[str, Any]
+    ready: Callable[[], None]
 
     async def serialize(
         self,
@@ -102,7 +86,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         await infos[0].await_path_creation()
         await asyncio.to_thread(self.progress.begun.wait)
         use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
+        finished = journal.Journal(infos[0].parent_dir, use_ocdbt)
 
         left = [len(value.parts) for value in values]
         rows = itertools.cycle(range(_ROWS))
@@ -119,7 +103,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
             self.progress.written += cost
             left[i] -= 1
             if not left[i]:
-                journal.add(metadata[i])
+                finished.add(metadata[i])
                 self.progress.leaves += 1
 
         # One thread: leaves are made in one order on all processes, as collectives must be.
@@ -133,7 +117,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                         array = await asyncio.get_running_loop().run_in_executor(maker, make)
                         writes.create_task(write(i, array, part.local_nbytes))
                         del array
-        journal.write()
+        finished.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
                 checkpoint_dir=infos[0].parent_dir,
@@ -156,6 +140,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlices:
         """What this process writes of a part, where it belongs in the whole."""
+        self.ready()
         array = part.load()
         held = replica_slices.get_replica_slices(
             array,
@@ -226,6 +211,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     window = 512 << 20
     progress = Progress()
     kept: Mapping[str, Any] = {}
+    ready: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, *, context: ocp.Context | None = None):
         super().__init__(context=context)
@@ -244,6 +230,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
         self._handler_impl.window = self.window
         self._handler_impl.progress = self.progress
         self._handler_impl.kept = self.kept
+        self._handler_impl.ready = self.ready
 
 
 class _AbstractLazyTensor:
@@ -252,9 +239,8 @@ class _AbstractLazyTensor:
     _maxconv_lazy_tensor: bool
 
 
-def _tree_handler(window: int, progress: Progress, kept: Mapping[str, Any]) -> type:
+def _tree_handler(**own: Any) -> type:
     """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
-    own = {"window": window, "progress": progress, "kept": kept}
     leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
 
     class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
@@ -304,13 +290,15 @@ class TrainState:
     opt_state: dict[str, Any]
 
 
-def train_state(leaves: Iterable[tuple[Sequence[str], Any]]) -> TrainState:
-    """The state before the first step: parameters nested by their paths, no optimizer state."""
+def train_state(leaves: Mapping[str, Any]) -> TrainState:
+    """The state before the first step: parameters by name, such as `params.params.decoder...`,
+    nested; no optimizer state."""
     params: dict[str, Any] = {}
-    for path, leaf in leaves:
+    for name, leaf in leaves.items():
+        _, *path = name.split(".")
         node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return TrainState(0, params, {})
 
@@ -324,17 +312,20 @@ def save(
     ctx: ocp.Context | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
     metadata: Mapping[str, Any] = MappingProxyType({}),
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
 
-    `window` in bytes per process. `kept`: what `resume.finished` says of leaves that are not to be
-    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. Returns
-    when everything is durable; until then nothing there reads as a checkpoint.
+    `window` in bytes per process. `kept`: what `journal.finished` says of leaves that are not to be
+    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. `ready` is
+    called before each part is made. Returns when everything is durable; until then nothing there
+    reads as a checkpoint.
     """
     ctx = ctx or context()
     ctx.memory.write_concurrent_bytes = window
     handlers = ocp.handlers.local_registry()
-    handlers.add(_tree_handler(window, progress, kept), checkpointable_name="items")
+    handler = _tree_handler(window=window, progress=progress, kept=kept, ready=staticmethod(ready))
+    handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
         try:
@@ -349,4 +340,4 @@ def save(
         assert saving is not None
         saving.result()
     if jax.process_index() == 0:
-        resume.clear(directory)
+        journal.clear(directory)

@@ -15,15 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import published  # noqa: E402
+from plans import make_plan  # noqa: E402
 
 from maxconv.config import parse  # noqa: E402
 from maxconv.config.mesh import make_mesh  # noqa: E402
 from maxconv.config.tables import model_facts  # noqa: E402
 from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST, WINDOW_PART  # noqa: E402
 from maxconv.models.resolve import resolve  # noqa: E402
-from maxconv.planning.plan import Plan, make_plan  # noqa: E402
+from maxconv.planning.estimates import device_estimate, host_estimate  # noqa: E402
+from maxconv.planning.plan import Plan  # noqa: E402
 from maxconv.planning.tpus import Slice, slice_of  # noqa: E402
-from maxconv.report import device_estimate, duration, host_estimate, size  # noqa: E402
+from maxconv.text import duration, size  # noqa: E402
 
 README = Path(__file__).parents[2] / "README.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from jobs import job_words
+from plans import make_leaf
 from safetensors.numpy import load_file
 
 from maxconv.algebra import Tensor, evaluate
@@ -61,7 +62,7 @@ def leaves(directory: Path, case: str, *words: str, only: str = "") -> tuple[dic
     words = tuple(job_words(directory, directory, tiny.maxtext_words(case, True), "fsdp8", words))
     with prepared(parse(words)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
         made = {
-            leaf.name: np.asarray(engine.make(leaf))
+            leaf.name: np.asarray(make_leaf(engine, leaf))
             for leaf in job.plan.leaves
             if only in leaf.name
         }
