@@ -26,5 +26,6 @@ def test_every_model_is_listed_with_the_family_that_makes_it():
 
 
 def test_the_example_of_a_family_is_the_real_one():
-    (example,) = re.findall(r"This is all of Mixtral:\n\n```python\n(.*?)```", README, re.DOTALL)
+    guide = (ROOT / "maxconv/guide/models.md").read_text()
+    (example,) = re.findall(r"This is all of Mixtral:\n\n```python\n(.*?)```", guide, re.DOTALL)
     assert example in (ROOT / "maxconv/families/mixtral.py").read_text()

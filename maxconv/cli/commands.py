@@ -9,60 +9,41 @@ from pathlib import Path
 from typing import NoReturn
 
 from maxconv import __version__
+from maxconv.cli.help import command_help, topic, usage
 from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
 
-USAGE = """\
-maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout they train in.
-
-  maxconv convert [base.yml] key=value ... [--flag=value ...]
-      Convert. The words are those of MaxText's to_maxtext, and so is the result.
-        model_name=llama3.1-8b          MaxText's name; without it config.json decides
-        --hf_model_path=PLACE           a directory, gs://bucket/path, or org/name on the Hugging
-                                        Face Hub; without it, where model_name is published
-        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); also to
-                                        gs://bucket/path and hf://org/name (private, or --public)
-        scan_layers=true                layers stacked (default), or one by one
-        ici_fsdp_parallelism=4 ici_tensor_parallelism=2 ...      the training mesh
-        hardware=cpu                    on simulated devices; --simulated_cpu_devices_count=16
-        --save_dtype=bfloat16           or float32
-        --verify=sample                 none, sample or full: read back and compare bits
-        --overwrite                     replace DIR/0
-        --resume                        go on with a conversion that was cut off
-  maxconv plan [the same words]
-      What a conversion would do, without reading a tensor.
-        --tpu_type=v5p-64 --num_slices=2     on slices that are not here
-        --report=plan.html                   a page of pictures, too
-        --compile                            and what the TPU compiler makes of every cell
-  maxconv verify CHECKPOINT [the words of the conversion]
-      Read a converted checkpoint back, recompute it from its source, compare every bit.
-  maxconv inspect PATH
-      What an HF or Orbax checkpoint holds: tensors, shapes, dtypes, shardings.
-  maxconv families [--markdown]
-      The models that can be converted.
-  maxconv demo [DIR]
-      Make a small checkpoint, convert it on 8 simulated devices, verify it.
-
-Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 42 worth trying
-again, 130 interrupted, 1 anything else.
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] == "help" or {"-h", "--help"}.intersection(words):
-        print(USAGE, end="")
-        return 0 if words else 2
-    if words[0] == "--version":
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, *rest = words
+    name, *rest = arguments
+    if name in COMMANDS and {"-h", "--help"}.intersection(rest):
+        print(command_help(name), end="")
+        return 0
     if name not in COMMANDS:
-        print(f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"maxconv: no command {name!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(lambda: COMMANDS[name](rest))
+    return run(lambda: COMMANDS[name](_with_flagfiles(rest)))
+
+
+def _with_flagfiles(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with those of each --flagfile=FILE in its place, as absl has it."""
+    if not any(argument.startswith("--flagfile") for argument in arguments):
+        return list(arguments)
+    from absl import flags
+
+    try:
+        return flags.FlagValues().read_flags_from_files(arguments, force_gnu=True)
+    except (flags.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--flagfile cannot be read: {error}.") from None
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
@@ -149,33 +130,39 @@ def verify(arguments: Sequence[str]) -> None:
     from maxconv.jobs.verify import recorded_arguments, saved_items
 
     if not arguments or "=" in arguments[0]:
-        raise UserError("Which checkpoint? Say maxconv verify CHECKPOINT.")
+        raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
     saved = saved_items(arguments[0])
     config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"])
     with prepared(config, writes=False) as job:
         convert.check(job, str(saved), "full", TerminalReporter())
 
 
-def inspect(words: Sequence[str]) -> None:
+def inspect(arguments: Sequence[str]) -> None:
     from maxconv.cli.inspect import describe
 
-    if len(words) != 1:
-        raise UserError("Say maxconv inspect PATH, of one HF or Orbax checkpoint.")
-    print(describe(words[0]))
+    if len(arguments) != 1:
+        raise UserError("Give one checkpoint: maxconv inspect PATH.")
+    print(describe(arguments[0]))
 
 
-def families(words: Sequence[str]) -> None:
+def families(arguments: Sequence[str]) -> None:
     from maxconv.cli.family_tables import families_markdown, families_text
 
-    if words not in ([], ["--markdown"]):
-        raise UserError("Say maxconv families, or maxconv families --markdown.")
-    print(families_markdown() if words else families_text())
+    if arguments not in ([], ["--markdown"]):
+        raise UserError("maxconv families takes no argument but --markdown.")
+    print(families_markdown() if arguments else families_text())
 
 
-def demo(words: Sequence[str]) -> None:
+def demo(arguments: Sequence[str]) -> None:
     from maxconv.cli.demo import run
 
-    run(words[0] if words else "maxconv_demo")
+    run(arguments[0] if arguments else "maxconv_demo")
+
+
+def show_help(arguments: Sequence[str]) -> None:
+    if len(arguments) > 1:
+        raise UserError("Give one topic: maxconv help TOPIC.")
+    print(topic(arguments[0]) if arguments else usage(), end="")
 
 
 COMMANDS = {
@@ -185,4 +172,5 @@ COMMANDS = {
     "inspect": inspect,
     "families": families,
     "demo": demo,
+    "help": show_help,
 }

@@ -14,7 +14,11 @@ from maxconv.sources import Source
 from maxconv.sources.remote import GAP, SPAN
 from maxconv.text import duration, percent, size, table
 
-_MANY = 20  # processes that are worth reading one by one
+_MANY = 20  # processes that are listed one by one
+_COMPILED = (
+    *("program (first leaf)", "output shape", "arguments and output", "temporaries"),
+    "collectives",
+)
 
 
 def plan_text(job: Job, on: Slice | None = None) -> str:
@@ -118,15 +122,14 @@ def network_text(plan: Plan, source: Source) -> str:
     planned, more = plan.read_nbytes(process), between(plan, source, process)
     so_far = source.traffic
     return (
-        f"\nnetwork  process {process} asks for {size(planned)} in ranges of {size(SPAN)} at most; "
-        f"at most {size(more)} ({percent(more, planned)}) come along, from between parts that lie "
-        f"less than {size(GAP)} apart; headers took {so_far.requests} requests, "
-        f"{size(so_far.nbytes)}"
+        f"\nnetwork  process {process} requests {size(planned)} in ranges of up to {size(SPAN)}, "
+        f"and at most {size(more)} ({percent(more, planned)}) in gaps of up to {size(GAP)} that "
+        f"are read through; headers took {so_far.requests} requests, {size(so_far.nbytes)}"
     )
 
 
 def compiled_text(plan: Plan) -> str:
-    """The table of all cells, for people."""
+    """What the TPU compiler makes of every program of a plan."""
     started = time.monotonic()
     found = compile_all(plan)
     first = {step.recipe: leaf for leaf in reversed(plan.leaves) for step in leaf.steps}
@@ -134,19 +137,19 @@ def compiled_text(plan: Plan) -> str:
         (
             path_text(first[recipe]),
             "x".join(str(hi - lo) for lo, hi in recipe.box),
-            size(cell.held),
-            size(cell.beside),
+            size(cell.arguments),
+            size(cell.temporaries),
             ", ".join(cell.collectives) or "none",
         )
         for recipe, cell in found.items()
     ]
-    most = max(cell.held + cell.beside for cell in found.values())
+    most = max(cell.arguments + cell.temporaries for cell in found.values())
     took = time.monotonic() - started
     return "\n".join(
         [
-            table(rows, ("cell, first of", "makes", "arguments, output", "beside", "collectives")),
+            table(rows, _COMPILED),
             "",
-            f"compiled {len(rows)} cells for {plan.mesh.size} chips in {took:.0f} s; the largest "
-            f"takes {size(most)} on a chip",
+            f"compiled {len(rows)} programs for {plan.mesh.size} chips in {took:.0f} s; the "
+            f"largest needs {size(most)} on a chip",
         ]
     )

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a plan's cells: `maxconv plan --tpu_type=... --compile`.
+"""What the TPU compiler makes of a plan's programs: `maxconv plan --tpu_type=... --compile`.
 
 libtpu has the real compiler and runs it without a TPU. Nothing is executed.
 """
@@ -25,10 +25,10 @@ _COLLECTIVE = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cell on a chip: bytes of its arguments and output, those beside them, what it exchanges."""
+    """A program on a chip: bytes of arguments and output, of temporaries, and collectives."""
 
-    held: int
-    beside: int
+    arguments: int
+    temporaries: int
     collectives: tuple[str, ...]
 
 

@@ -1,11 +1,11 @@
 """What conversions of large models take on slices, from their plans: no TPU, no weights.
 
-    python tests/benchmarks/scale.py [--readme]
+    python tests/benchmarks/scale.py [--write]
 
 prints a table. Bytes are those that the busiest host reads, and writes; ranges are the pieces of
 files in which it reads them; a chip's memory is the most that it holds at once. The seconds are
 those of the host's network at the bandwidth stated in `maxconv/tpus.py`, reading and writing at
-once. `--readme` puts the table into the README.
+once. `--write` puts the table into the guide.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from maxconv.planning.plan import Plan  # noqa: E402
 from maxconv.planning.tpus import Slice, slice_of  # noqa: E402
 from maxconv.text import duration, size  # noqa: E402
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "maxconv/guide/slice.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")
 SLICES = ("v5litepod-16", "v5p-64", "v5p-512")
 HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
@@ -35,7 +35,7 @@ HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     lines = [HEAD, "|---|---|---|---|---|---|---|---|"]
     for model_name in MODELS:
@@ -45,11 +45,11 @@ def main() -> None:
             lines.append(row(model_name, on, plan_of(model_name, on, window), window))
     table = "\n".join(lines)
     print(table)
-    if args.readme:
-        text = README.read_text()
+    if args.write:
+        text = PAGE.read_text()
         old = re.search(re.escape(HEAD) + r"(\n\|.*)+", text)
-        assert old is not None, "the README has no such table"
-        README.write_text(text.replace(old[0], table))
+        assert old is not None, f"{PAGE} has no such table"
+        PAGE.write_text(text.replace(old[0], table))
 
 
 def plan_of(model_name: str, on: Slice, window: int) -> Plan:
