@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from maxconv.errors import ConversionError, RetryableError, UserError
+from maxconv.private.huggingface_hub import is_uploaded, nbytes
 from maxconv.processes import liveness
 from maxconv.sources.hub import HubSource, find_token, told
 from maxconv.sources.ocdbt import unexplained, value_spans
@@ -176,7 +177,7 @@ class Publication:
             if (path := _path(self.scratch, file)) not in self._operations:
                 self._operations[path] = CommitOperationAdd(path, str(file))
         additions = list(self._operations.values())
-        sizes = {a.path_in_repo: a.upload_info.size for a in additions}
+        sizes = {a.path_in_repo: nbytes(a) for a in additions}
         old = _step_files(self._persistently(lambda: self._api.model_info(self.name)))
         deletions = [CommitOperationDelete(file) for file in sorted(old - sizes.keys())]
         message = f"MaxText checkpoint, {len(sizes)} files, by maxconv"
@@ -253,7 +254,7 @@ class Publication:
         upload = partial(self._api.preupload_lfs_files, self.name, additions)
         self._persistently(upload, files[0].exists)
         for addition in additions:
-            if addition.path_or_fileobj != b"":
+            if not is_uploaded(addition):
                 raise ConversionError(
                     f"{self.place} does not take {addition.path_in_repo} as a large file; see "
                     "its .gitattributes."
