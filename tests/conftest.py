@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for every test of this process, and programs that are compiled once."""
+"""Eight simulated CPU devices for the tests of this process, and each program compiled once."""
 
 import os
 import tempfile
@@ -12,8 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # starts the backend: nothing in a test changes it any more
 
-# Many tests convert the same tiny models. What this process compiles is kept for as long as it runs.
-# The processes that tests start read it, too, but write nothing: they may be killed meanwhile.
+# Many tests convert the same tiny models: a program is compiled once in a run (of each worker).
+# Processes that tests start use what is there, and add nothing, since some are killed on purpose.
 COMPILED = tempfile.TemporaryDirectory(prefix="maxconv-tests-compiled-")
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -108,7 +108,8 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "seconds", [pytest.param(0, marks=pytest.mark.slow), 0.3, pytest.param(0.8, marks=pytest.mark.slow)]
+    "seconds",
+    [pytest.param(0, marks=pytest.mark.slow), 0.3, pytest.param(0.8, marks=pytest.mark.slow)],
 )
 def test_killed(place: Place, seconds: float) -> None:
     with started(place.words, SLOW=SLOW) as process:

@@ -58,8 +58,8 @@ FP8_NAME = "float8_e4m3fn"
 FP8 = ["qwen3.5-397b-a17b-fp8.scan", "qwen3.5-35b-a3b-fp8.unscan"]
 
 
-def parameters():
-    """Every tree. Of models that differ in sizes alone the smallest comes first; others are slow."""
+def trees():
+    """Every tree. Of models that differ in sizes alone, all but the smallest are slow."""
     seen = set()
     for name, of in sorted(OURS, key=lambda run: (tensors_of(run[1]), run)):
         facts, layers = model_facts(of) or {}, name.removeprefix(model_of(name))
@@ -77,7 +77,7 @@ def tensors_of(model_name):
     return facts["base_num_decoder_layers"] * (1 + facts.get("num_experts", 1))
 
 
-@pytest.mark.parametrize(("name", "model_name", "save_dtype"), [*parameters()])
+@pytest.mark.parametrize(("name", "model_name", "save_dtype"), [*trees()])
 def test_plan_is_the_tree_of_maxtext(name, model_name, save_dtype):
     tree = read(name)
     source = published(model_name)
