@@ -11,7 +11,17 @@ from maxconv.config import parse
 from maxconv.jobs.prepare import prepared
 
 
-@pytest.mark.parametrize("name", RECORDED)
+def parameters():
+    """Every run; of those that differ in dtypes alone, one is enough before CI's slow tests."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, run in RECORDED.items():
+        alike.setdefault((run["case"], run.get("adapter", ""), *run["words"]), []).append(name)
+    for names in alike.values():
+        usual = names[0 if " scan" in names[0] else -1]  # bfloat16, and float32
+        yield from (pytest.param(n, marks=[] if n == usual else pytest.mark.slow) for n in names)
+
+
+@pytest.mark.parametrize("name", [*parameters()])
 def test_leaves_are_those_of_maxtext(name, tmp_path):
     _, different = compare(name, tmp_path)
     assert not different

@@ -52,7 +52,7 @@ def run(tmp_path: Path, script: str, *words: str, **environ: str):
 
 
 def test_shellcheck() -> None:
-    scripts = [*SCRIPTS, *ROOT.glob("tests/*/*.sh")]
+    scripts = [*SCRIPTS, *ROOT.glob("tests/*/*.sh"), *ROOT.glob(".ci/*")]
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the test extra
     checked = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout

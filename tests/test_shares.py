@@ -24,7 +24,7 @@ MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3
 BF16 = np.dtype(jax.numpy.bfloat16)
 
 
-@pytest.fixture(params=[2, 4, 8])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow), 8])
 def hosts(request, monkeypatch):
     """So many hosts, with the eight devices of this process in even parts."""
 
@@ -137,9 +137,9 @@ for name, mesh in json.loads(meshes).items():
     ("n", "case", "scan", "meshes"),
     [
         (2, "llama3.1-8b", True, MESHES),
-        (4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}),
+        pytest.param(4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}, marks=pytest.mark.slow),
         (2, "qwen3-30b-a3b", False, {"mixed": EXPERTS["mixed"]}),
-        (4, "qwen3-30b-a3b", True, EXPERTS),
+        pytest.param(4, "qwen3-30b-a3b", True, EXPERTS, marks=pytest.mark.slow),
     ],
 )
 def test_processes_read_once_what_is_planned(n, case, scan, meshes, tmp_path):

@@ -30,7 +30,7 @@ from maxconv.planning.slabs import Slab, slabs
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 4000])
+@pytest.mark.parametrize("limit", [100, pytest.param(1000, marks=pytest.mark.slow), 4000])
 @pytest.mark.parametrize("name", LEAVES)
 def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     template, spec = LEAVES[name]
@@ -130,7 +130,9 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert shapeless[0] == shapeless[1] and metadata[0] != metadata[1]
 
 
-@pytest.mark.parametrize("case", ["gpt-oss-20b", "gpt-oss-20b+mxfp4"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("gpt-oss-20b", marks=pytest.mark.slow), "gpt-oss-20b+mxfp4"]
+)
 def test_alternate_columns_are_read_once(case, tmp_path, monkeypatch):
     model = tiny.write(case, tmp_path / "hf")
     words = job_words(tmp_path, model, tiny.maxtext_words(case, True), "fsdp4_tp2")

@@ -91,6 +91,7 @@ def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
         assert plan.read_nbytes(process) == one_by_one
 
 
+@pytest.mark.slow
 def test_many_hosts_read_whole_tensors() -> None:
     """Where each needs a little of every expert, some read all of this one and others of that."""
     name = "deepseek3-671b"
@@ -174,6 +175,7 @@ def test_more_slices_than_there_are() -> None:
         slice_of("v5p-64").chips(100_000)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_compiler_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_headers(published("qwen3-0.6b"), tmp_path)
