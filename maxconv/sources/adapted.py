@@ -1,6 +1,7 @@
 """A checkpoint and a LoRA adapter beside it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from maxconv.algebra.boxes import Box
 from maxconv.sources.base import Source, Traffic
@@ -37,6 +38,9 @@ class AdaptedSource(Source):
         self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
     ) -> None:
         self._owner(info)._fetch(info, offsets, nbytes, buffer)
+
+    def path(self, info: TensorInfo) -> Path | None:
+        return self._owner(info).path(info)
 
     def versions(self) -> dict[str, str]:
         adapter = {f"{name} of the adapter": v for name, v in self._adapter.versions().items()}

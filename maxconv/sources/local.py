@@ -69,6 +69,9 @@ class LocalSource(FileSource):
             error.add_note(f"while tensor {info.name!r} was read from {info.file} in {self.root}")
             raise
 
+    def path(self, info: TensorInfo) -> Path:
+        return self._directory / info.file
+
     def versions(self) -> dict[str, str]:
         """Size and time of every file that has tensors."""
         files = sorted({info.file for info in self.tensors.values()})
