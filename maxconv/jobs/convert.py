@@ -145,7 +145,17 @@ def check(
         Engine(checked, job.source, job.window, programs) as engine,
         reporter.progress("verified", lambda: (report.nbytes, total)),
     ):
-        report = verify(directory, job.plan, engine, mode, job.window, say, job.target.saved)
+        report = verify(
+            directory,
+            job.plan,
+            engine,
+            job.source,
+            mode,
+            job.window,
+            say,
+            job.target.saved,
+            job.custom,
+        )
     if not report.ok:
         raise VerificationError(directory, report.problems)
     reporter.verified(job, report.leaves, time.monotonic() - started)

@@ -61,6 +61,11 @@ class Job:
         return place.items(self.config.base_output_directory)
 
     @property
+    def custom(self) -> dict[str, Any]:
+        """The metadata of its own that MaxText finds in the checkpoint."""
+        return {"scan_layers": self.config.scan_layers, **self.model.metadata}
+
+    @property
     def record(self) -> dict[str, Any]:
         """How the checkpoint is made, for whoever finds it."""
         return {

@@ -1,6 +1,9 @@
 """A checkpoint and a LoRA adapter beside it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from maxconv.algebra.boxes import Box
 from maxconv.sources.base import Part, Source, TensorInfo, Traffic
@@ -35,6 +38,12 @@ class AdaptedSource(Source):
 
     def _owner(self, info: TensorInfo) -> Source:
         return self._adapter if info.name in self._adapter.tensors else self._base
+
+    def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        return self._owner(info).plain(info, box)
+
+    def path(self, info: TensorInfo) -> Path | None:
+        return self._owner(info).path(info)
 
     def versions(self) -> dict[str, str]:
         return {**self._base.versions(), **_named(self._adapter.versions())}

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Self
 
@@ -122,6 +123,19 @@ class Source(ABC):
         array = aligned_empty(info.shape, info.dtype)
         self.read(info, [(full(info.shape), array)])
         return array
+
+    def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        """A box of a tensor, read as simply as can be, to check what `read` does.
+
+        It is not counted in `stats`, where the source knows another way than `read`.
+        """
+        array = np.empty(dims(box), info.dtype)
+        self.read(info, [(box, array)])
+        return array
+
+    def path(self, info: TensorInfo) -> Path | None:
+        """Where the safetensors file of a tensor lies on this machine, if it does."""
+        return None
 
     @property
     def traffic(self) -> Traffic:

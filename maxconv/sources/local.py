@@ -12,6 +12,7 @@ from random import Random
 from threading import Lock
 
 from maxconv.errors import UserError
+from maxconv.sources.base import TensorInfo
 from maxconv.sources.files import FileSource
 from maxconv.sources.safetensors import PREFIX, StoredTensor, check_size, header_length, some
 
@@ -81,6 +82,9 @@ class LocalSource(FileSource):
                 f"while tensor {stored.name!r} was read from {stored.file} in {self.root}"
             )
             raise
+
+    def path(self, info: TensorInfo) -> Path:
+        return self._directory / self.stored[info.name].file
 
     def versions(self) -> dict[str, str]:
         """Size and time of every file that has tensors."""

@@ -16,6 +16,8 @@ from maxconv.algebra import Box
 from maxconv.errors import UserError
 
 METADATA = "_METADATA"
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+SHARDING = "_sharding"
 CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is found through them
 
 
@@ -23,7 +25,8 @@ CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is 
 class Stored:
     """A tensor: `dtype` by numpy's name, `chunk` the shape that one object of storage holds.
 
-    `spec` is the PartitionSpec it was saved with, in words; empty if none is recorded.
+    `inner` is the shape that is encoded by itself, of which a chunk has one or several. `spec` is
+    the PartitionSpec it was saved with, in words; empty if none is recorded.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Stored:
     nbytes: int
     chunk: tuple[int, ...] | None = None
     spec: str = ""
+    inner: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Item:
     Attributes:
         directory: its own, `<checkpoint>/<step>/items` in those of MaxText.
         arrays: by name, in the order of the tree.
-        others: what the tree holds besides (empty dictionaries, strings): name to type.
+        types: of all that the tree holds, by name, as Orbax calls them.
         meshes: the meshes it was saved from, in words.
         custom: the user's metadata.
         ocdbt, zarr3: how the arrays are stored.
@@ -50,12 +54,17 @@ class Item:
 
     directory: epath.Path
     arrays: Mapping[str, Stored]
-    others: Mapping[str, str]
+    types: Mapping[str, str]
     meshes: Sequence[str]
     custom: Mapping[str, Any]
     ocdbt: bool
     zarr3: bool
     store: ts.KvStore
+
+    @property
+    def others(self) -> dict[str, str]:
+        """What the tree holds beside arrays (empty dictionaries, strings): name to type."""
+        return {name: type for name, type in self.types.items() if name not in self.arrays}
 
     def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
         """An array, to read these boxes from."""
@@ -103,7 +112,7 @@ def open_item(directory: epath.Path) -> Item:
 
 
 def _open_item(directory: epath.Path) -> Item:
-    metadata = _load(directory / METADATA)
+    metadata = load_json(directory / METADATA)
     ocdbt = metadata.get("use_ocdbt", (directory / "manifest.ocdbt").exists())
     zarr3 = metadata.get("use_zarr3", False)
     leaves = {
@@ -115,15 +124,16 @@ def _open_item(directory: epath.Path) -> Item:
     store = open_store(directory, ocdbt)
     for name, zarr in _zarr_metadata(store, list(leaves), zarr3).items():
         arrays[name] = _stored(name, zarr, specs.get(name, ""))
-    others = {n: value["value_type"] for n, value in leaves.items() if n not in arrays}
+    types = {name: value["value_type"] for name, value in leaves.items()}
     custom = metadata.get("custom_metadata") or {}
     for parent in (directory, directory.parent):
-        if (parent / "_CHECKPOINT_METADATA").exists():
-            custom |= _load(parent / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
-    return Item(directory, arrays, others, meshes, custom, ocdbt, zarr3, store)
+        if (parent / CHECKPOINT_METADATA).exists():
+            custom |= load_json(parent / CHECKPOINT_METADATA).get("custom_metadata") or {}
+    return Item(directory, arrays, types, meshes, custom, ocdbt, zarr3, store)
 
 
-def _load(file: epath.Path) -> dict[str, Any]:
+def load_json(file: epath.Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError when that is something else."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
@@ -152,22 +162,25 @@ def _stored(name: str, zarr: Mapping[str, Any], spec: str) -> Stored:
     shape = tuple(zarr["shape"])
     if zarr["zarr_format"] == 3:
         code, chunk = zarr["data_type"], zarr["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs = {codec["name"]: codec.get("configuration", {}) for codec in zarr["codecs"]}
+        inner = codecs.get("sharding_indexed", {}).get("chunk_shape", chunk)
     else:
         code, chunk = zarr["dtype"], zarr["chunks"]
+        inner = chunk
     # zarr2 writes `<f4`, and the plain name of what numpy has no code for
     dtype = ts.dtype(np.dtype(code) if code[0] in "<|>" else code)
     nbytes = math.prod(shape) * dtype.numpy_dtype.itemsize
-    return Stored(name, shape, dtype.name, nbytes, tuple(chunk), spec)
+    return Stored(name, shape, dtype.name, nbytes, tuple(chunk), spec, tuple(inner))
 
 
 def _shardings(directory: epath.Path) -> tuple[dict[str, str], list[str]]:
     """The PartitionSpec of each leaf and the meshes they are of."""
-    if not (directory / "_sharding").exists():
+    if not (directory / SHARDING).exists():
         return {}, []
     # One text serves many leaves, and is long: it lists every device.
     words: dict[str, tuple[str, str]] = {}
     specs = {}
-    for key, text in _load(directory / "_sharding").items():
+    for key, text in load_json(directory / SHARDING).items():
         if text not in words:
             words[text] = _sharding_words(json.loads(text))
         specs[base64.b64decode(key).decode()] = words[text][0]
