@@ -28,6 +28,9 @@ class AdaptedSource(Source):
         for source in (self._base, self._adapter):
             source.allow(nbytes)
 
+    def held(self, ahead: int) -> int:
+        return self._base.held(ahead) + self._adapter.held(ahead)
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         return self._owner(info).between(info, boxes)
 

@@ -153,6 +153,11 @@ class Source(ABC):
         """Bounds the bytes that all requests under way are about to bring together."""
         return
 
+    def held(self, ahead: int) -> int:
+        """Bytes that reading holds at most beside the arrays it fills, of which `ahead` bytes are
+        being filled at once: each reader copies out of blocks."""
+        return min(self.readers * self.block, ahead)
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         """Bytes that come along at most when boxes of a tensor are read in one call."""
         return 0
