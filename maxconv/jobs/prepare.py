@@ -21,7 +21,7 @@ from maxconv.models.adapters import adapter_model
 from maxconv.models.resolve import Model, resolve
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
-from maxconv.processes.agreement import gathered, same_error_everywhere
+from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
 from maxconv.targets import orbax, place, publication
@@ -88,8 +88,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         source.allow(window // 2)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
-        # That of process 0: a copy of the source on another host has other times.
-        same = gathered(resume.identity(config, source, plan))[0]
+        mine = resume.identity(config, source, plan)
+        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
+        same = gathered(mine)[0]  # a copy of the source on another host has other times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form)
         job = Job(config, source, model, plan, notices, window, same, target)
