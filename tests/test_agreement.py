@@ -17,8 +17,10 @@ import maxconv
 from maxconv import cli
 if os.environ.get("OTHER_RELEASE") == sys.argv[-1]:
     maxconv.__version__ = "0.0.1"
-own = os.environ.get("OF_PROCESS_1", "").split() if sys.argv[-1] == "--process_id=1" else []
-command = os.environ.get("COMMAND_OF_PROCESS_1", "convert") if sys.argv[-1][-1] == "1" else "convert"
+command, own = "convert", []
+if sys.argv[-1] == "--process_id=1":
+    own = os.environ.get("OF_PROCESS_1", "").split()
+    command = os.environ.get("COMMAND_OF_PROCESS_1", command)
 sys.exit(cli.main([command, *sys.argv[1:-3], *own, *sys.argv[-3:]]))
 """
 

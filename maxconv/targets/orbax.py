@@ -338,6 +338,7 @@ def save(
         finally:
             progress.begun.set()
         assert saving is not None
-        saving.result()
+        with liveness.all_or_none():  # before the checkpointer closes, which waits for the others
+            saving.result()
     if jax.process_index() == 0:
         journal.clear(directory)
