@@ -303,6 +303,17 @@ def train_state(leaves: Mapping[str, Any]) -> TrainState:
     return TrainState(0, params, {})
 
 
+def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
+    """Makes an error of a commit end all processes, in the thread where it happens.
+
+    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
+    for this one to commit.
+    """
+    manager: Any = checkpointer._manager
+    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
+        setattr(manager, step, liveness.all_or_none()(getattr(manager, step)))
+
+
 def save(
     directory: str,
     state: TrainState,
@@ -328,6 +339,7 @@ def save(
     handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
+        _end_together(checkpointer)
         try:
             saving = checkpointer.save_checkpointables_async(
                 0,
@@ -338,7 +350,6 @@ def save(
         finally:
             progress.begun.set()
         assert saving is not None
-        with liveness.all_or_none():  # before the checkpointer closes, which waits for the others
-            saving.result()
+        saving.result()
     if jax.process_index() == 0:
         journal.clear(directory)
