@@ -18,6 +18,10 @@ from maxconv import cli
 if os.environ.get("OTHER_RELEASE") == sys.argv[-1]:
     maxconv.__version__ = "0.0.1"
 command, own = "convert", []
+if "COPY_OF_PROCESS_1" in os.environ and sys.argv[-1] == "--process_id=1":
+    from maxconv.jobs import prepare
+    opened = prepare.open_source
+    prepare.open_source = lambda path, *a, **k: opened(os.environ["COPY_OF_PROCESS_1"], *a, **k)
 if sys.argv[-1] == "--process_id=1":
     own = os.environ.get("OF_PROCESS_1", "").split()
     command = os.environ.get("COMMAND_OF_PROCESS_1", command)
@@ -82,3 +86,15 @@ def test_told_differently(case: Case, tmp_path: Path) -> None:
     environ = {"OF_PROCESS_1": case.of_process_1.format(tmp_path), **case.environ}
     for log in run(tmp_path, environ):
         assert re.search(case.problem, log.replace("\n", " ")) and "Traceback" not in log, log
+
+
+def test_another_copy_of_the_source(tmp_path: Path) -> None:
+    """Of the same shapes and names, with other values: on a disk of its own under the same path."""
+    other = tiny.write("llama3.1-8b", tmp_path / "other")
+    file = sorted(other.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for log in run(tmp_path, {"COPY_OF_PROCESS_1": str(other)}):
+        assert re.search(f"the content of {file.name} is .* on process 0 and .* on process 1", log)
+        assert log.count("the content of") == 1 and "Traceback" not in log

@@ -239,9 +239,10 @@ def test_an_unreadable_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
         def as_a_user(path: Any, *args: Any, **kwargs: Any) -> Any:
             if os.path.exists(path) and not stat.S_IMODE(os.stat(path).st_mode):
                 raise PermissionError(13, "Permission denied", str(path))
-            return open(path, *args, **kwargs)
+            return opens(path, *args, **kwargs)
 
-        monkeypatch.setattr("maxconv.sources.local.open", as_a_user, raising=False)
+        opens = os.open
+        monkeypatch.setattr(os, "open", as_a_user)
     (problem,) = place.refused()
     assert problem.startswith(f"{file.name} in {place.hf} may not be read by this user")
 

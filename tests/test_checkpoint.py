@@ -19,7 +19,7 @@ from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import Job
 from maxconv.planning.plan import LeafPlan
 from maxconv.targets import orbax
-from maxconv.targets.orbax import LazyTensor
+from maxconv.targets.lazy import LazyTensor
 
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
     "ocdbt, zarr3": (True, True, False, True),

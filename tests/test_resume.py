@@ -35,7 +35,7 @@ def finished(store: Path) -> set[str]:
 def cut_off(place: Place, leaves: int, *words: str) -> None:
     """Kills a conversion when some leaves are finished; with --resume, by itself."""
     store = place.out / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_0"
-    before = store.with_name("ocdbt.process_0.0")
+    before = store.with_name("ocdbt.process_0attempt0")
 
     def is_time() -> bool:
         has_begun = before.exists() or "--resume" not in words
@@ -62,7 +62,7 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut_off(place, 2)
     cut_off(place, 2, "--resume")
     store = place.out / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_0"
-    assert finished(store.with_name("ocdbt.process_0.0")).isdisjoint(finished(store))
+    assert finished(store.with_name("ocdbt.process_0attempt0")).isdisjoint(finished(store))
     left, total = bytes_left(words, store.parent)
 
     file = sorted(place.hf.glob("*.safetensors"))[0]
@@ -84,7 +84,7 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         os.utime(file, ns=(0, before.st_mtime_ns))
 
     # What was written when it was cut off, and that nothing points to yet.
-    (store.with_name("ocdbt.process_0.0") / "d" / f"{1:032x}").write_bytes(b"half a value")
+    (store.with_name("ocdbt.process_0attempt0") / "d" / f"{1:032x}").write_bytes(b"half a value")
     job = run(parse(words))
     assert job.source.stats.bytes_read == left and 0 < left < total
     assert sorted(path.name for path in place.out.iterdir()) == ["0", "maxconv.json"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from maxconv.errors import UserError
-from maxconv.sources import Source, open_source
+from maxconv.sources import FileSource, open_source
 from maxconv.sources.orbax import Item, Stored, find_items, open_item
 from maxconv.targets.place import UNFINISHED_WORDS
 from maxconv.text import size, table
@@ -66,10 +66,10 @@ def _describe_item(item: Item) -> str:
     return "\n".join([*lines, "", *_tensors(item.arrays.values())])
 
 
-def _describe_source(source: Source) -> str:
+def _describe_source(source: FileSource) -> str:
     named = source.config.get("architectures") or ["no architecture named"]
     sizes = [f"{key}={source.config[key]}" for key in _SIZES if key in source.config]
-    files = sorted({info.file for info in source.tensors.values()})
+    files = source.files
     more = f" to {files[-1]}" if len(files) > 1 else ""
     lines = [
         f"Hugging Face checkpoint {source.root}",
@@ -80,7 +80,7 @@ def _describe_source(source: Source) -> str:
     ]
     stored = [
         Stored(info.name, info.shape, info.dtype.name, info.nbytes)
-        for info in source.tensors.values()
+        for info in source.stored.values()
     ]
     return "\n".join([*lines, "", *_tensors(stored)])
 

@@ -89,6 +89,8 @@ def partition_spec(
 
 def _match(logical: Sequence[str | None], rules: Rules) -> list[tuple[str, ...]]:
     """The mesh axes of each named axis, by the rules alone."""
+    # flax.linen.spmd.logical_to_mesh_axes finds the same, as tests show, but importing it takes
+    # 0.14 to 0.28 s of each start: more than these lines are worth.
     names = [name for name in logical if name is not None]
     if len(set(names)) < len(names):
         raise ValueError(f"A name occurs twice among the axes {tuple(logical)}.")

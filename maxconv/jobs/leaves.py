@@ -8,7 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxconv.algebra import substitute
 from maxconv.config.mesh import partition_spec
-from maxconv.models.canonical_names import rounded, saved_dtype
+from maxconv.errors import UserError
+from maxconv.models.canonical_names import misfit, rounded, saved_dtype
 from maxconv.models.parameters import parameters
 from maxconv.models.resolve import Model
 from maxconv.planning.plan import Leaf
@@ -38,14 +39,19 @@ def conversion_leaves(
     """
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     to_save = np.dtype(save_dtype)
-    stored = model.tensors
+    stored = weights = model.tensors
     if model.rounds:
-        stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
-    leaves, notices = list[Leaf](), dict[str, None]()
+        weights = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
+    leaves, notices, problems = list[Leaf](), dict[str, None](), dict[str, None]()
     for parameter in parameters(model, source.root, scan_axis):
-        expr = substitute(parameter.expr, stored)
+        is_table = parameter.dtype is not None and np.dtype(parameter.dtype).kind in "iu"
+        expr = substitute(parameter.expr, stored if is_table else weights)
         spec, dropped = partition_spec(parameter.logical, expr.shape, dict(mesh.shape), rules)
         dtype = np.dtype(parameter.dtype or saved_dtype(expr, dtypes, to_save))
+        if (problem := misfit(expr, dtypes, dtype)) is not None:
+            problems[f"{source.root}: {problem}."] = None
         leaves.append(Leaf(parameter.name, expr, dtype, NamedSharding(mesh, spec)))
         notices |= dict.fromkeys(f"{why}: that axis is replicated" for why in dropped)
+    if problems:
+        raise UserError(list(problems))
     return leaves, list(notices)

@@ -139,13 +139,18 @@ def _opened_by_all(config: Config) -> Source:
 def _check_same_everywhere(source: Source) -> None:
     """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
 
-    Copies on the disks of several hosts have times of their own, which say nothing.
+    Copies on the disks of several hosts have times of their own, which say nothing: for those,
+    raises UserError when their content differs.
     """
     seen = gathered(source.versions() if source.is_shared else {})
     if seen.count(seen[0]) < len(seen):
         raise RetryableError(
             f"{source.root} changed while it was opened; start again when nobody writes to it."
         )
+    with same_error_everywhere():
+        found = source.fingerprints()
+    content = {f"the content of {file}": digest for file, digest in found.items()}
+    agree(content, f"copy {source.root} again, to all hosts")
 
 
 def _devices(config: Config) -> Sequence[Any] | None:

@@ -31,7 +31,7 @@ from maxconv.planning.slabs import Slab
 from maxconv.processes.agreement import gathered
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item, find_items, open_item, reason
-from maxconv.targets import orbax, place
+from maxconv.targets import journal, orbax, place
 from maxconv.targets.publication import is_repository
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
@@ -255,13 +255,13 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     Values may be in the tree of their store alone: those of a leaf that was made again, and that
-    the whole takes from an attempt before. The stores of attempts that were cut off,
-    `ocdbt.process_<process>.<attempt>`, may also have what was about to become either: of these the
+    the whole takes from an attempt before. The stores of attempts that were cut off, which have
+    journal.ATTEMPT in their names, may also have what was about to become either: of these the
     leaves tell all that matters.
     """
     values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
-    databases = [items, *(store for store in stores if store.name.count(".") == 1)]
+    databases = [items, *(store for store in stores if journal.ATTEMPT not in store.name)]
     for store in databases[1:]:
         with suppress(ValueError):  # it is empty, or its nodes are told below
             for file, spans in value_spans(store).items():

@@ -108,7 +108,7 @@ def once(action: Callable[[], object], patience: int | None = None) -> None:
     if jax.process_count() == 1:
         return
     if patience is not None:
-        from jax._src.distributed import global_state
+        from maxconv.private.jax import global_state
 
         client: Any = global_state.client
         client.wait_at_barrier("maxconv: done at length", timeout_in_ms=1000 * patience)

@@ -113,7 +113,7 @@ def find_processes(
 
 def _on_tpus(timeout: int) -> Processes | None:
     """What JAX reads of GKE's environment or the TPU VM's metadata; slices follow each other."""
-    from jax._src import clusters
+    from maxconv.private.jax import clusters
 
     detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
@@ -145,7 +145,8 @@ def _in_cpu_pool(environ: Mapping[str, str]) -> Processes:
 def _connect(config: Config, platform: str) -> None:
     """Joins the other processes, if there are any."""
     import jax
-    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    from maxconv.private.jaxlib import _jax
 
     if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
         return

@@ -26,7 +26,9 @@ class HubTarget(MaxTextTarget):
         self.place, self._publication, self._limit = publication.place, publication, limit
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
-        super().begin(record, resume=False)  # what was uploaded before is not known any more
+        _, told = super().begin(
+            record, resume=False
+        )  # what was uploaded before is not known any more
         going = self._publication
         with same_error_everywhere():
             if not (epath.Path(self.directory) / place.UNFINISHED_WORDS).exists():
@@ -39,7 +41,7 @@ class HubTarget(MaxTextTarget):
         with same_error_everywhere():
             if jax.process_index() == 0:
                 notices = going.begin()
-        return frozenset(), tuple(notices)
+        return frozenset(), (*told, *notices)
 
     def wait_for_room(self) -> None:
         self._publication.wait_for_room(jax.process_index(), self._limit)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from orbax.checkpoint._src.metadata import array_metadata_store
 
 from maxconv.processes.agreement import gathered
 from maxconv.targets import place
@@ -22,22 +21,22 @@ INTERVAL = 1  # seconds between two journals: no more than that is done again
 _JOURNAL = "finished.json"
 _KEPT = f"{place.UNFINISHED}-kept"  # where stores wait for the next attempt
 _ANY_STORE = "ocdbt.process_*"
-
-_serializer = array_metadata_store.Serializer()
+ATTEMPT = "attempt"  # in the names of the stores of attempts that were cut off
 
 
 def keep(directory: str) -> None:
     """Puts the stores of the attempts before aside, for this one, and clears the rest.
 
-    Each gets a name of its own, `ocdbt.process_<process>.<attempt>`, as Orbax may have begun a new
-    `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so.
+    Each gets a name of its own, `ocdbt.process_<process>attempt<number>`, as Orbax may have begun a
+    new `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so
+    and goes on with letters and digits.
     """
     root = epath.Path(directory)
     kept = root / _KEPT
     kept.mkdir(parents=True, exist_ok=True)
     for store in root.glob(f"{place.UNFINISHED}/items.*/{_ANY_STORE}"):
-        _, process, *_ = store.name.split(".")
-        names = (kept / f"ocdbt.{process}.{attempt}" for attempt in itertools.count())
+        process = store.name.partition(ATTEMPT)[0]
+        names = (kept / f"{process}{ATTEMPT}{attempt}" for attempt in itertools.count())
         store.rename(next(name for name in names if not name.exists()))
     for path in root.glob(f"{place.UNFINISHED}*"):
         if path.name != _KEPT:
@@ -87,7 +86,7 @@ class Journal:
         if self._works:
             self._store.mkdir(exist_ok=True)
             new = self._store / f"{_JOURNAL}.new"
-            new.write_text(_serializer.serialize(self._metadata))
+            new.write_text(_serializer().serialize(self._metadata))
             new.replace(self._store / _JOURNAL)
             self._written = time.monotonic()
 
@@ -97,12 +96,18 @@ def _store(items: epath.Path) -> epath.Path:
 
 
 def _stores(kept: epath.Path) -> list[epath.Path]:
-    return sorted(kept.glob(f"{_store(kept).name}.*"))
+    return sorted(kept.glob(f"{_store(kept).name}{ATTEMPT}*"))
 
 
 def _journal(store: epath.Path) -> dict[str, Any]:
     try:
-        said = _serializer.deserialize((store / _JOURNAL).read_text())
+        said = _serializer().deserialize((store / _JOURNAL).read_text())
         return {metadata.param_name: metadata for metadata in said}
     except (OSError, ValueError):
         return {}
+
+
+def _serializer() -> Any:
+    from maxconv.private.orbax import array_metadata_store  # only streamed saves have journals
+
+    return array_metadata_store.Serializer()

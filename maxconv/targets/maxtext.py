@@ -47,11 +47,11 @@ class MaxTextTarget(Target):
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
         if resume:
             once(partial(journal.keep, self.directory))
-            self._kept = journal.finished(self.directory)
+            self._kept = journal.finished(self.directory) if orbax.streams() else {}
         if not self._kept:
             once(partial(place.clear, self.directory))
             once(partial(leave_record, self.directory, place.UNFINISHED_WORDS, record))
-        return self._kept.keys(), ()
+        return self._kept.keys(), orbax.notices()
 
     def wait_for_room(self) -> None:
         """Called before each part is made; returns when there is room for it."""

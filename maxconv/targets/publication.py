@@ -7,14 +7,12 @@ until all is uploaded; then one commit has everything.
 """
 
 import os
-import random
 import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from maxconv.errors import ConversionError, RetryableError, UserError
+from maxconv.private.huggingface_hub import is_uploaded, nbytes
 from maxconv.processes import liveness
-from maxconv.sources.hub import HubSource, find_token, told
+from maxconv.sources.hub import HubSource, ask, find_token, told
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item
 from maxconv.targets import place
@@ -42,12 +41,7 @@ _STORES = f"{place.STEP}*/items*/ocdbt.process_*"  # under their last names, and
 _ITEMS = f"{place.STEP}/items"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")
-_LONGEST = 30  # seconds between two attempts
-_MAY_PASS = (408, 425, 429)  # and all above 499
-
-
-def _always() -> bool:
-    return True
+RETRIES = 5  # of what is asked before anything is written
 
 
 def is_repository(where: str) -> bool:
@@ -69,7 +63,8 @@ def problems(place: str, overwrite: bool, public: bool, token: str | None) -> li
     if (token := find_token(token)) is None:
         return [f"To write to {place} takes a token: set HF_TOKEN, or run `hf auth login`."]
     try:
-        return list(_problems(HfApi(token=token), repository_name(place), overwrite, public))
+        api, name = HfApi(token=token), repository_name(place)
+        return ask(name, RETRIES, lambda: list(_problems(api, name, overwrite, public)))
     except Exception as error:
         error = _refused(error, repository_name(place), token)
         if not isinstance(error, UserError):
@@ -141,14 +136,15 @@ class Publication:
         """Makes the repository and starts to upload; returns what the user should be told."""
         disable_progress_bars()
         logging.set_verbosity_error()  # its warnings have signed addresses in them
-        try:
-            self._api.create_repo(self.name, private=not self._public, exist_ok=True)
-            _ask_to_write(self._api, self.name)
-            is_public = not self._api.model_info(self.name).private
-        except Exception as error:
-            raise _refused(error, self.name, self._token) from None
+        is_public = self._persistently(self._create)
         self._thread.start()
         return [f"{self.place} is public."] if is_public and not self._public else []
+
+    def _create(self) -> bool:
+        """Makes the repository if there is none; whether it is public."""
+        self._api.create_repo(self.name, private=not self._public, exist_ok=True)
+        _ask_to_write(self._api, self.name)
+        return not self._api.model_info(self.name).private
 
     def wait_for_room(self, process: int, limit: int) -> None:
         """Waits until a process has no more than `limit` bytes of data files on disk."""
@@ -176,7 +172,7 @@ class Publication:
             if (path := _path(self.scratch, file)) not in self._operations:
                 self._operations[path] = CommitOperationAdd(path, str(file))
         additions = list(self._operations.values())
-        sizes = {a.path_in_repo: a.upload_info.size for a in additions}
+        sizes = {a.path_in_repo: nbytes(a) for a in additions}
         old = _step_files(self._persistently(lambda: self._api.model_info(self.name)))
         deletions = [CommitOperationDelete(file) for file in sorted(old - sizes.keys())]
         message = f"MaxText checkpoint, {len(sizes)} files, by maxconv"
@@ -250,30 +246,28 @@ class Publication:
         ]
         if not additions:
             return
-        upload = partial(self._api.preupload_lfs_files, self.name, additions)
-        self._persistently(upload, files[0].exists)
+        nbytes = sum(addition.upload_info.size for addition in additions)
+        try:
+            upload = partial(self._api.preupload_lfs_files, self.name, additions)
+            self._persistently(upload, nbytes)
+        except Exception as error:
+            if not files[0].exists():  # Orbax gave its directory another name
+                raise FileNotFoundError(str(error)) from None
+            raise
         for addition in additions:
-            if addition.path_or_fileobj != b"":
+            if not is_uploaded(addition):
                 raise ConversionError(
                     f"{self.place} does not take {addition.path_in_repo} as a large file; see "
                     "its .gitattributes."
                 )
             self._operations[addition.path_in_repo] = addition
 
-    def _persistently(
-        self, action: Callable[[], T], makes_sense: Callable[[], bool] = _always
-    ) -> T:
-        """Does something that may fail for a while."""
-        for attempt in count():
-            try:
-                return action()
-            except Exception as error:
-                if not makes_sense():
-                    raise FileNotFoundError(str(error)) from None
-                if attempt == self._retries or not _may_pass(error):
-                    raise _refused(error, self.name, self._token) from None
-            time.sleep(min(_LONGEST, 2**attempt / 2) * random.uniform(0.5, 1.5))
-        raise AssertionError
+    def _persistently(self, action: Callable[[], T], nbytes: int = 0) -> T:
+        """Does something that may fail for a while; `nbytes` that it uploads take their time."""
+        try:
+            return ask(self.name, self._retries, action, nbytes)
+        except Exception as error:
+            raise _refused(error, self.name, self._token) from None
 
 
 def repository_name(place: str) -> str:
@@ -309,13 +303,6 @@ def _answer(error: BaseException | None) -> HfHubHTTPError | None:
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return error
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether what went wrong may go right later: not what the Hub refused."""
-    answer = _answer(error)
-    status = 500 if answer is None else answer.response.status_code
-    return status in _MAY_PASS or status >= 500
 
 
 def _refused(error: Exception, name: str, token: str | None) -> Exception:
