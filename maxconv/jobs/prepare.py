@@ -22,7 +22,7 @@ from maxconv.models.adapters import adapter_model
 from maxconv.models.resolve import Model, resolve
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
-from maxconv.processes.agreement import gathered, same_error_everywhere
+from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
 from maxconv.targets import orbax, place, publication
@@ -96,8 +96,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         source.allow(window // 2)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
-        # That of process 0: a copy of the source on another host has other times.
-        same = gathered(resume.identity(config, source, plan))[0]
+        mine = resume.identity(config, source, plan)
+        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
+        same = gathered(mine)[0]  # a copy of the source on another host has other times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form)
         job = Job(config, source, model, plan, notices, window, same, target)
@@ -157,13 +158,18 @@ def _opened_by_all(config: Config) -> Source:
 def _check_same_everywhere(source: Source) -> None:
     """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
 
-    Copies on the disks of several hosts have times of their own, which say nothing.
+    Copies on the disks of several hosts have times of their own, which say nothing: for those,
+    raises UserError when their content differs.
     """
     seen = gathered(source.versions() if source.is_shared else {})
     if seen.count(seen[0]) < len(seen):
         raise RetryableError(
             f"{source.root} changed while it was opened; start again when nobody writes to it."
         )
+    with same_error_everywhere():
+        found = source.fingerprints()
+    content = {f"the content of {file}": digest for file, digest in found.items()}
+    agree(content, f"copy {source.root} again, to all hosts")
 
 
 def _devices(config: Config) -> Sequence[Any] | None:

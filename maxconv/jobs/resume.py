@@ -13,6 +13,7 @@ from maxconv.planning.plan import Plan
 from maxconv.sources import Source
 from maxconv.targets import place
 
+PLAN = "the digest of the plan"
 _NO_MATTER = ("max_host_memory_gb",)  # to the bits
 _MANY = 3  # differences that are worth telling
 
@@ -30,7 +31,7 @@ def identity(config: Config, source: Source, plan: Plan) -> dict[str, str]:
         **{name: value for name, _, value in words if name not in _NO_MATTER},
         "the number of processes": str(jax.process_count()),
         **source.versions(),
-        "the digest of the plan": hashlib.sha256(made.encode()).hexdigest()[:12],
+        PLAN: hashlib.sha256(made.encode()).hexdigest()[:12],
     }
 
 
