@@ -174,7 +174,7 @@ def test_what_is_broken_is_not_used_and_said(
         else:
             kept, notices = resume.recorded(str(half.out))
             assert kept is None and place.problems(str(half.out), 0, overwrite=False) == []
-        assert text == b"null" or file == "finished.json" or "damaged" in notices[0]
+        assert "damaged" in notices[0]
     path.write_bytes(b"[" * 100_000)
     capsys.readouterr()
     half.converts("--resume")

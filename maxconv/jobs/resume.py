@@ -46,11 +46,12 @@ def recorded(directory: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
     notices: list[str] = []
     for name in (place.UNFINISHED_WORDS, place.WORDS):
         try:
-            identity = (place.record(directory, name) or {}).get("identity")
+            if not (found := place.record(directory, name)):  # none, or one being replaced
+                continue
+            identity = found.get("identity")
             if isinstance(identity, dict) and all(isinstance(v, str) for v in identity.values()):
                 return identity, tuple(notices)
-            if identity is not None:
-                raise ValueError(f"{directory}/{name} is damaged")
+            raise ValueError(f"{directory}/{name} is damaged")
         except ValueError as error:
             notices.append(f"{error}, so there is nothing to resume by it")
     return None, tuple(notices)
