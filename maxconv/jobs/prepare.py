@@ -25,7 +25,7 @@ from maxconv.planning.tpus import slice_of
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
-from maxconv.targets import orbax, place, publication
+from maxconv.targets import completeness, orbax, place, publication
 from maxconv.targets.base import Target
 from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
@@ -96,11 +96,11 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         source.allow(window // 2)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
-        mine = resume.identity(config, source, plan)
+        mine = resume.identity(config, source, plan, window)
         agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
         same = gathered(mine)[0]  # a copy of the source on another host has other times
         form = _format(config, model, window)
-        target = MaxTextTarget(config.base_output_directory, form)
+        target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
         job = Job(config, source, model, plan, notices, window, same, target)
         with same_error_everywhere():
             if writes:
@@ -221,15 +221,20 @@ def _with_target(job: Job, form: Format) -> Job:
         return replace(job, target=_hub_target(job, form))
     problems = place.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
-    if config.resume and (recorded := resume.recorded(directory)) is not None:
+    recorded, notices = resume.recorded(directory) if config.resume else (None, ())
+    job = replace(job, notices=(*job.notices, *notices))
+    if recorded is not None:
         differs = resume.problem(directory, recorded, job.identity)
         finished = place.is_there(directory)
         if finished and differs is None:
-            return replace(job, there="finished")
+            leaves = [leaf.name for leaf in job.plan.leaves]
+            if not (lost := completeness.problems(place.items(directory), leaves)):
+                return replace(job, there="finished")
+            problems = [*lost, *problems] if problems else []
         if differs is not None and not finished:
             problems = [differs]
         can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
-        there = "unfinished" if differs is None and can_move else "nothing"
+        there = "unfinished" if differs is None and can_move and not finished else "nothing"
     if problems:
         raise UserError(problems)
     return replace(job, there=there)

@@ -202,6 +202,13 @@ def _groups(
     return [*found.values()]
 
 
+def _alone() -> Progress:
+    """Of a save in which nobody waits for Orbax to begin before collectives of their own."""
+    progress = Progress()
+    progress.begun.set()
+    return progress
+
+
 class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     """Orbax's leaf handler for `LazyTensor`: saves it as the jax.Array that it becomes.
 
@@ -209,7 +216,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     """
 
     window = 512 << 20
-    progress = Progress()
+    progress: Progress | None = None
     kept: Mapping[str, Any] = {}
     ready: Callable[[], None] = staticmethod(lambda: None)
 
@@ -228,7 +235,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
             array_metadata_store=saving.array_metadata_store,
         )
         self._handler_impl.window = self.window
-        self._handler_impl.progress = self.progress
+        self._handler_impl.progress = self.progress or _alone()
         self._handler_impl.kept = self.kept
         self._handler_impl.ready = self.ready
 
