@@ -318,7 +318,8 @@ def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     for nested in ("thinker_config", "text_config"):
         inner = view.get(nested)
         if isinstance(inner, Mapping):
-            view = dict(inner) | view  # the outer entry wins: tie_word_embeddings
+            said = {key: value for key, value in view.items() if value is not None}
+            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
     found = {}
     for key in keys:
         value: Any = view

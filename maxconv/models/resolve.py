@@ -14,6 +14,7 @@ from maxconv.models.codecs import scale_rows
 from maxconv.sources import Source
 
 _EMBEDDING = "model.embed_tokens.weight"
+_MOST_PADDING = 2  # times the vocabulary: beyond that, it is a mistake
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
         return True
     match f.name:
         case "vocab":  # MaxText's own tables pad some families; the user may pad any
-            return family.pads_vocab or (typed and ours > theirs)
+            may_differ = family.pads_vocab or (typed and ours > theirs)
+            return may_differ and ours <= _MOST_PADDING * theirs
         case "layers":  # the first N, as people test
             return typed and 0 < ours < theirs
         case "mtp":
