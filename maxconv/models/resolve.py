@@ -169,6 +169,8 @@ def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> I
             yield f"{_entry(source, f)} is absent and would be {value}, not {rule.what}"
         if (count := f.metadata["each"]) and len(value) != getattr(dims, count):
             yield f"{_entry(source, f)} has {len(value)} entries for {getattr(dims, count)} {count}"
+        if (larger := f.metadata["below"]) and value >= getattr(dims, larger):
+            yield f"{_entry(source, f)}={value}, but there are {getattr(dims, larger)} {larger}"
     shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
     if shape not in (None, (dims.vocab, dims.emb)):
         yield f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
