@@ -8,7 +8,7 @@ usage() {
 launch/gcloud.sh --name=NAME --zone=Z [--project=P]
                  [--type=v5p-64 --version=v2-alpha-tpuv5 [--spot] [--queued]]
                  [--logs=maxconv-logs] [--dry-run]
-                 -- model_name=... base_output_directory=gs://... [any words of maxconv convert]
+                 -- model_name=... base_output_directory=gs://... [any arguments of maxconv convert]
 
 Without --type the slice NAME must be there. --queued asks for it as a queued resource and waits.
 A token for Hugging Face is read from HF_TOKEN, and goes to the workers as a file.
@@ -35,12 +35,12 @@ while (($#)); do
         option=${word%%=*}
         printf -v "${option#--}" %s "${word#*=}"
         ;;
-    *) fail "no option $word; --help lists them, and the words of maxconv follow --" ;;
+    *) fail "no option $word; --help lists them, and the arguments of maxconv follow --" ;;
     esac
 done
-[[ -n $name && -n $zone ]] || fail "say --name= and --zone="
-[[ -z $type || -n $version ]] || fail "say --version=, the runtime of --type=$type"
-(($#)) || fail "say what to convert, after --"
+[[ -n $name && -n $zone ]] || fail "give --name= and --zone="
+[[ -z $type || -n $version ]] || fail "give --version=, the runtime version for --type=$type"
+(($#)) || fail "no arguments for maxconv: give what to convert after --"
 
 command='.maxconv/bin/maxconv convert'
 for word in "$@"; do

@@ -8,7 +8,7 @@ launch/xpk.sh --project=P --project-number=N --zone=Z --cluster=C --image=I
               (--tpu-type=v5p-64 | --device-type=n2-standard-32-8)
               [--num-slices=1] [--num-nodes=1] [--secret=NAME] [--max-restarts=3]
               [--manifest=FILE] [--dry-run]
-              -- model_name=... base_output_directory=gs://... [any words of maxconv convert]
+              -- model_name=... base_output_directory=gs://... [any arguments of maxconv convert]
 TEXT
 }
 
@@ -34,21 +34,21 @@ while (($#)); do
         name=${name#--}
         printf -v "${name//-/_}" %s "${word#*=}"
         ;;
-    *) fail "no option $word; --help lists them, and the words of maxconv follow --" ;;
+    *) fail "no option $word; --help lists them, and the arguments of maxconv follow --" ;;
     esac
 done
 # xpk takes what is missing for None, and goes on.
 for name in project project_number zone cluster image; do
-    [[ -n ${!name} ]] || fail "say --${name//_/-}="
+    [[ -n ${!name} ]] || fail "missing --${name//_/-}="
 done
-[[ -n $tpu_type || -n $device_type ]] || fail "say --tpu-type= or --device-type="
-(($#)) || fail "say what to convert, after --"
+[[ -n $tpu_type || -n $device_type ]] || fail "give --tpu-type= or --device-type="
+(($#)) || fail "no arguments for maxconv: give what to convert after --"
 
 model=model
 command='maxconv convert'
 for word in "$@" --resume; do
     [[ $word != *$'\n'* ]] || fail "a line break in $word would break the manifest"
-    [[ $word != hf_access_token=* ]] || fail "no token on a command line: say --secret="
+    [[ $word != hf_access_token=* ]] || fail "no token on a command line: give --secret="
     [[ $word != model_name=* ]] || model=${word#*=}
     command+=" $(printf %q "$word")"
 done

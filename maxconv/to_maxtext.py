@@ -17,9 +17,24 @@ from maxconv.errors import UserError
 from maxconv.families import bind_rows
 from maxconv.jobs.prepare import opened, resolved
 from maxconv.sources import open_source
-from maxconv.targets.orbax import LazyTensor, LazyTensorHandler, train_state
+from maxconv.targets.lazy import LazyTensor
+from maxconv.targets.orbax import train_state
 
-__all__ = ["LazyHFLoader", "LazyTensor", "LazyTensorHandler", "get_maxtext_model_info", "main"]
+__all__ = [
+    "LazyHFLoader",
+    "LazyTensor",
+    "LazyTensorHandler",  # noqa: F822  # pyright: ignore[reportUnsupportedDunderAll]
+    "get_maxtext_model_info",
+    "main",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LazyTensorHandler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from maxconv.targets.streaming import LazyTensorHandler  # takes an Orbax that was tested
+
+    return LazyTensorHandler
 
 
 def main(
@@ -107,7 +122,7 @@ def get_maxtext_model_info(
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:
         raise UserError([f"{source.root}: {problem}." for problem in problems])
-    tree = train_state((leaf.path, i) for i, leaf in enumerate(leaves)).params
+    tree = train_state({leaf.name: i for i, leaf in enumerate(leaves)}).params
     order, structure = jax.tree.flatten(tree)
     return {
         "-".join(leaves[i].path): (position, leaves[i].shape) for position, i in enumerate(order)

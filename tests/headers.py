@@ -8,12 +8,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import shapes
 
-from maxconv.sources import Source, TensorInfo
+from maxconv.sources import Part, Source, TensorInfo
+from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import DTYPES
 
 
@@ -24,11 +26,9 @@ class HeaderSource(Source):
         super().__init__()
         self.root, self.revision, self.notices = root, None, ()
         self.config = dict(config)
-        self.tensors = {info.name: info for info in tensors}
+        self.tensors = {t.name: replace(t, dtype=narrow(t.dtype)) for t in tensors}
 
-    def _fetch(
-        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
-    ) -> None:
+    def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
         raise OSError(f"{self.root} is headers only: there is no {info.name} to read")
 
     def close(self) -> None:
@@ -48,14 +48,12 @@ def published(model_name: str, dtype: str = "BF16", layers: int | None = None) -
     if layers is not None:
         config["num_hidden_layers"] = layers
     infos: list[TensorInfo] = []
-    offset = 0
     for name, stated in content["tensors"].items():
         number = re.match(r"model\.layers\.(\d+)\.", name)
         if layers is not None and number and int(number[1]) >= layers:
             continue
         own, shape = shapes.split(stated)
-        infos.append(TensorInfo(name, own or DTYPES[dtype], shape, "model.safetensors", offset))
-        offset += infos[-1].nbytes
+        infos.append(TensorInfo(name, own or DTYPES[dtype], shape))
     return HeaderSource(content["hf_id"], config, infos)
 
 
@@ -85,7 +83,7 @@ def quantised(source: HeaderSource, codec: str) -> HeaderSource:
                     "_scale": ("BF16", (rows, columns // 32)),
                     "_shape": ("I32", (2,)),
                 }
-        infos += [TensorInfo(name + e, DTYPES[t], s, info.file, 0) for e, (t, s) in parts.items()]
+        infos += [TensorInfo(name + e, DTYPES[t], s) for e, (t, s) in parts.items()]
     return HeaderSource(source.root, source.config, infos)
 
 

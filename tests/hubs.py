@@ -16,11 +16,11 @@ TOKEN = "hf_aSecretThatNobodyMaySee"
 class Hub:
     """A Hub whose models are directories below `root`."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *certificate: Path):
         self.directory, self.root = directory, directory / "hub"
         self.root.mkdir()
         self.settings()
-        command = [sys.executable, SERVER, self.root, self.root / "settings.json"]
+        command = [sys.executable, SERVER, self.root, self.root / "settings.json", *certificate]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -64,8 +64,8 @@ class Hub:
 
 
 @contextmanager
-def hub_in(directory: Path) -> Iterator[Hub]:
-    hub = Hub(directory)
+def hub_in(directory: Path, *certificate: Path) -> Iterator[Hub]:
+    hub = Hub(directory, *certificate)
     try:
         yield hub
     finally:

@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before jax looks
 
 import tiny
 from jobs import job_words
+from plans import make_leaf
 
 from maxconv.config import parse
 from maxconv.execution.engine import Engine
@@ -49,9 +50,9 @@ def compare(name: str, directory: Path) -> tuple[str, list[str]]:
     words = [*recorded["words"], f"--save_dtype={recorded['save_dtype']}"]
     with prepared(parse(job_words(directory, model, words, mesh, key=key))) as job:
         with Engine(job.plan, job.source, window=1 << 20) as engine:
-            ours = {leaf.name: engine.make(leaf) for leaf in job.plan.leaves}
+            ours = {leaf.name: make_leaf(engine, leaf) for leaf in job.plan.leaves}
             assert engine.programs.compiled == len(job.plan.recipes) + len(job.plan.blanks)
-        architecture = job.plan.model.family.architectures[0]
+        architecture = job.model.family.architectures[0]
     theirs = {_ours_of(n): leaf for n, leaf in recorded["leaves"].items() if n != "step"}
     both = ours.keys() & theirs.keys()
     made = {n: _described(_as_recorded(ours[n], theirs[n]["dtype"])) for n in both}

@@ -239,9 +239,10 @@ def test_an_unreadable_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
         def as_a_user(path: Any, *args: Any, **kwargs: Any) -> Any:
             if os.path.exists(path) and not stat.S_IMODE(os.stat(path).st_mode):
                 raise PermissionError(13, "Permission denied", str(path))
-            return open(path, *args, **kwargs)
+            return opens(path, *args, **kwargs)
 
-        monkeypatch.setattr("maxconv.sources.local.open", as_a_user, raising=False)
+        opens = os.open
+        monkeypatch.setattr(os, "open", as_a_user)
     (problem,) = place.refused()
     assert problem.startswith(f"{file.name} in {place.hf} may not be read by this user")
 
@@ -280,10 +281,10 @@ def test_all_wrong_words_at_once(place: Place) -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, expected in {
-        ("bogus",): "no command 'bogus'; there are convert, plan, verify, inspect, families, demo",
-        ("verify",): "Say maxconv verify CHECKPOINT.",
+        ("bogus",): "no command 'bogus'; commands are convert, plan, verify, ",
+        ("verify",): "Give the checkpoint first: maxconv verify CHECKPOINT.",
         ("verify", f"{tmp_path}"): "is no MaxText checkpoint: there is no 0/items/_METADATA in it.",
-        ("inspect",): "Say maxconv inspect PATH",
+        ("inspect",): "Give one checkpoint: maxconv inspect PATH",
         ("inspect", f"{tmp_path}"): "is no checkpoint",
     }.items():
         assert cli.main(words) == 2

@@ -37,7 +37,7 @@ def places(to: str) -> tuple[str, ...]:
     return "--hf_model_path=gs://bucket/hf", f"base_output_directory=gs://bucket/{to}"
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> None:
     """Everything that may pass happens once on the way."""
     kinds = ("429:1", "503", "500", "reset", "cut", "whole", "other")
@@ -58,7 +58,7 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> No
     assert stored(bucket.get("out", tmp_path / "got")) == converted(tmp_path)
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_from_the_hub_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> None:
     (tmp_path / "home").mkdir()
     with hub_in(tmp_path / "home") as hub:
@@ -80,7 +80,7 @@ import jax
 from maxconv import cli
 from maxconv.jobs import convert
 from maxconv.planning import overread
-from maxconv.processes.start import start
+from maxconv.cli.commands import start
 
 def command():
     job = convert.run(start(sys.argv[1:]))

@@ -13,11 +13,13 @@ import pytest
 import tensorstore as ts
 from jobs import tiny_job
 from orbax.checkpoint import v1 as ocp
+from plans import make_leaf
 
 from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import Job
+from maxconv.planning.plan import LeafPlan
 from maxconv.targets import orbax
-from maxconv.targets.orbax import LazyTensor
+from maxconv.targets.lazy import LazyTensor
 
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
     "ocdbt, zarr3": (True, True, False, True),
@@ -33,7 +35,7 @@ FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
 def plain_save(directory: Path, job: Job, format: str) -> None:
     """As MaxText saves: Orbax's own handlers, and arrays that are all there."""
     with Engine(job.plan, job.source, 1 << 20) as engine:
-        state = orbax.train_state((p.leaf.path, engine.make(p)) for p in job.plan.leaves)
+        state = orbax.train_state({p.name: make_leaf(engine, p) for p in job.plan.leaves})
     *storage, scan_layers = FORMATS[format]
     context = orbax.context(*storage)
     with ocp.training.Checkpointer(str(directory), context=context) as checkpointer:
@@ -42,21 +44,23 @@ def plain_save(directory: Path, job: Job, format: str) -> None:
         )
 
 
+def lazy_leaf(engine: Engine, leaf: LeafPlan) -> LazyTensor:
+    make = partial(make_leaf, engine, leaf)
+    return LazyTensor(make, leaf.shape, leaf.dtype, leaf.name, leaf.sharding)
+
+
 def lazy_save(directory: Path, job: Job, format: str, window: int = 1 << 20) -> orbax.Progress:
     *storage, scan_layers = FORMATS[format]
     progress = orbax.Progress(total=sum(leaf.local_nbytes for leaf in job.plan.leaves))
     with Engine(job.plan, job.source, window) as engine:
-        state = orbax.train_state(
-            (p.leaf.path, LazyTensor(partial(engine.make, p), p.shape, p.dtype, p.name, p.sharding))
-            for p in job.plan.leaves
-        )
+        state = orbax.train_state({p.name: lazy_leaf(engine, p) for p in job.plan.leaves})
         context = orbax.context(*storage)
         orbax.save(str(directory), state, scan_layers, window, progress, context)
     return progress
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """The files of a orbax, without its own path, time stamps and OCDBT's own files."""
+    """The files of a checkpoint, without its own path, time stamps and OCDBT's own files."""
 
     def content(path: Path) -> bytes:
         text = path.read_bytes().replace(bytes(directory), b"<directory>")
@@ -139,7 +143,7 @@ def test_a_lazy_tensor_must_be_what_it_says() -> None:
 
 
 def test_a_leaf_that_cannot_be_made_ends_the_save(tmp_path: Path) -> None:
-    state = orbax.train_state([(("params", "x"), lazy(lambda: 1 / 0))])
+    state = orbax.train_state({"params.params.x": lazy(lambda: 1 / 0)})
     with pytest.raises(BaseExceptionGroup) as failed:
         orbax.save(str(tmp_path), state, True, 1 << 20, orbax.Progress())
     assert failed.group_contains(ZeroDivisionError)

@@ -37,7 +37,7 @@ def test_defaults_are_maxtexts() -> None:
         True,
     )
     assert config.simulated_cpu_devices_count == 16
-    assert len(config.parallelism) == 26 and not config.parallelism_given
+    assert len(config.parallelism) == 26
     assert {k for k, v in config.parallelism.items() if v == -1} == {
         "ici_fsdp_parallelism",
         "dcn_data_parallelism",
@@ -99,7 +99,7 @@ def test_output_directory() -> None:
 def test_environment() -> None:
     config = read("model_name=qwen3-0.6b", M_SCAN_LAYERS="False", M_ICI_TENSOR_PARALLELISM="2")
     assert not config.scan_layers
-    assert config.parallelism["ici_tensor_parallelism"] == 2 and config.parallelism_given
+    assert config.parallelism["ici_tensor_parallelism"] == 2
     assert "M_SCAN_LAYERS" in problem("scan_layers=true", M_SCAN_LAYERS="true")
     assert "true or false" in problem("", M_SCAN_LAYERS="maybe")
 

@@ -107,7 +107,10 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, "".join(said)
 
 
-@pytest.mark.parametrize("seconds", [0, 0.3, 0.8])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(0, marks=pytest.mark.slow), 0.3, pytest.param(0.8, marks=pytest.mark.slow)],
+)
 def test_killed(place: Place, seconds: float) -> None:
     with started(place.words, SLOW=SLOW) as process:
         wait_until(lambda: bool(place.unfinished), process)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jobs import tiny_job
+from plans import is_local, make_leaf, make_plan
 from safetensors.numpy import save_file
 
 from maxconv.algebra import (
@@ -25,9 +26,8 @@ from maxconv.algebra import (
     shift,
 )
 from maxconv.execution.engine import Engine
-from maxconv.families import Leaf
 from maxconv.planning.cells import steps
-from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.plan import Leaf, LeafPlan, Plan
 from maxconv.planning.slabs import slabs
 from maxconv.sources import LocalSource
 
@@ -89,8 +89,8 @@ def plan_of(source, named, budget):
     to, dtype = NamedSharding(MESH, spec), np.dtype(ml_dtypes.bfloat16)
     dtypes = {n: i.dtype for n, i in source.tensors.items()}
     made = slabs(steps(expr, dtypes, dtype, to, budget), expr.shape, dtype, to, math.inf)
-    leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
-    return Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+    leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
+    return Plan(MESH, (leaf,), source.tensors)
 
 
 @pytest.mark.parametrize("budget", [1 << 20, 300])
@@ -100,7 +100,7 @@ def test_a_leaf_is_its_expression(name, budget, source, arrays):
     (leaf,) = plan.leaves
     before = source.stats.bytes_read
     with Engine(plan, source, window=1 << 20) as engine:
-        made = engine.make(leaf)
+        made = make_leaf(engine, leaf)
     want = evaluate(leaf.leaf.expr, arrays).astype(leaf.dtype)
     np.testing.assert_array_equal(np.asarray(made).view(np.uint16), want.view(np.uint16))
     assert made.sharding == leaf.sharding
@@ -114,8 +114,8 @@ def test_no_device_needs_the_bytes_of_another(name, budget, source):
     from maxconv.execution.program import compile_cell
 
     recipes = plan_of(source, LEAVES[name], budget).recipes
-    assert all(recipe.is_local for recipe in recipes) == (name not in NOT_LOCAL)
-    for recipe in filter(lambda recipe: recipe.is_local, recipes):
+    assert all(is_local(recipe) for recipe in recipes) == (name not in NOT_LOCAL)
+    for recipe in filter(is_local, recipes):
         text = compile_cell(recipe).as_text()
         for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
             assert collective not in text
@@ -124,7 +124,7 @@ def test_no_device_needs_the_bytes_of_another(name, budget, source):
 def test_one_program_serves_all_layers_and_leaves_of_a_recipe(tmp_path):
     with tiny_job(tmp_path, "llama3.1-8b") as job, Engine(job.plan, job.source, 1 << 20) as engine:
         for leaf in job.plan.leaves:
-            engine.make(leaf)
+            make_leaf(engine, leaf)
         kernels = [leaf for leaf in job.plan.leaves if "mlp.wi_" in leaf.name]
         assert len({step.recipe for leaf in kernels for step in leaf.steps}) == 1
         cells = {recipe.cell for recipe in job.plan.recipes}
@@ -142,7 +142,7 @@ def test_it_reads_ahead_within_its_window(tmp_path):
         window = 2 * (2 * largest)
         with Engine(job.plan, job.source, window) as engine:
             for leaf in job.plan.leaves:
-                engine.make(leaf)
+                make_leaf(engine, leaf)
         assert largest <= engine.stats.peak_ahead <= window // 2
         assert engine.stats.ahead == 0
 
@@ -150,16 +150,16 @@ def test_it_reads_ahead_within_its_window(tmp_path):
 def test_leaves_can_be_made_in_any_order(tmp_path):
     with tiny_job(tmp_path, "qwen3-0.6b") as job:
         with Engine(job.plan, job.source, 1 << 20) as engine:
-            first = {leaf.name: np.asarray(engine.make(leaf)) for leaf in job.plan.leaves}
+            first = {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}
         with Engine(job.plan, job.source, 1 << 20) as engine:
             for leaf in reversed(job.plan.leaves):
-                np.testing.assert_array_equal(np.asarray(engine.make(leaf)), first[leaf.name])
+                np.testing.assert_array_equal(np.asarray(make_leaf(engine, leaf)), first[leaf.name])
 
 
 def test_a_large_cell_is_made_in_slices(tmp_path):
     with tiny_job(tmp_path, "qwen3-8b") as job:
         config = job.config
-        args = (job.source, job.plan.model, job.plan.mesh, config.logical_axis_rules)
+        args = (job.source, job.model, job.plan.mesh, config.logical_axis_rules)
         small = make_plan(*args, budget=4096)
         assert len(small.steps) > len(job.plan.steps)
         assert small.read_nbytes(0) == job.plan.read_nbytes(0)
@@ -179,10 +179,10 @@ def test_experts_of_several_dtypes(tmp_path):
         to, dtype = NamedSharding(MESH, P(("x", "y"))), np.dtype(ml_dtypes.bfloat16)
         parts = steps(expr, {n: t.dtype for n, t in tensors.items()}, dtype, to, 1 << 20)
         made = slabs(parts, expr.shape, dtype, to, math.inf)
-        leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
-        plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+        leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
+        plan = Plan(MESH, (leaf,), source.tensors)
         with Engine(plan, source, 1 << 20) as engine:
-            got = np.asarray(engine.make(leaf))
+            got = np.asarray(make_leaf(engine, leaf))
     want = np.stack([t.astype(np.float32).astype(dtype).T for t in tensors.values()])
     np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
 
@@ -198,8 +198,8 @@ def test_nan_payloads_survive(tmp_path):
         to, dtype = NamedSharding(MESH, P("x", None, "y")), np.dtype(ml_dtypes.bfloat16)
         parts = steps(expr, dict.fromkeys(tensors, dtype), dtype, to, 1 << 20)
         made = slabs(parts, expr.shape, dtype, to, math.inf)
-        leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), dtype, to, made, ())
-        plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+        leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
+        plan = Plan(MESH, (leaf,), source.tensors)
         with Engine(plan, source, 1 << 20) as engine:
-            got = np.asarray(engine.make(leaf)).view(np.uint16)
+            got = np.asarray(make_leaf(engine, leaf)).view(np.uint16)
     np.testing.assert_array_equal(got, np.stack([bits.T, bits.T], 1))

@@ -11,7 +11,17 @@ from maxconv.config import parse
 from maxconv.jobs.prepare import prepared
 
 
-@pytest.mark.parametrize("name", RECORDED)
+def parameters():
+    """Every run; of those that differ in dtypes alone, one is enough before CI's slow tests."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, run in RECORDED.items():
+        alike.setdefault((run["case"], run.get("adapter", ""), *run["words"]), []).append(name)
+    for names in alike.values():
+        usual = names[0 if " scan" in names[0] else -1]  # bfloat16, and float32
+        yield from (pytest.param(n, marks=[] if n == usual else pytest.mark.slow) for n in names)
+
+
+@pytest.mark.parametrize("name", [*parameters()])
 def test_leaves_are_those_of_maxtext(name, tmp_path):
     _, different = compare(name, tmp_path)
     assert not different
@@ -24,7 +34,7 @@ def test_the_way_back_recovers_every_tensor(case, scan, dtype, tmp_path):
     words = job_words(tmp_path, model, tiny.maxtext_words(case, scan), "fsdp8")
     saved = tiny.CASES[case].save_dtypes[0]
     with prepared(parse([*words, f"--save_dtype={saved}"])) as job:
-        model = job.plan.model
+        model = job.model
         read = [x for name, x in model.tensors.items() if not model.is_dropped(name)]
         arrays = {t.name: job.source.tensor(t.name) for x in read for t in tensors(x)}
     made = {leaf.name: unrounded(leaf.leaf.expr) for leaf in job.plan.leaves}

@@ -14,8 +14,8 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxconv.cli.inspect import Stored, describe, fold
 from maxconv.errors import UserError
-from maxconv.sources.orbax import Stored, describe, fold
 from maxconv.targets import orbax
 
 HUGGING_FACE = """\
@@ -76,7 +76,7 @@ def save(
     zarr3: bool = True,
 ) -> Path:
     context = orbax.context(ocdbt, zarr3)
-    state = orbax.train_state(leaves)
+    state = orbax.train_state({".".join(("params", *path)): leaf for path, leaf in leaves})
     orbax.save(str(out), state, False, 1 << 20, orbax.Progress(), context)
     return out / "0" / "items"
 
@@ -117,7 +117,7 @@ def test_the_last_step_of_a_training_run(tmp_path: Path) -> None:
 
 def test_it_is_quick_because_it_imports_no_jax(tmp_path: Path, arrays) -> None:
     program = (
-        "import sys; from maxconv.sources.orbax import describe; print(describe(sys.argv[1]));"
+        "import sys; from maxconv.cli.inspect import describe; print(describe(sys.argv[1]));"
         "assert not {'jax', 'orbax'} & set(sys.modules)"
     )
     items = save(tmp_path / "out", arrays)

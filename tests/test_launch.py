@@ -52,7 +52,7 @@ def run(tmp_path: Path, script: str, *words: str, **environ: str):
 
 
 def test_shellcheck() -> None:
-    scripts = [*SCRIPTS, *ROOT.glob("tests/*/*.sh")]
+    scripts = [*SCRIPTS, *ROOT.glob("tests/*/*.sh"), *ROOT.glob(".ci/*")]
     shellcheck = Path(sys.executable).parent / "shellcheck"  # of the test extra
     checked = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
@@ -111,11 +111,11 @@ def test_the_manifest_is_applied_with_the_secret(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "words", "said"),
     [
-        ("xpk.sh", ["--project=p", *CONVERT], "say --project-number="),
+        ("xpk.sh", ["--project=p", *CONVERT], "missing --project-number="),
         ("xpk.sh", ["--projekt=p"], "no option --projekt=p"),
-        ("gcloud.sh", ["--zone=z", *CONVERT], "say --name="),
-        ("gcloud.sh", [*VM, "--type=v5p-8", *CONVERT], "say --version="),
-        ("gcloud.sh", [*VM], "say what to convert"),
+        ("gcloud.sh", ["--zone=z", *CONVERT], "give --name="),
+        ("gcloud.sh", [*VM, "--type=v5p-8", *CONVERT], "give --version="),
+        ("gcloud.sh", [*VM], "give what to convert"),
         ("gcloud.sh", [*VM, *CONVERT, "hf_access_token=x"], "no token on a command line"),
     ],
 )

@@ -81,6 +81,7 @@ def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
     assert hub.convert(*FROM_THE_HUB[:-1], f"--hf_model_path={OUT}").returncode == 2
 
 
+@pytest.mark.slow
 def test_two_processes_from_the_hub_to_a_directory(hub, alone, tmp_path):
     words = [*FROM_THE_HUB, f"base_output_directory={tmp_path / 'out'}", "--verify=none"]
     with processes(2, words, tmp_path / "logs", environ=hub.environ(HF_TOKEN=TOKEN)) as running:
@@ -142,7 +143,7 @@ import os, sys
 from pathlib import Path
 from maxconv import cli
 from maxconv.jobs import prepare as job
-from maxconv.targets import hub as publish, place as target
+from maxconv.targets import publication as publish, place as target
 from maxconv.sources.ocdbt import value_spans
 
 job._window = lambda config: 32 << 10
@@ -164,6 +165,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_the_disk_holds_no_more_than_its_bound(hub, tmp_path):
     hub.settings(seconds=0.02, large=100)
     case = "deepseek4-284b"  # of many leaves

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import re
 import struct
 import termios
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from jobs import tiny_job
 
+from maxconv.cli.plan_text import plan_text
+from maxconv.cli.progress import ProgressLine
 from maxconv.errors import (
     RetryableError,
     UserError,
@@ -20,7 +23,7 @@ from maxconv.errors import (
     failure_text,
     problems_text,
 )
-from maxconv.report import ProgressLine, duration, plan_text, size, table
+from maxconv.text import duration, size, table
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,8 @@ def test_exit_code(error: BaseException, code: int) -> None:
 
 def test_plan_text(tmp_path: Path) -> None:
     with tiny_job(tmp_path, "qwen3-8b", scan=False) as job:
-        text = plan_text(job.plan, 1 << 20, "hf, 40 tensors")
-    assert "source   hf, 40 tensors\n" in text
+        text = plan_text(job)
+    assert re.search(r"^source   .*/hf, 36 tensors, ", text, re.M)
     assert "mesh     fsdp=4 x tensor=2, 8 devices, 1 process(es)\n" in text
     assert "decoder/layers_{0..2}/mlp/wi_0/kernel" in text
     assert "(fsdp, tensor)" in text
@@ -117,7 +120,7 @@ def test_plan_text(tmp_path: Path) -> None:
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
-    monkeypatch.setattr("maxconv.report.INTERVAL_IN_LOGS", 0.01)
+    monkeypatch.setattr("maxconv.cli.progress.INTERVAL_IN_LOGS", 0.01)
     with ProgressLine("written", lambda: (3 << 20, 4 << 20), log):
         time.sleep(0.1)
     lines = log.getvalue().splitlines()
@@ -143,7 +146,7 @@ def everything(terminal: int) -> str:
 
 @pytest.mark.parametrize("columns", [0, 30, 200])
 def test_progress_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxconv.report.INTERVAL_ON_TERMINALS", 0.01)
+    monkeypatch.setattr("maxconv.cli.progress.INTERVAL_ON_TERMINALS", 0.01)
     terminal, ours = os.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(ours, "w") as out, ProgressLine("written", lambda: (1 << 20, 9 << 20), out):

@@ -16,7 +16,6 @@ from test_processes import processes, said, stored
 
 from maxconv import cli
 from maxconv.config import parse
-from maxconv.jobs import resume
 from maxconv.jobs.convert import run
 from maxconv.jobs.prepare import prepared
 
@@ -36,7 +35,7 @@ def finished(store: Path) -> set[str]:
 def cut_off(place: Place, leaves: int, *words: str) -> None:
     """Kills a conversion when some leaves are finished; with --resume, by itself."""
     store = place.out / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_0"
-    before = store.with_name("ocdbt.process_0.0")
+    before = store.with_name("ocdbt.process_0attempt0")
 
     def is_time() -> bool:
         has_begun = before.exists() or "--resume" not in words
@@ -53,7 +52,7 @@ def bytes_left(words: Sequence[str], items: Path) -> tuple[int, int]:
     """Bytes that the leaves take which are not finished, and that all take."""
     there = set().union(*map(finished, items.glob("ocdbt.*")))
     with prepared(parse(words), writes=False) as job:
-        left = [leaf for leaf in job.plan.leaves if resume.name_of(leaf) not in there]
+        left = [leaf for leaf in job.plan.leaves if leaf.name not in there]
         return replace(job.plan, leaves=tuple(left)).read_nbytes(0), job.plan.read_nbytes(0)
 
 
@@ -63,7 +62,7 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut_off(place, 2)
     cut_off(place, 2, "--resume")
     store = place.out / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_0"
-    assert finished(store.with_name("ocdbt.process_0.0")).isdisjoint(finished(store))
+    assert finished(store.with_name("ocdbt.process_0attempt0")).isdisjoint(finished(store))
     left, total = bytes_left(words, store.parent)
 
     file = sorted(place.hf.glob("*.safetensors"))[0]
@@ -85,7 +84,7 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         os.utime(file, ns=(0, before.st_mtime_ns))
 
     # What was written when it was cut off, and that nothing points to yet.
-    (store.with_name("ocdbt.process_0.0") / "d" / f"{1:032x}").write_bytes(b"half a value")
+    (store.with_name("ocdbt.process_0attempt0") / "d" / f"{1:032x}").write_bytes(b"half a value")
     job = run(parse(words))
     assert job.source.stats.bytes_read == left and 0 < left < total
     assert sorted(path.name for path in place.out.iterdir()) == ["0", "maxconv.json"]

@@ -10,11 +10,11 @@ import pytest
 from flax.linen.spmd import logical_to_mesh_axes
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from maxconv.config import Config, parse
-from maxconv.config.mesh import device_array, make_mesh, mesh_shape, named_sharding, partition_spec
+from maxconv.config.mesh import device_array, make_mesh, parallelism, partition_spec
 from maxconv.errors import UserError
 
 TREES = sorted((Path(__file__).parent / "data" / "trees").glob("*.json.gz"))
@@ -27,7 +27,8 @@ def config(line: str = "") -> Config:
 
 
 def sizes(line: str, num_devices: int, num_slices: int = 1) -> dict[str, int]:
-    shape = mesh_shape(config(line), num_devices, num_slices)
+    ici, dcn = parallelism(config(line), num_devices, num_slices)
+    shape = {axis: ici[axis] * dcn[axis] for axis in ici}
     assert tuple(shape) == config(line).mesh_axes
     return {axis: size for axis, size in shape.items() if size != 1}
 
@@ -142,7 +143,7 @@ def test_mesh_shapes_of_slices() -> None:
 )
 def test_mesh_misfits(line: str, num_slices: int, sentence: str) -> None:
     with pytest.raises(UserError) as error:
-        mesh_shape(config(line), 8, num_slices)
+        parallelism(config(line), 8, num_slices)
     assert error.value.problems == (sentence,)
 
 
@@ -151,8 +152,8 @@ def test_make_mesh() -> None:
     assert mesh.axis_names == AXES and mesh.size == jax.device_count()
     assert mesh.shape["tensor"] == 2 and mesh.shape["fsdp"] == jax.device_count() // 2
     assert set(mesh.axis_types) == {AxisType.Auto}
-    sharding, dropped = named_sharding(mesh, ("embed", "mlp"), (16, 6), RULES)
-    assert sharding == NamedSharding(mesh, P("fsdp", "tensor")) and not dropped
+    spec, dropped = partition_spec(("embed", "mlp"), (16, 6), dict(mesh.shape), RULES)
+    assert spec == P("fsdp", "tensor") and not dropped
     assert make_mesh(config(), jax.devices()[:1]).size == 1
     with pytest.raises(UserError, match="the devices are in 1"):
         make_mesh(config("num_slices=2"))

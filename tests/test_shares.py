@@ -9,6 +9,7 @@ import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from plans import make_leaf
 from test_engine import LEAVES, arrays, plan_of, source  # noqa: F401
 from test_processes import processes, said, stored
 
@@ -23,7 +24,7 @@ MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3
 BF16 = np.dtype(jax.numpy.bfloat16)
 
 
-@pytest.fixture(params=[2, 4, 8])
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow), 8])
 def hosts(request, monkeypatch):
     """So many hosts, with the eight devices of this process in even parts."""
 
@@ -49,7 +50,7 @@ def test_a_leaf_is_its_expression(name, budget, hosts, source, arrays):  # noqa:
     plan = plan_of(source, LEAVES[name], budget)
     (leaf,) = plan.leaves
     with Engine(plan, source, window=1 << 20) as engine:
-        made = engine.make(leaf)
+        made = make_leaf(engine, leaf)
     want = evaluate(leaf.leaf.expr, arrays).astype(leaf.dtype)
     np.testing.assert_array_equal(np.asarray(made).view(np.uint16), want.view(np.uint16))
     assert made.sharding == leaf.sharding
@@ -120,7 +121,7 @@ import json, sys
 import jax
 from maxconv.jobs import convert
 from maxconv.config import parse
-from maxconv.processes.start import start
+from maxconv.cli.commands import start
 
 meshes, out, *words = sys.argv[1:]
 for name, mesh in json.loads(meshes).items():
@@ -136,9 +137,9 @@ for name, mesh in json.loads(meshes).items():
     ("n", "case", "scan", "meshes"),
     [
         (2, "llama3.1-8b", True, MESHES),
-        (4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}),
+        pytest.param(4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}, marks=pytest.mark.slow),
         (2, "qwen3-30b-a3b", False, {"mixed": EXPERTS["mixed"]}),
-        (4, "qwen3-30b-a3b", True, EXPERTS),
+        pytest.param(4, "qwen3-30b-a3b", True, EXPERTS, marks=pytest.mark.slow),
     ],
 )
 def test_processes_read_once_what_is_planned(n, case, scan, meshes, tmp_path):

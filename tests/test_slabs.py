@@ -11,6 +11,7 @@ import tensorstore as ts
 import tiny
 from jax.sharding import NamedSharding
 from jobs import job_words, tiny_job
+from plans import make_plan
 from test_engine import LAYERS as INDICES
 from test_engine import LEAVES, MESH, arrays, source  # noqa: F401
 from test_processes import processes, said
@@ -19,18 +20,17 @@ from maxconv import cli
 from maxconv.algebra import bind, dims, evaluate, slices
 from maxconv.config import parse
 from maxconv.execution.engine import Engine
-from maxconv.families import Leaf
 from maxconv.jobs import convert
 from maxconv.jobs.prepare import prepared
 from maxconv.planning.cells import steps
 from maxconv.planning.placement import device_boxes
-from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.plan import Leaf, LeafPlan, Plan
 from maxconv.planning.slabs import Slab, slabs
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 4000])
+@pytest.mark.parametrize("limit", [100, pytest.param(1000, marks=pytest.mark.slow), 4000])
 @pytest.mark.parametrize("name", LEAVES)
 def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     template, spec = LEAVES[name]
@@ -39,8 +39,8 @@ def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     dtypes = {n: i.dtype for n, i in source.tensors.items()}
     made = steps(expr, dtypes, BF16, to, limit // 2)
     parts = slabs(made, expr.shape, BF16, to, limit)
-    leaf = LeafPlan(Leaf(("params", "leaf"), (), expr), BF16, to, parts, ())
-    plan = Plan(None, MESH, (leaf,), source.tensors, ())  # type: ignore[arg-type]
+    leaf = LeafPlan(Leaf("params.params.leaf", expr, BF16, to), parts)
+    plan = Plan(MESH, (leaf,), source.tensors)
     want = evaluate(expr, arrays).astype(BF16).view(np.uint16)
     count = np.zeros(expr.shape, int)
     with Engine(plan, source, window=1 << 20) as engine:
@@ -66,7 +66,7 @@ def test_all_of_them_are_small_enough(tmp_path: Path) -> None:
             config = job.config
             plan = make_plan(
                 job.source,
-                job.plan.model,
+                job.model,
                 job.plan.mesh,
                 config.logical_axis_rules,
                 config.scan_axis,
@@ -130,7 +130,9 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert shapeless[0] == shapeless[1] and metadata[0] != metadata[1]
 
 
-@pytest.mark.parametrize("case", ["gpt-oss-20b", "gpt-oss-20b+mxfp4"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("gpt-oss-20b", marks=pytest.mark.slow), "gpt-oss-20b+mxfp4"]
+)
 def test_alternate_columns_are_read_once(case, tmp_path, monkeypatch):
     model = tiny.write(case, tmp_path / "hf")
     words = job_words(tmp_path, model, tiny.maxtext_words(case, True), "fsdp4_tp2")

@@ -21,8 +21,8 @@ from test_checkpoint import files, stored
 from maxconv import cli, to_maxtext
 from maxconv.config import parse
 from maxconv.errors import UserError
-from maxconv.targets import orbax
-from maxconv.targets.orbax import LazyTensor
+from maxconv.targets import orbax, streaming
+from maxconv.targets.lazy import LazyTensor
 from maxconv.to_maxtext import LazyHFLoader, get_maxtext_model_info
 
 CASE = "llama3.1-8b"
@@ -103,7 +103,7 @@ def test_the_arguments_of_main(hf: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_it_loads_as_maxtext_loads_it(hf: Path, tmp_path: Path) -> None:
-    """The tree of get_maxtext_model_info is that of the orbax, and holds the tensors."""
+    """The tree of get_maxtext_model_info is that of the checkpoint, and holds the tensors."""
     said = words(hf, tmp_path / "out")
     to_maxtext.main(["", *said, QUICK])
     info, treedef = get_maxtext_model_info(parse(said))
@@ -182,7 +182,7 @@ def test_loader_of_nothing(tmp_path: Path) -> None:
 
 def test_names() -> None:
     assert to_maxtext.LazyTensor is LazyTensor
-    assert to_maxtext.LazyTensorHandler is orbax.LazyTensorHandler
+    assert to_maxtext.LazyTensorHandler is streaming.LazyTensorHandler
     assert all(hasattr(to_maxtext, name) for name in to_maxtext.__all__)
 
 

@@ -18,6 +18,7 @@ import pytest
 from headers import published, quantised
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
+from plans import is_local, make_plan
 
 from maxconv.config import parse
 from maxconv.config.mesh import make_mesh
@@ -26,7 +27,7 @@ from maxconv.execution.program import bits, cell_function, compile_blank, compil
 from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import Recipe, nbytes_read
-from maxconv.planning.plan import LeafPlan, Plan, make_plan
+from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.redistribution import CellRead
 
 pytestmark = pytest.mark.skipif(
@@ -61,25 +62,30 @@ FOREIGN = re.compile(
 )
 
 
+def slow(*arguments: Any) -> Any:
+    """A model that its compiler takes long for."""
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("model_name", "topology", "words"),
     [
         ("llama3.1-8b", "v5e:2x4", FSDP_8),
-        ("llama3.1-8b", "v5e:2x4", FSDP_4),
+        slow("llama3.1-8b", "v5e:2x4", FSDP_4),
         ("llama3.1-8b", "v5p:4x4x4", FSDP_16),
-        ("llama3.1-8b", "v5e:2x4", f"{FSDP_4} scan_layers=false"),
-        ("qwen3-32b", "v5e:2x4", FSDP_8),
-        ("qwen3-32b", "v5e:2x4", FSDP_4),
-        ("qwen3-32b", "v5p:4x4x4", FSDP_16),
-        ("qwen3-32b", "v5p:4x4x4", f"{FSDP_16} scan_layers=false"),
+        slow("llama3.1-8b", "v5e:2x4", f"{FSDP_4} scan_layers=false"),
+        slow("qwen3-32b", "v5e:2x4", FSDP_8),
+        slow("qwen3-32b", "v5e:2x4", FSDP_4),
+        slow("qwen3-32b", "v5p:4x4x4", FSDP_16),
+        slow("qwen3-32b", "v5p:4x4x4", f"{FSDP_16} scan_layers=false"),
         ("qwen2.5-7b", "v5e:2x4", TENSOR_8),
-        ("qwen3-0.6b", "v5e:16x16", ""),
-        ("qwen3-30b-a3b", "v5e:2x4", EXPERT_4),
-        ("qwen3-0.6b", "v5e:2x4", REPLICAS),
-        ("llama3.1-405b", "v5e:16x16", FSDP_TENSOR_16),
-        ("llama3.1-405b", "v5p:8x8x8", FSDP_64),
-        ("deepseek3-671b", "v5p:8x8x8", EXPERT_8),
-        ("qwen3-235b-a22b", "v5p:4x8x8", FSDP_256),  # many cells in a step
+        slow("qwen3-0.6b", "v5e:16x16", ""),
+        slow("qwen3-30b-a3b", "v5e:2x4", EXPERT_4),
+        slow("qwen3-0.6b", "v5e:2x4", REPLICAS),
+        slow("llama3.1-405b", "v5e:16x16", FSDP_TENSOR_16),
+        slow("llama3.1-405b", "v5p:8x8x8", FSDP_64),
+        slow("deepseek3-671b", "v5p:8x8x8", EXPERT_8),
+        slow("qwen3-235b-a22b", "v5p:4x8x8", FSDP_256),  # many cells in a step
     ],
 )
 def test_cells_exchange_what_they_must_and_no_more(
@@ -96,7 +102,7 @@ def test_cells_exchange_what_they_must_and_no_more(
     for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
         check_memory(name, recipe, compiled.memory_analysis())
         text = compiled.as_text() or ""
-        assert recipe.is_local and set(FOREIGN.findall(text)) <= exchanges(recipe), name
+        assert is_local(recipe) and set(FOREIGN.findall(text)) <= exchanges(recipe), name
         if re.search(r" = f32\S* convert\(", text):
             converting.add(name.split(".")[-2])
     for blank in plan.blanks:
@@ -109,7 +115,7 @@ def test_cells_exchange_what_they_must_and_no_more(
 
 @pytest.mark.parametrize(
     ("model_name", "codec"),
-    [("qwen3-8b", "fp8"), ("qwen3-8b", "int4"), ("gpt-oss-20b", "mxfp4")],
+    [slow("qwen3-8b", "fp8"), slow("qwen3-8b", "int4"), slow("gpt-oss-20b", "mxfp4")],
 )
 def test_packed_weights_are_unpacked_within_their_bound(model_name: str, codec: str) -> None:
     plan = plan_of(model_name, "v5e:2x4", FSDP_8, codec)
@@ -129,10 +135,10 @@ def test_packed_weights_are_unpacked_within_their_bound(model_name: str, codec: 
 @pytest.mark.parametrize(
     ("model_name", "n", "words"),
     [
-        ("llama3.1-405b", 5, FSDP_512),
+        slow("llama3.1-405b", 5, FSDP_512),
         ("llama3.1-405b", 5, FSDP_64),
-        ("deepseek3-671b", 3, FSDP_512),
-        ("deepseek3-671b", 3, EXPERT_8),
+        slow("deepseek3-671b", 3, FSDP_512),
+        slow("deepseek3-671b", 3, EXPERT_8),
     ],
 )
 def test_the_largest_leaves_take_few_passes_over_memory(

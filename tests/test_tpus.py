@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from headers import published, write_headers
 from jax.experimental import topologies
+from plans import make_plan
 from test_tpu_compile import plan_of
 
 from maxconv import cli
@@ -22,7 +23,6 @@ from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import STEP_MOST, prepared
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import nbytes_read
-from maxconv.planning.plan import make_plan
 from maxconv.planning.tpus import slice_of
 
 needs_libtpu = pytest.mark.skipif(
@@ -70,7 +70,8 @@ def test_a_plan_is_the_one_for_real_devices() -> None:
     config = parse(words.split(), {})
     source = published("qwen3-30b-a3b")
     mesh = make_mesh(config, slice_of("v5p-64").chips())
-    ours = make_plan(source, real.model, mesh, config.logical_axis_rules, config.scan_axis)
+    model = resolve(source, "qwen3-30b-a3b", model_facts("qwen3-30b-a3b"))
+    ours = make_plan(source, model, mesh, config.logical_axis_rules, config.scan_axis)
     assert [leaf.local_nbytes for leaf in ours.leaves] == [p.local_nbytes for p in real.leaves]
     assert list(map(ours.read_nbytes, range(8))) == list(map(real.read_nbytes, range(8)))
 
@@ -90,6 +91,7 @@ def test_bytes_counted_at_once_are_those_of_each_step(words: str) -> None:
         assert plan.read_nbytes(process) == one_by_one
 
 
+@pytest.mark.slow
 def test_many_hosts_read_whole_tensors() -> None:
     """Where each needs a little of every expert, some read all of this one and others of that."""
     name = "deepseek3-671b"
@@ -173,6 +175,7 @@ def test_more_slices_than_there_are() -> None:
         slice_of("v5p-64").chips(100_000)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_compiler_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_headers(published("qwen3-0.6b"), tmp_path)

@@ -17,7 +17,7 @@ from maxconv.jobs import convert
 from maxconv.jobs.prepare import Job
 from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import device_boxes
-from maxconv.targets import orbax
+from maxconv.targets import streaming
 
 
 @dataclass
@@ -38,7 +38,7 @@ def watch(patch: pytest.MonkeyPatch) -> Crossed:
     """Counts from now on; a program that moves more than its offset to the devices fails."""
     crossed = Crossed()
     put, cell, blank = jax.device_put, Programs.cell, Programs.blank
-    to_host, moved = orbax._LazyArrayHandler._to_host, orbax._LazyArrayHandler._moved
+    to_host, moved = streaming._LazyArrayHandler._to_host, streaming._LazyArrayHandler._moved
     array = type(put(0))
     start = array.copy_to_host_async
 
@@ -76,8 +76,8 @@ def watch(patch: pytest.MonkeyPatch) -> Crossed:
     patch.setattr(array, "copy_to_host_async", copy_to_host_async)
     patch.setattr(Programs, "cell", lambda self, recipe: guarded(cell(self, recipe), recipe))
     patch.setattr(Programs, "blank", lambda self, recipe: guarded(blank(self, recipe), recipe))
-    patch.setattr(orbax._LazyArrayHandler, "_to_host", part_to_host)
-    patch.setattr(orbax._LazyArrayHandler, "_moved", slice_moved)
+    patch.setattr(streaming._LazyArrayHandler, "_to_host", part_to_host)
+    patch.setattr(streaming._LazyArrayHandler, "_moved", slice_moved)
     return crossed
 
 

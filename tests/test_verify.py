@@ -14,6 +14,7 @@ import pytest
 import tensorstore as ts
 from etils import epath
 from jobs import tiny_job
+from plans import make_leaf
 
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
@@ -34,17 +35,21 @@ FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
 
 
 class Case:
-    """A orbax, with what it was made from."""
+    """A checkpoint, with what it was made from."""
 
     def __init__(self, directory: Path, job: Job, engine: Engine, format: str):
-        ocdbt, zarr3, compression, scan = FORMATS[format]
-        self.plan, self.engine = job.plan, engine  # one engine: it compiles once
+        ocdbt, zarr3, compression, self.scan = FORMATS[format]
+        self.plan, self.source, self.engine = (
+            job.plan,
+            job.source,
+            engine,
+        )  # one engine: it compiles once
         self.pristine = directory / "pristine"
         self.out = directory / "out"
         orbax.save(
             str(self.pristine),
-            orbax.train_state((p.leaf.path, engine.make(p)) for p in self.plan.leaves),
-            scan,
+            orbax.train_state({p.name: make_leaf(engine, p) for p in self.plan.leaves}),
+            self.scan,
             WINDOW << 8,
             orbax.Progress(),
             orbax.context(ocdbt, zarr3, compression),
@@ -60,7 +65,9 @@ class Case:
         shutil.copytree(self.pristine, self.out)
 
     def verify(self, mode: str = "full", at: Path | None = None) -> Report:
-        return verify(at or self.out, self.plan, self.engine, mode, WINDOW)
+        custom = {"scan_layers": self.scan}
+        arguments = (self.plan, self.engine, self.source, mode, WINDOW)
+        return verify(at or self.out, *arguments, custom=custom)
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +213,14 @@ def test_bytes_that_belong_to_nothing(case: Case) -> None:
 
 def test_leaves_of_another_model(case: Case) -> None:
     first, second, *rest = case.plan.leaves
-    other = replace(second, dtype=np.dtype(np.float32))
-    added = replace(first, leaf=replace(first.leaf, path=("params", "new")))
+    other = replace(second, leaf=replace(second.leaf, dtype=np.dtype(np.float32)))
+    added = replace(first, leaf=replace(first.leaf, name="params.params.new"))
     plan = replace(case.plan, leaves=(other, *rest, added))
-    report = verify(case.out, plan, case.engine, "full", WINDOW)
+    report = verify(case.out, plan, case.engine, case.source, "full", WINDOW)
     assert report.problems == [
         f"{second.name} is {second.shape} bfloat16, planned is {second.shape} float32.",
         "params.params.new is missing.",
-        f"{first.name} is in the orbax, but not in the plan.",
+        f"{first.name} is in the checkpoint, but not in the plan.",
     ]
     assert report.leaves == report.total == len(rest)
 
@@ -221,7 +228,7 @@ def test_leaves_of_another_model(case: Case) -> None:
 def test_another_source(case: Case, tmp_path: Path) -> None:
     with tiny_job(tmp_path, dtype="float16") as job:  # rounded once more
         with Engine(job.plan, job.source, WINDOW) as engine:
-            report = verify(case.out, job.plan, engine, "full", WINDOW)
+            report = verify(case.out, job.plan, engine, job.source, "full", WINDOW)
     assert len(report.problems) == len(job.plan.leaves)
     assert all(problem.endswith("elements differ.") for problem in report.problems)
 
@@ -270,7 +277,8 @@ def test_a_sample_has_every_recipe_and_is_bounded(
     assert len(sample) < len(case.plan.leaves)
     assert all(leaf in sample for leaf in case.plan.leaves if leaf.nbytes <= 100)
     said = []
-    verify(case.out, case.plan, case.engine, "sample", WINDOW, lambda r: said.append(r.leaves))
+    arguments = (case.plan, case.engine, case.source, "sample", WINDOW)
+    verify(case.out, *arguments, lambda r: said.append(r.leaves))
     assert said == list(range(1, len(sample) + 1))
     monkeypatch.setattr("maxconv.jobs.verify.SAMPLE_BYTES", 0)
     assert all(leaf.nbytes <= 100 for leaf in leaves_to_check(case.plan, "sample"))

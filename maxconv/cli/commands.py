@@ -5,66 +5,46 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from maxconv import __version__
+from maxconv.cli.help import command_help, topic, usage
+from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
-from maxconv.text import printable_lines
-
-USAGE = """\
-maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, in the layout they train in.
-
-  maxconv convert [base.yml] key=value ... [--flag=value ...]
-      Convert. The words are those of MaxText's to_maxtext, and so is the result.
-        model_name=llama3.1-8b          MaxText's name; without it config.json decides
-        --hf_model_path=PLACE           a directory, gs://bucket/path, or org/name on the Hugging
-                                        Face Hub; without it, where model_name is published
-        base_output_directory=DIR       writes DIR/0/items (default ./mt_output); also to
-                                        gs://bucket/path and hf://org/name (private, or --public)
-        scan_layers=true                layers stacked (default), or one by one
-        ici_fsdp_parallelism=4 ici_tensor_parallelism=2 ...      the training mesh
-        hardware=cpu                    on simulated devices; --simulated_cpu_devices_count=16
-        --save_dtype=bfloat16           or float32
-        --verify=sample                 none, sample or full: read back and compare bits
-        --overwrite                     replace DIR/0
-        --resume                        go on with a conversion that was cut off
-  maxconv plan [the same words]
-      What a conversion would do, without reading a tensor.
-        --tpu_type=v5p-64 --num_slices=2     on slices that are not here
-        --report=plan.html                   a page of pictures, too
-        --compile                            and what the TPU compiler makes of every cell
-  maxconv verify CHECKPOINT [the words of the conversion]
-      Read a converted checkpoint back, recompute it from its source, compare every bit.
-  maxconv inspect PATH
-      What an HF or Orbax checkpoint holds: tensors, shapes, dtypes, shardings.
-  maxconv families [--markdown]
-      The models that can be converted.
-  maxconv demo [DIR]
-      Make a small checkpoint, convert it on 8 simulated devices, verify it.
-
-Exit codes: 0 done, 2 the words or the files are wrong (nothing was written), 42 worth trying
-again, 130 interrupted, 1 anything else.
-"""
+from maxconv.text import printable, printable_lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] == "help" or {"-h", "--help"}.intersection(words):
-        print(USAGE, end="")
-        return 0 if words else 2
-    if words[0] == "--version":
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, *rest = words
+    name, *rest = arguments
+    if name in COMMANDS and {"-h", "--help"}.intersection(rest):
+        print(command_help(name), end="")
+        return 0
     if name not in COMMANDS:
-        print(
-            f"maxconv: no command {name!r}; there are {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        print(f"maxconv: no command {name!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(lambda: COMMANDS[name](rest))
+    return run(lambda: COMMANDS[name](_with_flagfiles(rest)))
+
+
+def _with_flagfiles(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with those of each --flagfile=FILE in its place, as absl has it."""
+    if not any(argument.startswith("--flagfile") for argument in arguments):
+        return list(arguments)
+    from absl import flags
+
+    try:
+        return flags.FlagValues().read_flags_from_files(arguments, force_gnu=True)
+    except (flags.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--flagfile cannot be read: {error}.") from None
 
 
 def script(argv: Sequence[str] | None = None) -> NoReturn:
@@ -103,67 +83,87 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR and not record.exc_info
 
 
-def convert(words: Sequence[str]) -> None:
-    from maxconv.jobs import convert as conversion
-    from maxconv.processes.start import start
+def start(arguments: Sequence[str]) -> Config:
+    """The config of a command line, with JAX started as it says, and the user told."""
+    from maxconv.config import parse
+    from maxconv.processes.start import initialize
 
-    conversion.run(start(words))
+    config = parse(arguments)
+    notices = (*config.notices, *initialize(config))
+    import jax
+
+    if jax.process_index() == 0:
+        for notice in notices:
+            print(f"note: {printable(notice)}", file=sys.stderr)
+    return config
 
 
-def plan(words: Sequence[str]) -> None:
-    from pathlib import Path
+def convert(arguments: Sequence[str]) -> None:
+    from maxconv.jobs import convert
 
+    config = start(arguments)
+    from maxconv.cli.reports import TerminalReporter
+
+    convert.run(config, TerminalReporter())
+
+
+def plan(arguments: Sequence[str]) -> None:
     import jax
 
     from maxconv.cli.plan_page import plan_page
-    from maxconv.execution.tpu_compiler import compiled_text
+    from maxconv.cli.plan_text import compiled_text, network_text, plan_text
     from maxconv.jobs.prepare import prepared
-    from maxconv.planning.overread import network_text
     from maxconv.planning.tpus import slice_of
-    from maxconv.processes.start import start
-    from maxconv.report import plan_text, size
 
-    with prepared(start(words), writes=False) as job:
-        source = job.source
-        total = sum(info.nbytes for info in source.tensors.values())
-        readable = f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
+    with prepared(start(arguments), writes=False) as job:
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        text = plan_text(job.plan, job.window, readable, on) + network_text(job.plan, source)
-        print(printable_lines(text))
+        print(printable_lines(plan_text(job, on) + network_text(job.plan, job.source)))
         if job.config.compile:
             print(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
-            Path(page).write_text(plan_page(job.plan, job.window, readable, on))
+            Path(page).write_text(plan_page(job, on))
 
 
-def verify(words: Sequence[str]) -> None:
-    from maxconv.jobs.convert import verify_saved
+def verify(arguments: Sequence[str]) -> None:
+    from maxconv.cli.reports import TerminalReporter
+    from maxconv.jobs import convert
+    from maxconv.jobs.prepare import prepared
+    from maxconv.jobs.verify import recorded_arguments, saved_items
 
-    if not words or "=" in words[0]:
-        raise UserError("Which checkpoint? Say maxconv verify CHECKPOINT.")
-    verify_saved(words[0], words[1:])
-
-
-def inspect(words: Sequence[str]) -> None:
-    from maxconv.sources.orbax import describe
-
-    if len(words) != 1:
-        raise UserError("Say maxconv inspect PATH, of one HF or Orbax checkpoint.")
-    print(printable_lines(describe(words[0])))
+    if not arguments or "=" in arguments[0]:
+        raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
+    saved = saved_items(arguments[0])
+    config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"])
+    with prepared(config, writes=False) as job:
+        convert.check(job, str(saved), "full", TerminalReporter())
 
 
-def families(words: Sequence[str]) -> None:
+def inspect(arguments: Sequence[str]) -> None:
+    from maxconv.cli.inspect import describe
+
+    if len(arguments) != 1:
+        raise UserError("Give one checkpoint: maxconv inspect PATH.")
+    print(printable_lines(describe(arguments[0])))
+
+
+def families(arguments: Sequence[str]) -> None:
     from maxconv.cli.family_tables import families_markdown, families_text
 
-    if words not in ([], ["--markdown"]):
-        raise UserError("Say maxconv families, or maxconv families --markdown.")
-    print(families_markdown() if words else families_text())
+    if arguments not in ([], ["--markdown"]):
+        raise UserError("maxconv families takes no argument but --markdown.")
+    print(families_markdown() if arguments else families_text())
 
 
-def demo(words: Sequence[str]) -> None:
+def demo(arguments: Sequence[str]) -> None:
     from maxconv.cli.demo import run
 
-    run(words[0] if words else "maxconv_demo")
+    run(arguments[0] if arguments else "maxconv_demo")
+
+
+def show_help(arguments: Sequence[str]) -> None:
+    if len(arguments) > 1:
+        raise UserError("Give one topic: maxconv help TOPIC.")
+    print(topic(arguments[0]) if arguments else usage(), end="")
 
 
 COMMANDS = {
@@ -173,4 +173,5 @@ COMMANDS = {
     "inspect": inspect,
     "families": families,
     "demo": demo,
+    "help": show_help,
 }

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from maxconv.report import size
+from maxconv.text import size
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,8 +30,9 @@ SHARD_BYTES = 16 << 20
 
 def run(directory: str) -> None:
     """Makes a checkpoint in `directory`, converts it on 8 devices and verifies every bit."""
+    from maxconv.cli.commands import start
+    from maxconv.cli.reports import TerminalReporter
     from maxconv.jobs import convert
-    from maxconv.processes.start import start
 
     began = time.monotonic()
     source, target = Path(directory, "hf"), Path(directory, "maxtext")
@@ -51,10 +52,11 @@ def run(directory: str) -> None:
         "--verify=full",
         "--overwrite",
     ]
-    job = convert.run(start(words))
+    config = start(words)
+    job = convert.run(config, TerminalReporter())
     kernel = next(leaf for leaf in job.plan.leaves if "wi_0" in leaf.name)
     print(
-        f"\nDone in {time.monotonic() - began:.0f} s. The {job.plan.model.dims.layers} layers are "
+        f"\nDone in {time.monotonic() - began:.0f} s. The {job.model.dims.layers} layers are "
         f"stacked as MaxText scans them; {kernel.name} is {kernel.shape}, sharded "
         f"{kernel.sharding.spec},\nso that each device has {size(kernel.shard_nbytes)} of its "
         f"{size(kernel.nbytes)}. Look at it with\n"

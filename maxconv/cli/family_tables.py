@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from maxconv.config.tables import known_models
 from maxconv.families import BY_ARCHITECTURE, FAMILIES, Family
+from maxconv.text import table
 
 _COLUMNS = ("model_name", "Hugging Face", "architecture", "layers", "notes")
 
@@ -16,12 +17,7 @@ def families_text() -> str:
         for architecture in family.architectures
         for name, hf_id in _models(family, architecture)
     ]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    lines = (
-        "  ".join(word.ljust(n) for word, n in zip(row, widths, strict=True)).rstrip()
-        for row in (_COLUMNS, *rows)
-    )
-    return "\n".join(lines)
+    return table(rows, _COLUMNS)
 
 
 def families_markdown() -> str:

@@ -5,11 +5,13 @@ from html import escape
 from itertools import groupby
 
 from maxconv.algebra import Box
-from maxconv.config.outputs import MARK
+from maxconv.cli.plan_text import path_text, source_text
+from maxconv.jobs.prepare import Job
+from maxconv.planning.estimates import device_estimate, held_nbytes, host_estimate
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.tpus import Slice
-from maxconv.report import device_estimate, duration, held_nbytes, host_estimate, size
+from maxconv.text import MARK, duration, size
 
 _LEAVES = 12  # drawn: the largest
 _WIDTH = 880
@@ -22,11 +24,12 @@ svg { font: 12px system-ui, sans-serif; width: 100% } text { fill: #333 } li { c
 """
 
 
-def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -> str:
+def plan_page(job: Job, on: Slice | None = None) -> str:
     """The page: numbers first, then bytes of every host, who reads what, memory, large leaves.
 
-    Args: those of `report.plan_text`.
+    `on`: the slice it is planned for, if that is not here.
     """
+    plan, window, readable = job.plan, job.window, source_text(job.source)
     reads = [plan.read_nbytes(process) for process in plan.processes]
     over = sum(reads) - plan.needed_nbytes
     facts = [
@@ -41,7 +44,7 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         seconds = max(max(reads), written) / on.network
         rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
         facts.append((duration(seconds), f"at least, at {rate} a host"))
-    name = plan.model.family.architectures[0]
+    name = job.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)
     slices = f"{len(reads) // on.hosts} x {on.name}" if on else ""
     where = f"{slices}, {mesh}" if on else mesh or "one device"
@@ -62,7 +65,7 @@ def plan_page(plan: Plan, window: int, readable: str, on: Slice | None = None) -
         _memory(plan, window),
         "<h2>Largest leaves</h2>",
         _largest(plan),
-        *(["<h2>Notes</h2><ul>", *_items(plan.notices), "</ul>"] if plan.notices else []),
+        *(["<h2>Notes</h2><ul>", *_items(job.notices), "</ul>"] if job.notices else []),
     ]
     title = f"<title>{escape(name)}: a plan</title>"
     meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
@@ -138,7 +141,7 @@ def _who(plan: Plan) -> str:
 
 
 def _short(leaf: LeafPlan) -> str:
-    name = "/".join(leaf.leaf.path[1:])
+    name = path_text(leaf)
     return name if len(name) <= 46 else "\u2026" + name[-45:]
 
 

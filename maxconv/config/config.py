@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from maxconv.config.argv import MOST_YAML, convert, did_you_mean, load_yaml, shown, split
 from maxconv.config.checks import MOST_DEVICES, is_rule, model_problems, value_problems
+from maxconv.config.options import OPTIONS
 from maxconv.config.tables import (
     MODEL_KEYS,
     defaults,
@@ -20,39 +21,7 @@ from maxconv.config.tables import (
 )
 from maxconv.errors import UserError
 
-
-class Flag(NamedTuple):
-    """An option of ours; `shapes`: it decides what the checkpoint is, and is recorded beside it."""
-
-    kind: type
-    default: Any = None  # not given
-    shapes: bool = False
-
-
-_FLAGS: Mapping[str, Flag] = {
-    "lazy_load_tensors": Flag(bool, True, shapes=True),
-    "hf_model_path": Flag(str, shapes=True),
-    "revision": Flag(str, shapes=True),
-    "max_retries": Flag(int, 5),
-    "cache": Flag(bool, False),
-    "save_dtype": Flag(str, "bfloat16", shapes=True),
-    "eager_load_method": Flag(str, "safetensors", shapes=True),
-    "simulated_cpu_devices_count": Flag(int, 16, shapes=True),
-    "use_compression": Flag(bool, False, shapes=True),
-    "verify": Flag(str, "sample"),
-    "overwrite": Flag(bool, False),
-    "resume": Flag(bool, False),
-    "public": Flag(bool, False),
-    "coordinator_address": Flag(str),
-    "num_processes": Flag(int),
-    "process_id": Flag(int),
-    "max_host_memory_gb": Flag(float),
-    "tpu_type": Flag(str),
-    "report": Flag(str),
-    "compile": Flag(bool, False),
-    "trace": Flag(str),
-}
-_FLAG_TYPES = {name: flag.kind for name, flag in _FLAGS.items()}
+_FLAG_TYPES = {name: option.kind for name, option in OPTIONS.items()}
 
 # MaxText's keys that have no part in the checkpoint, or are a secret.
 _OF_ONE_RUN = (
@@ -102,8 +71,6 @@ class Config:
     allow_split_physical_axes: bool
     parallelism: Mapping[str, int]
     """Every ici_*_parallelism and dcn_*_parallelism."""
-    parallelism_given: bool
-    """Whether the user typed one of them."""
     mesh_axes: tuple[str, ...]
     logical_axis_rules: LogicalAxisRules
 
@@ -160,7 +127,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     problems, notices = words.problems, list[str]()
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)
-    values = dict(defaults()) | {name: flag.default for name, flag in _FLAGS.items()}
+    values = dict(defaults()) | {name: option.default for name, option in OPTIONS.items()}
     named = known_models().get(typed.get("model_name", ""), {})
     values["scan_layers"] = named.get("scan_layers", values["scan_layers"])
     from_yml: dict[str, Any] = {}
@@ -195,7 +162,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         or values["enable_single_controller"],
         "overrides": overrides,
         "parallelism": parallelism,
-        "parallelism_given": not parallelism.keys().isdisjoint(typed),
         "mesh_axes": tuple(values["mesh_axes"]),
         "logical_axis_rules": _frozen_rules(rules),
         "notices": tuple(notices),
@@ -217,7 +183,7 @@ def _of_adapter(config: Config) -> Config:
 
 def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
     """The arguments that we read; of the others, MaxText's keys are a notice, the rest problems."""
-    known = defaults().keys() | _FLAGS.keys()
+    known = defaults().keys() | OPTIONS.keys()
     notices += [notice for key, notice in _SPECIAL_NOTICES.items() if words.get(key)]
     others = sorted(words.keys() - known - _SPECIAL_NOTICES.keys())
     for name in others:
@@ -245,8 +211,8 @@ def _typed(values: Mapping[str, Any], problems: list[str], origin: str = "") -> 
     """`values` in the types of their defaults, without those that are empty or null."""
     typed = {}
     for name, value in values.items():
-        kind = _FLAGS[name].kind if name in _FLAGS else type(defaults()[name])
-        nulls = ("",) if name in _FLAGS else ("", "none", "null")
+        kind = OPTIONS[name].kind if name in OPTIONS else type(defaults()[name])
+        nulls = ("",) if name in OPTIONS else ("", "none", "null")
         if value is None or (isinstance(value, str) and value.lower() in nulls):
             continue
         try:
@@ -310,7 +276,7 @@ def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
 
 def _shapes(key: str) -> bool:
     """Whether a key or a flag decides what the checkpoint is."""
-    return _FLAGS[key].shapes if key in _FLAGS else key in defaults() and key not in _OF_ONE_RUN
+    return OPTIONS[key].shapes if key in OPTIONS else key in defaults() and key not in _OF_ONE_RUN
 
 
 def _shaping(

@@ -7,7 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
-MARK = "written by maxconv"
+from maxconv.text import MARK
+
 _WITHIN = 4096  # bytes from the beginning of a file
 
 
@@ -37,6 +38,12 @@ def output_problem(option: str, path: str) -> str | None:
     if not os.access(file, os.W_OK):
         return f"{option}={path} cannot be written to; name another file."
     return None
+
+
+def of_process(path: str, process: int, processes: int) -> str:
+    """A file of one process alone, where there are others."""
+    file = Path(path)
+    return path if processes == 1 else str(file.with_stem(f"{file.stem}.{process}"))
 
 
 def _has_mark(file: Path) -> bool:

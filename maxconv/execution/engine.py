@@ -16,13 +16,13 @@ import numpy as np
 
 from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.execution import malloc
+from maxconv.execution.memory import host_memory
 from maxconv.execution.program import Programs, bits
 from maxconv.execution.timeline import span
 from maxconv.planning.cells import Step
 from maxconv.planning.placement import local_boxes
-from maxconv.planning.plan import LeafPlan, Plan
+from maxconv.planning.plan import Plan
 from maxconv.planning.slabs import Slab
-from maxconv.report import host_memory
 from maxconv.sources import Part, Source, aligned_empty
 
 
@@ -53,10 +53,6 @@ class Engine:
         self.programs = Programs(plan.recipes) if programs is None else programs
         self._owns_programs = programs is None
         self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
-
-    def make(self, leaf: LeafPlan) -> jax.Array:
-        """A leaf that is a single slab, by itself, as a global array in its training sharding."""
-        return self.make_slabs(leaf.slabs)[0]
 
     def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
         """A slab, or all of a group, as global arrays in their leaves' training shardings."""

@@ -5,7 +5,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from maxconv.report import host_memory
+from maxconv.execution.memory import host_memory
 
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from maxconv.config.outputs import MARK
+from maxconv.text import MARK
 
 KINDS = ("read", "to device", "compile", "compute", "to host", "write", "wait")
 

@@ -1,11 +1,10 @@
-"""What the TPU compiler makes of a plan's cells: `maxconv plan --tpu_type=... --compile`.
+"""What the TPU compiler makes of a plan's programs: `maxconv plan --tpu_type=... --compile`.
 
 libtpu has the real compiler and runs it without a TPU. Nothing is executed.
 """
 
 import os
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from maxconv.execution.program import compile_cell
 from maxconv.planning.cells import Recipe
 from maxconv.planning.plan import Plan
 from maxconv.planning.tpus import Slice
-from maxconv.report import size, table
 
 _GENERATIONS = {"v5litepod": "v5e"}  # as libtpu calls them
 _COLLECTIVE = re.compile(
@@ -27,10 +25,10 @@ _COLLECTIVE = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cell on a chip: bytes of its arguments and output, those beside them, what it exchanges."""
+    """A program on a chip: bytes of arguments and output, of temporaries, and collectives."""
 
-    held: int
-    beside: int
+    arguments: int
+    temporaries: int
     collectives: tuple[str, ...]
 
 
@@ -73,30 +71,3 @@ def _compiled(recipe: Recipe) -> Compiled:
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = dict.fromkeys(_COLLECTIVE.findall(compiled.as_text()))
     return Compiled(held, memory.temp_size_in_bytes, tuple(found))
-
-
-def compiled_text(plan: Plan) -> str:
-    """The table of all cells, for people."""
-    started = time.monotonic()
-    found = compile_all(plan)
-    first = {step.recipe: leaf for leaf in reversed(plan.leaves) for step in leaf.steps}
-    rows = [
-        (
-            "/".join(first[recipe].leaf.path[1:]),
-            "x".join(str(hi - lo) for lo, hi in recipe.box),
-            size(cell.held),
-            size(cell.beside),
-            ", ".join(cell.collectives) or "none",
-        )
-        for recipe, cell in found.items()
-    ]
-    most = max(cell.held + cell.beside for cell in found.values())
-    took = time.monotonic() - started
-    return "\n".join(
-        [
-            table(rows, ("cell, first of", "makes", "arguments, output", "beside", "collectives")),
-            "",
-            f"compiled {len(rows)} cells for {plan.mesh.size} chips in {took:.0f} s; the largest "
-            f"takes {size(most)} on a chip",
-        ]
-    )

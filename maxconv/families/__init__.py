@@ -16,7 +16,7 @@ from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEA
 from maxconv.families.table import (
     Dims,
     Family,
-    Leaf,
+    Parameter,
     Row,
     bind_rows,
     flat,
@@ -61,7 +61,7 @@ __all__ = [
     "FAMILIES",
     "Dims",
     "Family",
-    "Leaf",
+    "Parameter",
     "Row",
     "bind_rows",
     "flat",

@@ -334,7 +334,7 @@ def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Leaf:
+class Parameter:
     """A parameter of MaxText's tree: path below `params`, logical axes, bound expression.
 
     `dtype`: if not what is saved.
@@ -362,7 +362,7 @@ class Leaf:
 
 def bind_rows(
     rows: Iterable[Row], shapes: Mapping[str, Shape], scan_axis: int | None
-) -> tuple[list[Leaf], list[str]]:
+) -> tuple[list[Parameter], list[str]]:
     """Every leaf, in the order of MaxText's tree, and a sentence for each row that does not fit.
 
     Args:
@@ -375,7 +375,7 @@ def bind_rows(
         for path, logical, indices in _instances(r, scan_axis):
             try:
                 expr = bind(r.expr, shapes, indices)
-                leaf = Leaf(("params", *path.split("/")), logical, expr, r.dtype)
+                leaf = Parameter(("params", *path.split("/")), logical, expr, r.dtype)
                 if len(leaf.shape) != len(logical):
                     raise AlgebraError(f"{leaf.shape} has not the axes {logical}")
                 leaves.append(leaf)

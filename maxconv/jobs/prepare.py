@@ -1,7 +1,6 @@
 """A conversion that can start: its source, its plan, its target, all checked."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,21 +9,27 @@ from typing import Any, Literal
 
 import jax
 
+from maxconv import __version__
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh
+from maxconv.config.outputs import of_process, output_problem
 from maxconv.errors import RetryableError, UserError
+from maxconv.execution.memory import machine_memory
 from maxconv.execution.tpu_compiler import chips
 from maxconv.jobs import resume
+from maxconv.jobs.leaves import conversion_leaves
 from maxconv.models.adapters import adapter_model
 from maxconv.models.resolve import Model, resolve
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
-from maxconv.processes import start as distributed
-from maxconv.report import machine_memory
+from maxconv.processes.agreement import gathered, same_error_everywhere
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
-from maxconv.targets import hub as publish
-from maxconv.targets import place as target
+from maxconv.targets import orbax, place, publication
+from maxconv.targets.base import Target
+from maxconv.targets.hub import HubTarget
+from maxconv.targets.maxtext import Format, MaxTextTarget
+from maxconv.targets.publication import Publication, is_repository
 
 # Bytes of a process' window unless --max_host_memory_gb says otherwise: a part of the machine's
 # memory, and no more than serves. On a CPU the devices' memory is the host's, too.
@@ -40,25 +45,34 @@ class Job:
 
     config: Config
     source: Source
+    model: Model
     plan: Plan
+    notices: tuple[str, ...]
+    """Sentences the user should see."""
     window: int
     identity: Mapping[str, str]
+    target: Target
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
-    """What the target holds of this very conversion, if it is to be gone on with."""
-    publication: publish.Publication | None = None
-    """If it goes to the Hub."""
-
-    @property
-    def directory(self) -> str:
-        """Where Orbax writes."""
-        if self.publication is not None:
-            return os.fspath(self.publication.scratch)
-        return self.config.base_output_directory
+    """What the target holds of this very conversion, if it is to be resumed."""
 
     @property
     def items(self) -> str:
         """Where MaxText will find the weights."""
-        return target.items(self.config.base_output_directory)
+        return place.items(self.config.base_output_directory)
+
+    @property
+    def custom(self) -> dict[str, Any]:
+        """The metadata of its own that MaxText finds in the checkpoint."""
+        return {"scan_layers": self.config.scan_layers, **self.model.metadata}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the checkpoint is made, for whoever finds it."""
+        return {
+            "maxconv": __version__,
+            "words": list(self.config.words),
+            "identity": self.identity,
+        }
 
 
 @contextmanager
@@ -69,43 +83,74 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         UserError: with everything that is in the way, the same on all processes. The target is
             only looked at when something `writes` to it.
     """
-    for word in ("tpu_type", "report", "compile"):
-        if writes and getattr(config, word):
-            raise UserError(f"{word} is a word of maxconv plan: take it out to convert.")
+    for option in ("tpu_type", "report", "compile"):
+        if writes and getattr(config, option):
+            raise UserError(f"--{option} is only valid with `maxconv plan`: take it out.")
     if config.compile and config.tpu_type is None:
         raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
+    with same_error_everywhere():
+        _check_outputs(config)
     with _opened_by_all(config) as source:
         _check_same_everywhere(source)
-        window = min(distributed.gathered(_window(config)))  # hosts may differ, plans may not
+        window = min(gathered(_window(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
-        with distributed.same_error_everywhere():
-            plan = make_plan(
-                source,
-                resolved(config, source),
-                make_mesh(config, _devices(config)),
-                config.logical_axis_rules,
-                config.scan_axis,
-                config.save_dtype,
-                min(window // 8, STEP_MOST),
-                window // 4 if config.lazy_load_tensors else math.inf,
-            )
+        with same_error_everywhere():
+            model, plan, notices = _planned(config, source, window)
         # That of process 0: a copy of the source on another host has other times.
-        same = distributed.gathered(resume.identity(config, source, plan))[0]
-        job = Job(config, source, plan, window, same)
-        with distributed.same_error_everywhere():
+        same = gathered(resume.identity(config, source, plan))[0]
+        form = _format(config, model, window)
+        target = MaxTextTarget(config.base_output_directory, form)
+        job = Job(config, source, model, plan, notices, window, same, target)
+        with same_error_everywhere():
             if writes:
-                job = _with_target(job)
+                job = _with_target(job, form)
         yield job
+
+
+def _check_outputs(config: Config) -> None:
+    """UserError when a file to write beside the checkpoint is not ours to write."""
+    index, count = jax.process_index(), jax.process_count()
+    trace = config.trace and of_process(config.trace, index, count)
+    report = config.report if index == 0 else None
+    outputs = {"--trace": trace, "--report": report}
+    found = (output_problem(option, path) for option, path in outputs.items() if path)
+    if problems := [problem for problem in found if problem]:
+        raise UserError(problems)
+
+
+def _planned(config: Config, source: Source, window: int) -> tuple[Model, Plan, tuple[str, ...]]:
+    """What the checkpoint is, how it is converted, and what the user should know of both."""
+    model = resolved(config, source)
+    mesh = make_mesh(config, _devices(config))
+    rules, axis = config.logical_axis_rules, config.scan_axis
+    leaves, replicated = conversion_leaves(source, model, mesh, rules, axis, config.save_dtype)
+    slab = window // 4 if config.lazy_load_tensors else math.inf
+    plan = make_plan(leaves, source.tensors, mesh, min(window // 8, STEP_MOST), slab)
+    return model, plan, (*source.notices, *model.notices, *replicated)
+
+
+def _format(config: Config, model: Model, window: int) -> Format:
+    # An eighth of a slab, so that its data files are written side by side; on the Hub few do.
+    to_hub = is_repository(config.base_output_directory)
+    return Format(
+        config.scan_layers,
+        window // 2,
+        config.checkpoint_storage_use_ocdbt,
+        config.checkpoint_storage_use_zarr3,
+        config.use_compression,
+        orbax.FILE_BYTES if to_hub else window // 32,
+        model.metadata,
+    )
 
 
 def _opened_by_all(config: Config) -> Source:
     """The checkpoint, on the Hub at the commit that process 0 finds: revisions move on."""
     source = None
-    with distributed.same_error_everywhere():
+    with same_error_everywhere():
         if jax.process_index() == 0:
             source = opened(config)
-    commit = distributed.gathered(source.revision if source else None)[0]
-    with distributed.same_error_everywhere():
+    commit = gathered(source.revision if source else None)[0]
+    with same_error_everywhere():
         return source or opened(config, commit)
 
 
@@ -114,7 +159,7 @@ def _check_same_everywhere(source: Source) -> None:
 
     Copies on the disks of several hosts have times of their own, which say nothing.
     """
-    seen = distributed.gathered(source.versions() if source.is_shared else {})
+    seen = gathered(source.versions() if source.is_shared else {})
     if seen.count(seen[0]) < len(seen):
         raise RetryableError(
             f"{source.root} changed while it was opened; start again when nobody writes to it."
@@ -163,16 +208,16 @@ def resolved(config: Config, source: Source) -> Model:
     return resolve(source, name, facts, words, config.save_dtype == "float8_e4m3fn")
 
 
-def _with_target(job: Job) -> Job:
+def _with_target(job: Job, form: Format) -> Job:
     """The job, once its target was looked at; UserError when something is in the way there."""
     config, directory = job.config, job.config.base_output_directory
-    if publish.is_repository(directory):
-        return _with_publication(job)
-    problems = target.problems(directory, job.plan.output_nbytes, config.overwrite)
+    if is_repository(directory):
+        return replace(job, target=_hub_target(job, form))
+    problems = place.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
     if config.resume and (recorded := resume.recorded(directory)) is not None:
         differs = resume.problem(directory, recorded, job.identity)
-        finished = target.is_there(directory)
+        finished = place.is_there(directory)
         if finished and differs is None:
             return replace(job, there="finished")
         if differs is not None and not finished:
@@ -184,18 +229,20 @@ def _with_target(job: Job) -> Job:
     return replace(job, there=there)
 
 
-def _with_publication(job: Job) -> Job:
-    config, place = job.config, job.config.base_output_directory
+def _hub_target(job: Job, form: Format) -> Target:
+    config, repository = job.config, job.config.base_output_directory
     problems: list[str] = []
     if jax.process_index() == 0:
         token = config.hf_access_token
-        problems = publish.problems(place, config.overwrite, config.public, token)
+        problems = publication.problems(repository, config.overwrite, config.public, token)
         if not problems:
-            problems = target.scratch_problems(publish.scratch(place), _scratch_nbytes(job))
+            scratch = publication.scratch(repository)
+            problems = place.scratch_problems(scratch, _scratch_nbytes(job))
     if problems:
         raise UserError(problems)
-    going = publish.Publication(place, config.hf_access_token, config.max_retries, config.public)
-    return replace(job, publication=going)
+    retries = config.max_retries
+    going = Publication(repository, config.hf_access_token, retries, config.public)
+    return HubTarget(going, form, job.window)
 
 
 def _scratch_nbytes(job: Job) -> int:

@@ -5,10 +5,13 @@ Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by oursel
 leaf and the one that the engine makes again are compared where they live, on the mesh.
 """
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +19,24 @@ import numpy as np
 from etils import epath
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import v1 as ocp
 
 from maxconv.algebra import Box, slices
+from maxconv.config import recorded
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import bits
+from maxconv.jobs.metadata import metadata_problems
+from maxconv.jobs.witness import witness
 from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import local_boxes
 from maxconv.planning.plan import LeafPlan, Plan, groups
 from maxconv.planning.slabs import Slab
-from maxconv.processes.start import gathered
+from maxconv.processes.agreement import gathered
+from maxconv.sources import Source
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item, find_items, open_item, reason
-from maxconv.targets import orbax
+from maxconv.targets import journal, place
+from maxconv.targets.publication import is_repository
 
 SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
@@ -38,11 +45,19 @@ _UNREADABLE = ""  # the key of a problem that spares all others
 
 @dataclass
 class Report:
-    """What was found so far, the same on all processes. `total` leaves are to be checked."""
+    """What was found so far, the same on all processes.
+
+    Attributes:
+        total: leaves that are to be compared with what the engine makes.
+        leaves, nbytes: those that were, and what of them was.
+        witnessed: bytes of leaves that were compared with what numpy makes.
+        problems: sentences.
+    """
 
     total: int = 0
     leaves: int = 0
     nbytes: int = 0
+    witnessed: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -54,10 +69,12 @@ def verify(
     directory: epath.PathLike,
     plan: Plan,
     engine: Engine,
+    source: Source,
     mode: str = "sample",
     window: int = 512 << 20,
     say: Callable[[Report], object] = lambda report: None,
     seen_as: Callable[[Item], Item] = lambda item: item,
+    custom: Mapping[str, Any] | None = None,
 ) -> Report:
     """Compares a checkpoint with what the plan makes of its source.
 
@@ -69,11 +86,14 @@ def verify(
         plan: of the conversion.
         engine: makes the leaves again. Best made for a plan of `leaves_to_check` alone: it reads
             ahead what its plan has.
+        source: of the conversion, for the witness.
         mode: "sample" compares `leaves_to_check` only. "full" compares every leaf, and checks every
-            byte of the OCDBT files that no leaf is made of.
+            byte of the OCDBT files that no leaf is made of. In both, `witness` then compares its
+            part with what numpy makes: a sample of all leaves, or all of them.
         window: the budget, in bytes per process; the engine's is the same one.
         say: called after every slab.
         seen_as: turns what is in the directory into what is to be read.
+        custom: metadata that MaxText should find, such as `scan_layers`, if that is known.
 
     Raises:
         UserError: if there is no checkpoint.
@@ -81,7 +101,7 @@ def verify(
     items = find_items(epath.Path(directory))
     if len(items) != 1:
         raise UserError(f"{directory} holds no checkpoint of MaxText; give the one to verify.")
-    item, found = _open(items[0], plan, mode)
+    item, found = _open(items[0], plan, mode, custom)
     found = _everyones(found)
     report = Report(problems=list(found.values()))
     if item is None or _UNREADABLE in found:
@@ -98,8 +118,19 @@ def verify(
             report.nbytes += slab.nbytes
             report.leaves += slab is leaf.slabs[-1]
             say(report)
+    known = [leaf for leaf in plan.leaves if leaf.name not in found]
+    report.witnessed, seen = _witnessed(item, known, source, mode)
+    problems = {**seen, **{name: why for name, why in problems.items() if why}}
     report.problems += filter(None, problems.values())
     return report
+
+
+def _witnessed(
+    item: Item, leaves: Sequence[LeafPlan], source: Source, mode: str
+) -> tuple[int, dict[str, str | None]]:
+    """Bytes that the witnesses of all processes compared, and what they found."""
+    mine, found = witness(item, leaves, source, mode)
+    return sum(gathered(mine.compared)), {**_everyones(found)}
 
 
 def _compared(
@@ -134,11 +165,13 @@ def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
     return [replace(p, slabs=tuple(chosen[p.name])) for p in plan.leaves if p.name in chosen]
 
 
-def _open(directory: epath.Path, plan: Plan, mode: str) -> tuple[Item | None, dict[str, str]]:
+def _open(
+    directory: epath.Path, plan: Plan, mode: str, custom: Mapping[str, Any] | None
+) -> tuple[Item | None, dict[str, str]]:
     """The checkpoint; and the problems that show before leaves are read, by leaf or file."""
     try:
         item = open_item(directory)
-        found = _metadata_problems(item, plan)
+        found = metadata_problems(item, plan, custom)
         if mode == "full" and item.ocdbt:
             found |= _file_problems(directory)
         return item, found
@@ -146,38 +179,6 @@ def _open(directory: epath.Path, plan: Plan, mode: str) -> tuple[Item | None, di
         return None, {_UNREADABLE: str(error)}
     except (OSError, ValueError) as error:
         return None, {_UNREADABLE: f"{directory} cannot be read: {reason(error)}."}
-
-
-def _metadata_problems(item: Item, plan: Plan) -> dict[str, str]:
-    """A sentence for every name that is missing, too many or another array than planned."""
-    problems: dict[str, str] = {}
-    for leaf in plan.leaves:
-        array = item.arrays.get(leaf.name)
-        if array is None:
-            problems[leaf.name] = f"{leaf.name} is missing."
-        elif (array.shape, array.dtype) != (leaf.shape, leaf.dtype.name):
-            problems[leaf.name] = (
-                f"{leaf.name} is {array.shape} {array.dtype}, planned is {leaf.shape} {leaf.dtype}."
-            )
-    known = {leaf.name for leaf in plan.leaves} | {"step"}
-    for name in [*item.arrays, *item.others]:
-        if name not in known and name.partition(".")[0] != "opt_state":
-            problems[name] = f"{name} is in the orbax, but not in the plan."
-    return problems | _step_problem(item.directory)
-
-
-def _step_problem(directory: epath.Path) -> dict[str, str]:
-    """The step, through Orbax: whether it opens the checkpoint shows with that."""
-    ctx = orbax.context()
-    ctx.multiprocessing.primary_host = jax.process_index()
-    ctx.multiprocessing.active_processes = {jax.process_index()}  # nobody to wait for
-    try:
-        with ctx:
-            name = directory.name
-            step = ocp.load(directory.parent, {"step": 0}, checkpointable_name=name)["step"]
-    except Exception as error:  # Orbax raises many kinds
-        return {"step": f"Orbax cannot read step: {reason(error)}."}
-    return {} if step == 0 else {"step": f"step is {step}, planned is 0."}
 
 
 def _read(item: Item, leaf: LeafPlan, slab: Slab, window: int) -> tuple[jax.Array | None, str]:
@@ -252,13 +253,13 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
     A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
     CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
     Values may be in the tree of their store alone: those of a leaf that was made again, and that
-    the whole takes from an attempt before. The stores of attempts that were cut off,
-    `ocdbt.process_<process>.<attempt>`, may also have what was about to become either: of these the
+    the whole takes from an attempt before. The stores of attempts that were cut off, which have
+    journal.ATTEMPT in their names, may also have what was about to become either: of these the
     leaves tell all that matters.
     """
     values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
-    databases = [items, *(store for store in stores if store.name.count(".") == 1)]
+    databases = [items, *(store for store in stores if journal.ATTEMPT not in store.name)]
     for store in databases[1:]:
         with suppress(ValueError):  # it is empty, or its nodes are told below
             for file, spans in value_spans(store).items():
@@ -272,3 +273,30 @@ def _file_problems(items: epath.Path) -> dict[str, str]:
         if bad := [*unexplained(file, sorted(values.get(name, ())))]:
             found[name] = f"{name} is damaged: {', '.join(bad)}."
     return found
+
+
+def saved_items(path: str) -> epath.Path:
+    """The tree of the MaxText checkpoint at `<out>`, `<out>/0` or `<out>/0/items`.
+
+    Raises:
+        UserError: there is none, or it is on the Hub.
+    """
+    if is_repository(path):
+        raise UserError(
+            f"{path} can be verified where it is downloaded: give the directory of "
+            "`hf download org/name --local-dir DIR`."
+        )
+    root = epath.Path(path if "://" in path else os.path.abspath(path))  # Orbax wants no less
+    items = find_items(root / place.STEP) or find_items(root)
+    if len(items) != 1:
+        raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+    return items[0]
+
+
+def recorded_arguments(items: epath.Path) -> list[str]:
+    """The arguments that a checkpoint was made with, if they lie beside it."""
+    try:
+        record = json.loads((items.parent.parent / place.WORDS).read_text())
+    except (OSError, ValueError):
+        return []
+    return recorded(record.get("words", [])) if isinstance(record, dict) else []

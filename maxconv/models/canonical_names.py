@@ -59,7 +59,8 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     """
     beside = source.adapter.tensors if source.adapter else ()
     stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in beside}
-    weights, notices = decoded(stored, source.config, keep_fp8)
+    dtypes = {name: info.dtype for name, info in source.tensors.items()}
+    weights, notices = decoded(stored, source.config, keep_fp8, dtypes)
     rename = renamer(family.names)
     found: dict[str, Expr] = {}
     used: dict[str, str] = {}
@@ -184,14 +185,30 @@ def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
     Args:
         weight: one of `Logical.tensors`.
         dtypes: of the stored tensors, by name.
-        to: --save_dtype. Integers stay what they are.
+        to: --save_dtype.
     """
     to = saved_dtype(weight, dtypes, to)
-    kinds = {dtypes[t.name] for t in tensors(weight)}
-    is_as_stored = kinds == {to} or all(kind.kind in "iu" for kind in kinds)
+    is_as_stored = {dtypes[t.name] for t in tensors(weight)} == {to}
     if is_as_stored and not _is_computed(weight):
         return weight
     return apply(Cast(to.name), weight)
+
+
+def misfit(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> str | None:
+    """Why tensors cannot become a leaf, as far as their dtypes tell, in a sentence.
+
+    Args:
+        expr: the leaf.
+        dtypes: of the tensors, by name.
+        to: of the leaf.
+    """
+    for tensor in tensors(expr):
+        dtype = dtypes[tensor.name]
+        if dtype.kind in "bc":
+            return f"tensor {tensor.name} is {dtype}, but weights are real numbers"
+        if to.kind in "iu" and dtype.kind not in "iu":
+            return f"tensor {tensor.name} is {dtype}, but MaxText keeps integers of it"
+    return None
 
 
 def _is_computed(expr: Expr) -> bool:

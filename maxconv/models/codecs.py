@@ -4,9 +4,11 @@ A codec is a property of the source. Families never see it, and a box of a weigh
 through it to the packed bytes. Results are float32, unrounded.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from maxconv.algebra import (
     AlgebraError,
@@ -38,6 +40,7 @@ class Codec:
         parts: how the names of what is decoded end, after the name of the weight.
         decode: the weight, given these and the checkpoint's `quantization_config`.
         others: how the names of tensors end that decoding does not need.
+        dtypes: of the parts, by name; empty for any number.
     """
 
     name: str
@@ -45,10 +48,21 @@ class Codec:
     parts: tuple[str, str]
     decode: Callable[[Tensor, Tensor, Mapping[str, Any]], Expr]
     others: tuple[str, ...] = ()
+    dtypes: tuple[str, str] = ("", "")
+
+    def misfit(self, parts: Sequence[Tensor], dtypes: Mapping[str, np.dtype]) -> str | None:
+        """Why the parts are not of this format, as far as their dtypes tell."""
+        for part, dtype in zip(parts, self.dtypes, strict=True):
+            if dtype and (found := dtypes.get(part.name, dtype)) != dtype:
+                return f"{part.name} is {found}, where {self.name} has {dtype}"
+        return None
 
 
 def decoded(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], keep_fp8: bool = False
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    keep_fp8: bool = False,
+    dtypes: Mapping[str, np.dtype] | None = None,
 ) -> tuple[dict[str, Expr], tuple[str, ...]]:
     """The tensors with the packed ones replaced by the weights they stand for.
 
@@ -56,6 +70,7 @@ def decoded(
         tensors: all that the checkpoint holds, by name.
         config: its config.json.
         keep_fp8: fp8 weights stay as they are, and so do their scales.
+        dtypes: of the tensors, as they are read.
 
     Returns:
         The weights, and a sentence for each codec that was used.
@@ -77,6 +92,8 @@ def decoded(
             if weight in weights:
                 problems.append(f"{weight} and {packed.name} are the same tensor.")
                 continue
+            if (misfit := codec.misfit((packed, scale), dtypes or {})) is not None:
+                problems.append(f"{misfit}.")
             try:
                 weights[weight] = codec.decode(packed, scale, entry(config, QUANTIZATION, {}))
             except AlgebraError as error:
@@ -165,6 +182,6 @@ def _product(numbers: Expr, scales: Expr) -> Expr:
 
 CODECS = (
     Codec("fp8 with block scales", SCALE, ("", SCALE), fp8),
-    Codec("MXFP4", "_blocks", ("_blocks", "_scales"), mxfp4),
-    Codec("int4", "_packed", ("_packed", "_scale"), int4, others=("_shape",)),
+    Codec("MXFP4", "_blocks", ("_blocks", "_scales"), mxfp4, dtypes=("uint8", "uint8")),
+    Codec("int4", "_packed", ("_packed", "_scale"), int4, others=("_shape",), dtypes=("int32", "")),
 )

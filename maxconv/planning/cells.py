@@ -46,8 +46,6 @@ class Recipe:
         box: the part of it that is made, in the first lane of the first slice.
         reads: in the order of `algebra.trace(cell, box).reads`.
         lanes: the axis of the leaf that is cut into lanes, as many in each shard; or None.
-        is_local: each device computes with just what its part needs. If not, reads are replicated
-            where they could not be cut.
         shape, dtype, sharding: of the leaf, or the slab of it, that the cell is written into.
     """
 
@@ -55,7 +53,6 @@ class Recipe:
     box: Box
     reads: tuple[CellRead, ...]
     lanes: int | None
-    is_local: bool
     shape: Shape
     dtype: np.dtype
     sharding: NamedSharding
@@ -250,7 +247,7 @@ def _at_once(cell: _Cell, axis: int, most: int, budget: int) -> int:
 @cache
 def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recipe:
     reads = []
-    pulled, is_local = _pulled_back(cell, box, lanes)
+    pulled = _pulled_back(cell, box, lanes)
     shapes = {tensor.name: tensor.shape for tensor in tensors(cell.expr)}
     for read, spec in pulled:
         shape, entries = dims(read.box), spec
@@ -265,17 +262,14 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Reci
         box,
         tuple(reads),
         lanes,
-        is_local,
         cell.shape,
         cell.dtype,
         cell.to,
     )
 
 
-def _pulled_back(
-    cell: _Cell, box: Box, lanes: int | None
-) -> tuple[list[tuple[Read, list[Any]]], bool]:
-    """Each read with its sharding, one PartitionSpec entry an axis; and whether all is local.
+def _pulled_back(cell: _Cell, box: Box, lanes: int | None) -> list[tuple[Read, list[Any]]]:
+    """Each read with its sharding, one PartitionSpec entry an axis.
 
     An axis of the leaf passes its mesh axes on to the axis of the tensor that it cuts into equal,
     ordered pieces. Where there is none (it is cut inside a permuted atom, or another axis took its
@@ -283,20 +277,16 @@ def _pulled_back(
     """
     reads = _reads(cell.expr, box)
     specs: list[list[Any]] = [[None] * len(read.box) for read in reads]
-    is_local = True
     for axis, (lo, hi) in enumerate(box):
         pieces = shards(cell.to, axis)
         if axis == lanes or pieces == 1:
             continue
         if hi - lo != cell.shape[axis]:
-            is_local = False
             continue
         for spec, cut in zip(specs, _cuts(cell.expr, box, axis, pieces), strict=True):
             if cut is not None and spec[cut] is None:
                 spec[cut] = mesh_axes(cell.to, axis)
-            else:
-                is_local = False
-    return list(zip(reads, specs, strict=True)), is_local
+    return list(zip(reads, specs, strict=True))
 
 
 def _cuts(expr: Expr, box: Box, axis: int, pieces: int) -> list[int | None]:

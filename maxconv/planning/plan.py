@@ -1,48 +1,53 @@
-"""The plan: every leaf with its sharding and its steps, checked before a tensor byte moves."""
+"""The plan: every leaf with its sharding and its steps, before a tensor byte moves.
+
+It is made from leaves, each an expression over the tensors of a source, and budgets. Where these
+come from, a model to convert or a checkpoint to read, is not known here.
+"""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxconv.algebra import (
-    AlgebraError,
-    Shape,
-    check_covered,
-    clip,
-    substitute,
-    tensors,
-    unused,
-    volume,
-)
-from maxconv.config.mesh import partition_spec
-from maxconv.errors import UserError
-from maxconv.families import Leaf, bind_rows
-from maxconv.models.canonical_names import rounded, saved_dtype
-from maxconv.models.resolve import Model
+from maxconv.algebra import Expr, Shape, clip, tensors, volume
 from maxconv.planning.cells import Recipe, Step, nbytes_by_process, steps
 from maxconv.planning.placement import local_devices, shard_nbytes
 from maxconv.planning.slabs import Slab, slabs
-from maxconv.sources import Source, TensorInfo
+from maxconv.sources import TensorInfo
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array that is wanted: its name in the target, what makes it, and where it should be.
+
+    `expr` is over the tensors of a source.
+    """
+
+    name: str
+    expr: Expr
+    dtype: np.dtype
+    sharding: NamedSharding
+
+    @property
+    def shape(self) -> Shape:
+        return self.expr.shape
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all that it is made of, with repeats."""
+        return tuple(tensor.name for tensor in tensors(self.expr))
 
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """A leaf: what it is, where it lives, how it comes about, slab by slab.
-
-    `replicated` says, in words, which axes could not be sharded as the rules have it.
-    """
+    """A leaf, and how it is made, slab by slab."""
 
     leaf: Leaf
-    dtype: np.dtype
-    sharding: NamedSharding
     slabs: tuple[Slab, ...]
-    replicated: tuple[str, ...]
 
     @property
     def steps(self) -> list[Step]:
@@ -55,6 +60,14 @@ class LeafPlan:
     @property
     def shape(self) -> Shape:
         return self.leaf.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    @property
+    def sharding(self) -> NamedSharding:
+        return self.leaf.sharding
 
     @property
     def nbytes(self) -> int:
@@ -75,13 +88,11 @@ Group = tuple[tuple[LeafPlan, Slab], ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion. `notices` are sentences the user should see."""
+    """How a set of leaves is made from the tensors of a source."""
 
-    model: Model
     mesh: Mesh
     leaves: tuple[LeafPlan, ...]
     tensors: Mapping[str, TensorInfo]
-    notices: tuple[str, ...]
 
     @property
     def steps(self) -> list[Step]:
@@ -161,70 +172,26 @@ def groups(leaves: Iterable[LeafPlan]) -> tuple[Group, ...]:
 
 
 def make_plan(
-    source: Source,
-    model: Model,
+    leaves: Sequence[Leaf],
+    tensors: Mapping[str, TensorInfo],
     mesh: Mesh,
-    rules: Sequence[Any],
-    scan_axis: int | None = 1,
-    save_dtype: np.dtype | str = "bfloat16",
     budget: int = 64 << 20,
     slab: float = math.inf,
 ) -> Plan:
-    """Plans a conversion.
+    """Plans how leaves are made.
 
     Args:
-        source: the checkpoint's tensors.
-        model: what they are.
-        mesh: MaxText's training mesh.
-        rules: MaxText's logical axis rules.
-        scan_axis: param_scan_axis, or None for unscanned layers.
-        save_dtype: of the leaves.
+        leaves: over `tensors`, all on `mesh`.
+        tensors: of the source, by name.
         budget: bytes that a step should read at most, in a process.
         slab: bytes of a leaf that should be made before they are written, in a process.
-
-    Raises:
-        UserError: everything that does not fit, at once.
     """
-    dtypes = {name: info.dtype for name, info in source.tensors.items()}
-    to_save = np.dtype(save_dtype)
-    stored = model.tensors
-    if model.rounds:
-        stored = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
-    planned, notices = [], list(model.notices)
-    leaves = [
-        replace(logical, expr=substitute(logical.expr, stored))
-        for logical in _checked_leaves(source, model, scan_axis)
-    ]
+    dtypes = {name: info.dtype for name, info in tensors.items()}
     sharing = Counter(leaf.tensors for leaf in leaves)
+    planned = []
     for leaf in leaves:
-        spec, dropped = partition_spec(leaf.logical, leaf.shape, dict(mesh.shape), rules)
-        to = NamedSharding(mesh, spec)
-        dtype = np.dtype(leaf.dtype or saved_dtype(leaf.expr, dtypes, to_save))
-        made = steps(leaf.expr, dtypes, dtype, to, budget)
-        parts = slabs(made, leaf.shape, dtype, to, slab / sharing[leaf.tensors])
-        planned.append(LeafPlan(leaf, dtype, to, parts, dropped))
-    for words in dict.fromkeys(w for leaf in planned for w in leaf.replicated):
-        notices.append(f"{words}: that axis is replicated")
-    return Plan(model, mesh, tuple(planned), source.tensors, tuple(notices))
-
-
-def _checked_leaves(source: Source, model: Model, scan_axis: int | None) -> list[Leaf]:
-    """Every leaf of the model over its logical tensors, once all is right with them."""
-    family = model.family
-    architecture = family.architectures[0]
-    if scan_axis is not None and not family.scans:
-        raise UserError(f"MaxText cannot scan the layers of {architecture}: add scan_layers=False.")
-    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
-    leaves, problems = bind_rows(model.rows, shapes, scan_axis)
-    expressions = {leaf.name: leaf.expr for leaf in leaves}
-    if not problems:
-        try:
-            check_covered(expressions)  # only a table whose slices tile can be turned round
-        except AlgebraError as error:
-            problems += str(error).splitlines()
-        left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]
-        found = [next(tensors(model.tensors[n])).name for n in left]
-        problems += [f"{architecture} has no use for tensor {n}" for n in found]
-    if problems:
-        raise UserError([f"{source.root}: {p}." for p in problems])
-    return leaves
+        made = steps(leaf.expr, dtypes, leaf.dtype, leaf.sharding, budget)
+        limit = slab / sharing[leaf.tensors]
+        parts = slabs(made, leaf.shape, leaf.dtype, leaf.sharding, limit)
+        planned.append(LeafPlan(leaf, parts))
+    return Plan(mesh, tuple(planned), tensors)

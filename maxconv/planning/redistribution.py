@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Box, Interval, Shape, dims, full, volume, with_axis
+from maxconv.algebra.storage import coalesce
 from maxconv.planning.placement import boxes_by_process, mesh_axes, shard_nbytes, shards
-from maxconv.sources import coalesce
 
 LONG = 1 << 20  # bytes in a row that are worth more than what an exchange costs
 RUN = 8 << 20  # bytes in a row: longer runs of a file are not read any better

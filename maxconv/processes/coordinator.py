@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 LINGER = 25  # seconds for the others to notice that process 0 is gone
@@ -46,7 +47,7 @@ class Service:
 
 def serve(address: str, num_nodes: int) -> None:
     """Runs the service until some time after the process at the other end of stdin is gone."""
-    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+    from maxconv.private.jaxlib import _jax
 
     _wait_until_free(int(address.rpartition(":")[2]))
     service = _jax.get_distributed_runtime_service(address, num_nodes)
@@ -72,5 +73,6 @@ def _wait_until_free(port: int) -> None:
         time.sleep(0.5)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # where the package may be on no path; behind all others, it hides none
+    sys.path.append(str(Path(__file__).parents[2]))
     serve(sys.argv[1], int(sys.argv[2]))

@@ -36,7 +36,7 @@ _ring: "_Ring | None" = None
 
 def watch() -> None:
     """From now on the processes of `jax.distributed` end together."""
-    from jax._src.distributed import global_state
+    from maxconv.private.jax import global_state
 
     global _ring
     if _ring is None and (global_state.num_processes or 1) > 1:
@@ -160,7 +160,7 @@ class _Ring:
 
     def exit(self, code: int, seconds: float) -> NoReturn:
         """Ends this process; process 0 after some seconds, and the coordination service with it."""
-        from jax._src.distributed import global_state
+        from maxconv.private.jax import global_state
 
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):

@@ -1,36 +1,19 @@
 """Starts JAX: the platform, the simulated devices and the other processes, before any array."""
 
-import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
-from typing import Any
 
-import numpy as np
-
-from maxconv.config import Config, parse
+from maxconv.config import Config
 from maxconv.errors import RetryableError, UserError
 from maxconv.processes import coordinator, liveness
-from maxconv.report import duration
-from maxconv.text import printable
+from maxconv.text import duration
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
-
-
-def start(words: Sequence[str]) -> Config:
-    """The config of a command line, with JAX started as it says, and the user told."""
-    config = parse(words)
-    notices = (*config.notices, *initialize(config))
-    import jax
-
-    if jax.process_index() == 0:
-        for notice in notices:
-            print(f"note: {printable(notice)}", file=sys.stderr)
-    return config
 
 
 def initialize(config: Config) -> tuple[str, ...]:
@@ -109,7 +92,7 @@ def find_processes(
 
 def _on_tpus(timeout: int) -> Processes | None:
     """What JAX reads of GKE's environment or the TPU VM's metadata; slices follow each other."""
-    from jax._src import clusters
+    from maxconv.private.jax import clusters
 
     detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
@@ -141,7 +124,8 @@ def _in_cpu_pool(environ: Mapping[str, str]) -> Processes:
 def _connect(config: Config, platform: str) -> None:
     """Joins the other processes, if there are any."""
     import jax
-    from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+
+    from maxconv.private.jaxlib import _jax
 
     if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
         return
@@ -193,52 +177,3 @@ def _patience(to: Processes, seconds: int) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-@contextmanager
-def same_error_everywhere() -> Iterator[None]:
-    """Runs a check on every process; a UserError on any of them is raised on all."""
-    mine: tuple[str, ...] = ()
-    try:
-        yield
-    except UserError as error:
-        mine = error.problems
-    if problems := next(filter(None, gathered(mine)), None):
-        raise UserError(problems)
-
-
-def gathered(value: Any) -> list[Any]:
-    """What each process has to say, as JSON has it, in the order of processes."""
-    import jax
-
-    if jax.process_count() == 1:
-        return [value]
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
-    width = -(-longest // 4096) * 4096  # mostly the same: compiled once
-    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
-    return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
-
-
-def once(action: Callable[[], object], patience: int | None = None) -> None:
-    """Does something on process 0, while the others wait for it to be done.
-
-    `patience`: seconds that it may take, if more than collectives wait.
-    """
-    import jax
-
-    if jax.process_index() == 0:
-        action()
-    if jax.process_count() == 1:
-        return
-    if patience is not None:
-        from jax._src.distributed import global_state
-
-        client: Any = global_state.client
-        client.wait_at_barrier("maxconv: done at length", timeout_in_ms=1000 * patience)
-        return
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices("maxconv: done on process 0")

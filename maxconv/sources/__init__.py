@@ -5,12 +5,13 @@ import re
 
 from maxconv.errors import UserError
 from maxconv.sources.adapted import AdaptedSource
-from maxconv.sources.base import Part, Source, Stats, Traffic, aligned_empty, coalesce, runs
+from maxconv.sources.base import Part, Source, Stats, TensorInfo, Traffic, aligned_empty
+from maxconv.sources.files import FileSource
 from maxconv.sources.local import LocalSource
-from maxconv.sources.safetensors import TensorInfo
 
 __all__ = [
     "AdaptedSource",
+    "FileSource",
     "LocalSource",
     "Part",
     "Source",
@@ -18,9 +19,7 @@ __all__ = [
     "TensorInfo",
     "Traffic",
     "aligned_empty",
-    "coalesce",
     "open_source",
-    "runs",
 ]
 
 
@@ -32,7 +31,7 @@ def open_source(
     max_retries: int = 5,
     cache: bool = False,
     commit: str | None = None,
-) -> Source:
+) -> FileSource:
     """Opens a Hugging Face checkpoint.
 
     Args:
@@ -64,7 +63,7 @@ def open_source(
     return _without_revision(LocalSource(path, config), revision)
 
 
-def _without_revision(source: Source, revision: str | None) -> Source:
+def _without_revision(source: FileSource, revision: str | None) -> FileSource:
     if revision is not None:
         notice = f"{source.root} is a directory: revision {revision} is ignored"
         source.notices = (*source.notices, notice)

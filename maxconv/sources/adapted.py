@@ -1,10 +1,12 @@
 """A checkpoint and a LoRA adapter beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from maxconv.algebra.boxes import Box
-from maxconv.sources.base import Source, Traffic
-from maxconv.sources.safetensors import TensorInfo
+from maxconv.sources.base import Part, Source, TensorInfo, Traffic
 
 
 class AdaptedSource(Source):
@@ -17,7 +19,8 @@ class AdaptedSource(Source):
         self.tensors = {**base.tensors, **adapter.tensors}
         self.adapter = self._adapter = adapter
         self._base = base
-        self.block, self.readers, self.is_shared = base.block, base.readers, base.is_shared
+        self.readers, self.is_shared = base.readers, base.is_shared
+        base.stats = adapter.stats = self.stats
 
     @property
     def traffic(self) -> Traffic:
@@ -27,21 +30,31 @@ class AdaptedSource(Source):
         for source in (self._base, self._adapter):
             source.allow(nbytes)
 
+    def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
+        self._owner(info).read(info, parts)
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         return self._owner(info).between(info, boxes)
 
     def _owner(self, info: TensorInfo) -> Source:
         return self._adapter if info.name in self._adapter.tensors else self._base
 
-    def _fetch(
-        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
-    ) -> None:
-        self._owner(info)._fetch(info, offsets, nbytes, buffer)
+    def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        return self._owner(info).plain(info, box)
+
+    def path(self, info: TensorInfo) -> Path | None:
+        return self._owner(info).path(info)
 
     def versions(self) -> dict[str, str]:
-        adapter = {f"{name} of the adapter": v for name, v in self._adapter.versions().items()}
-        return self._base.versions() | adapter
+        return {**self._base.versions(), **_named(self._adapter.versions())}
+
+    def fingerprints(self) -> Mapping[str, str]:
+        return {**self._base.fingerprints(), **_named(self._adapter.fingerprints())}
 
     def close(self) -> None:
         self._adapter.close()
         self._base.close()
+
+
+def _named(versions: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name} of the adapter": version for name, version in versions.items()}

@@ -1,6 +1,5 @@
 """Google Cloud Storage by its JSON API: where it is, who asks, and what its answers mean."""
 
-import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -9,19 +8,23 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlencode
 
 import google.auth
-import urllib3
 from google.auth import exceptions
 from google.auth.credentials import AnonymousCredentials
 from google.auth.transport.urllib3 import Request
 
+from maxconv.errors import UserError
 from maxconv.sources import http
 from maxconv.sources.http import Fault, patiently
+from maxconv.sources.safetensors import load_object
 
 _EMULATOR = "STORAGE_EMULATOR_HOST"  # names a server on this machine, as Google's clients have it
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _READING = ("storage.objects.list", "storage.objects.get")
 _READERS = "roles/storage.objectViewer"
 _WRITERS = "roles/storage.objectAdmin and roles/storage.legacyBucketReader"
+
+
+_MOST_PAGES = 1000  # of a listing: a million objects
 
 
 class Refused(OSError):
@@ -44,8 +47,8 @@ class Bucket:
         self._endpoint = host or "https://storage.googleapis.com"
         if "://" not in self._endpoint:
             self._endpoint = f"http://{host}"
-        self._http, self._lock = http.client(1), Lock()
-        self._renewal = Request(urllib3.PoolManager())
+        self._http, self._lock = http.Client(1), Lock()
+        self._renewal = Request(self._http.pools)
         self._credentials = _credentials()
 
     def objects(self, prefix: str) -> dict[str, Object]:
@@ -56,19 +59,21 @@ class Bucket:
         """
         found: dict[str, Object] = {}
         query = {"prefix": prefix, "fields": "items(name,size,generation),nextPageToken"}
-        while True:
+        for _ in range(_MOST_PAGES):
             page = self._ask("/o", query, _READING)
-            for item in page.get("items", ()):
-                if name := item["name"].removeprefix(prefix):  # empty: what stands for a directory
-                    found[name] = Object(int(item["size"]), str(item["generation"]))
+            found |= _objects(page, prefix)
             if not (token := page.get("nextPageToken")):
                 return found
-            query["pageToken"] = token
+            query["pageToken"] = str(token)
+        raise Refused(
+            f"gs://{self.name}/{prefix} holds more than {len(found):,} objects: give the directory "
+            "of a checkpoint"
+        )
 
     def check_writable(self, directory: str) -> None:
-        """Makes and removes an empty object in a directory, as one does a file on a disk.
+        """Creates and deletes an empty object in a directory, as one does a file on a disk.
 
-        What IAM says of the bucket would not do: rights may hold for some directories only.
+        The bucket's IAM policy would not tell: rights may be granted for some directories only.
         TensorStore looks at the bucket itself before it writes, hence storage.buckets.get.
 
         Raises:
@@ -127,14 +132,14 @@ class Bucket:
 
         def attempt(is_stale: bool) -> dict[str, Any]:
             url = self._url(path, query, upload=method == "POST")
-            answer = self._http.request(method, url, headers=self._headers(is_stale))
+            answer, body = self._http.data(method, url, self._headers(is_stale))
             if answer.status < 300 or (answer.status, method) == (404, "DELETE"):
-                return json.loads(answer.data) if method == "GET" else {}
+                return _object(body) if method == "GET" else {}
             if answer.status in http.RETRIED:
-                raise Fault.of(answer)
+                raise Fault.of(answer.status, answer.headers)
             if sentence := self.refusal(answer.status, rights):
                 raise Refused(sentence)
-            raise Fault.of(answer, is_stale=answer.status == 401)
+            raise Fault.of(answer.status, answer.headers, is_stale=answer.status == 401)
 
         return patiently(f"gs://{self.name} could not be asked", self._max_retries, attempt)
 
@@ -159,6 +164,33 @@ class Bucket:
                 "`gcloud auth application-default login`"
             ) from None
         return headers
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """A JSON object; Fault when it is none, as of an answer that was cut."""
+    problems: list[str] = []
+    try:
+        return load_object(body, "The answer", problems)
+    except UserError as error:
+        raise Fault(str(error)) from None
+
+
+def _objects(page: Mapping[str, Any], prefix: str) -> dict[str, Object]:
+    """A page of a listing, by what follows the prefix in names."""
+    try:
+        return {
+            name: Object(_size(item["size"]), str(item["generation"]))
+            for item in page.get("items", ())
+            if (name := item["name"].removeprefix(prefix))  # empty: what stands for a directory
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Refused(f"The listing of the bucket makes no sense ({error!r})") from None
+
+
+def _size(said: str) -> int:
+    if not said.isdecimal():
+        raise ValueError(f"{said!r} bytes")
+    return int(said)
 
 
 def _credentials() -> Any:

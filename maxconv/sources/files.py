@@ -1,29 +1,47 @@
-"""Checkpoints as directories of files, wherever these lie."""
+"""Checkpoints as directories of safetensors files, wherever these lie."""
 
+import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+
+from maxconv.algebra.boxes import Box, dims, intersect, slices
+from maxconv.algebra.storage import blocks, coalesce, runs
 from maxconv.errors import UserError
-from maxconv.sources.base import Source
-from maxconv.sources.safetensors import TensorInfo, check_lfs, load_object, parse_header, some
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-_OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
-_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "items"}
+from maxconv.sources.base import Part, Source, TensorInfo, aligned_empty, bit_views
+from maxconv.sources.index import (
+    INDEX,
+    check_distinct,
+    check_index,
+    choose_files,
+    notices,
+    weight_map,
+)
+from maxconv.sources.narrow import narrow, narrowed
+from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, parse_header
 
 
 class FileSource(Source, ABC):
     """A directory of safetensors files beside a config.json.
 
     The tensors are those of model.safetensors.index.json, else of model.safetensors, else of all
-    *.safetensors. Only headers are read here. A subclass says what is there and reads it.
+    *.safetensors. A subclass lists the files and fetches ranges of bytes from them.
+
+    Attributes:
+        stored: where each of `tensors` lies, in which dtype.
+        block: bytes fetched at most at once when they must be copied to their places.
     """
+
+    stored: Mapping[str, StoredTensor]
+    # Measured on a page cache: the copy still finds the block in the CPU's cache, while smaller
+    # blocks cost more calls.
+    block: int = 4 << 20
+
+    # ---- what there is
 
     def _examine(self, config: str, problems: Sequence[str] = ()) -> None:
         """Fills in what is known of a source, from the file `config` and all headers.
@@ -32,36 +50,40 @@ class FileSource(Source, ABC):
             UserError: with everything that is wrong with the directory, `problems` among it.
         """
         names, problems = self._names(), list(problems)
+        self._digests: dict[str, str] = {}
         with _collect(problems):
             self.config = self._object(config)
-        weight_map: dict[str, str] | None = None
+        where: dict[str, str] | None = None
         files: Sequence[str] = []
         with _collect(problems):
             if INDEX in names:
-                weight_map = _weight_map(self._object(INDEX))
-            files = _choose_files(self.root, names, weight_map)
-        headers: dict[str, tuple[TensorInfo, ...]] = {}
+                where = weight_map(self._object(INDEX))
+            files = choose_files(self.root, names, where)
+        headers: dict[str, tuple[StoredTensor, ...]] = {}
         for file in files:
             with _collect(problems):
                 raw, size = self._header(file)
                 headers[file] = parse_header(raw, file, size)
-        if weight_map is None:
-            problems += _check_distinct(headers)
-        else:
-            problems += _check_index(headers, weight_map)
+                self._digests[file] = _digest(raw)
+        problems += check_distinct(headers) if where is None else check_index(headers, where)
         if problems:
             raise UserError(problems)
 
-        infos = [info for header in headers.values() for info in header]
-        self.tensors = {
+        self.stored = {
             info.name: info
-            for info in infos
-            if weight_map is None or weight_map.get(info.name) == info.file
+            for header in headers.values()
+            for info in header
+            if where is None or where.get(info.name) == info.file
         }
-        self.notices = _notices(self.root, names, infos, self.tensors, files)
+        self.tensors = {
+            name: TensorInfo(name, narrow(info.dtype), info.shape)
+            for name, info in self.stored.items()
+        }
+        self.notices = notices(self.root, names, headers, self.stored)
 
     def _object(self, file: str) -> dict[str, Any]:
         raw = self._content(file)
+        self._digests[file] = _digest(raw)
         check_lfs(raw, file)
         problems: list[str] = []
         value = load_object(raw, file, problems)
@@ -69,118 +91,115 @@ class FileSource(Source, ABC):
             raise UserError(problems)
         return value
 
+    def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        """Row by row, without coalescing: each from where numpy says that its first element is."""
+        stored = self.stored[info.name]
+        *rows, (lo, hi) = box or ((0, 1),)
+        *outer, last = info.shape or (1,)
+        starts = np.zeros(1, np.int64)
+        if rows:
+            grid = np.broadcast_arrays(*np.ix_(*(np.arange(*row) for row in rows)))
+            starts = np.ravel_multi_index(grid, outer).reshape(-1)
+        itemsize = stored.dtype.itemsize
+        offsets, nbytes = stored.offset + (starts * last + lo) * itemsize, (hi - lo) * itemsize
+        found = np.empty(len(offsets) * nbytes, np.uint8)
+        self._fetch(stored, offsets.tolist(), nbytes, found.data)
+        return narrowed(found.view(stored.dtype).reshape(dims(box)), info.name)
+
+    @property
+    def files(self) -> list[str]:
+        """Those that hold tensors."""
+        return sorted({info.file for info in self.stored.values()})
+
     @abstractmethod
     def _names(self) -> set[str]:
         """The names of the files."""
 
     @abstractmethod
     def _content(self, file: str) -> bytes:
-        """The whole of a small file; UserError when it cannot be read."""
+        """The whole of a small file; UserError when it cannot be read, or is not small."""
 
     @abstractmethod
     def _header(self, file: str) -> tuple[bytes, int]:
         """The first bytes of a safetensors file, up to its data, and the file's size."""
 
+    # ---- reading
+
+    def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
+        """See `Source.read`. Reads every byte of the boxes once, and no other byte, unless the
+        storage reads through gaps (see `between`).
+
+        C-contiguous arrays spare a copy, if their box is not one of several that interleave in the
+        file.
+        """
+        stored = self.stored[info.name]
+        is_direct = stored.dtype == info.dtype
+        scratch = np.empty(0, np.uint8)
+        for outer, inner in self._groups(stored, bit_views(info, parts)):
+            self.stats.add(math.prod(dims(outer)) * info.dtype.itemsize, 0)
+            (_, array), *others = inner
+            if is_direct and not others and array.flags.c_contiguous:
+                self._fill(stored, outer, array)
+                continue
+            for box in blocks(outer, stored.dtype.itemsize, self.block):
+                shape = dims(box)
+                nbytes = math.prod(shape) * stored.dtype.itemsize
+                if scratch.nbytes < nbytes:
+                    scratch = aligned_empty((nbytes,), np.uint8)
+                block = scratch[:nbytes].view(stored.dtype).reshape(shape)
+                self._fill(stored, box, block)
+                _scatter(box, narrowed(block, info.name), inner)
+
+    def _groups(
+        self, stored: StoredTensor, parts: Sequence[Part]
+    ) -> Iterator[tuple[Box, Sequence[Part]]]:
+        """Boxes to read one after the other, each with the parts that tile it."""
+        together: list[Part] = []
+        for part in parts:
+            box, array = part
+            offsets, nbytes = runs(stored.shape, box, stored.dtype.itemsize)
+            # A long run needs no neighbours to be read well, and no copy if it is alone.
+            if len(offsets) == 1 and nbytes >= self.block and array.flags.c_contiguous:
+                yield box, [part]
+            else:
+                together.append(part)
+        for outer in coalesce([box for box, _ in together]):
+            yield outer, [part for part in together if intersect(outer, part[0]) is not None]
+
+    def _fill(self, stored: StoredTensor, box: Box, array: np.ndarray) -> None:
+        """Reads a box straight into a C-contiguous array."""
+        offsets, nbytes = runs(stored.shape, box, stored.dtype.itemsize)
+        buffer = array.reshape(-1).view(np.uint8).data
+        self._fetch(stored, (offsets + stored.offset).tolist(), nbytes, buffer)
+        self.stats.add(0, len(offsets))
+
+    @abstractmethod
+    def _fetch(
+        self, stored: StoredTensor, offsets: Sequence[int], nbytes: int, buffer: memoryview
+    ) -> None:
+        """Fills `buffer` with the runs of `nbytes` bytes at `offsets` of the tensor's file.
+
+        Raises:
+            OSError: naming the file and the tensor.
+        """
+
 
 @contextmanager
 def _collect(problems: list[str]) -> Iterator[None]:
-    """Puts off a UserError, so that the problems after it are found too."""
+    """Collects the problems of a UserError instead of raising it, so that more can be found."""
     try:
         yield
     except UserError as error:
         problems += error.problems
 
 
-def _weight_map(index: Mapping[str, Any]) -> dict[str, str]:
-    """Which file holds each tensor."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{INDEX} has no weight_map; download it again.")
-    # Where links lead is not asked: the Hugging Face cache links to blobs outside the directory.
-    bad = {str(file) for file in weight_map.values() if not _is_beside(file)}
-    if bad:
-        raise UserError(f"{INDEX} names {some(sorted(bad))}; it may name files beside it only.")
-    return weight_map
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
 
 
-def _is_beside(file: object) -> bool:
-    return (
-        isinstance(file, str) and not file.startswith("/") and ".." not in PurePosixPath(file).parts
-    )
-
-
-def _choose_files(
-    root: str, names: set[str], weight_map: Mapping[str, str] | None
-) -> Sequence[str]:
-    if weight_map is not None:
-        return sorted(set(weight_map.values()))
-    if SINGLE in names:
-        return [SINGLE]
-    if files := sorted(name for name in names if name.endswith(".safetensors")):
-        return files
-    if found := sorted(name for name in names if name.endswith(_OTHER_FORMATS)):
-        raise UserError(
-            f"{root} has no .safetensors files, but {some(found)}; convert them to safetensors "
-            "first, or download a revision that has them."
-        )
-    if names & _ORBAX:
-        raise UserError(
-            f"{root} holds an Orbax checkpoint, which is what maxconv writes; give the Hugging "
-            "Face checkpoint to convert."
-        )
-    raise UserError(f"{root} has no .safetensors files; give the directory of a checkpoint.")
-
-
-def _check_distinct(headers: Mapping[str, Sequence[TensorInfo]]) -> list[str]:
-    """Tensors that come in two files, when no index says which one counts."""
-    first: dict[str, str] = {}
-    twice: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for file, infos in headers.items():
-        for info in infos:
-            if file != first.setdefault(info.name, file):
-                twice[first[info.name], file].append(info.name)
-    return [
-        f"{one} and {other} both hold {some(names)}; delete one of the files, or add the "
-        f"{INDEX} that says which to read."
-        for (one, other), names in twice.items()
-    ]
-
-
-def _check_index(
-    headers: Mapping[str, Sequence[TensorInfo]], weight_map: Mapping[str, str]
-) -> list[str]:
-    """Tensors that are not where the index puts them."""
-    held = {file: {info.name for info in infos} for file, infos in headers.items()}
-    lost: defaultdict[str, list[str]] = defaultdict(list)
-    for name, file in weight_map.items():
-        if file in held and name not in held[file]:  # a file that was not read has its own problem
-            lost[file].append(name)
-    problems: list[str] = []
-    for file, names in lost.items():
-        others = [other for other in held if not held[other].isdisjoint(names)]
-        where = f" ({some(others)} does)" if others else ""
-        problems.append(
-            f"{INDEX} puts {some(names)} in {file}, which does not hold them{where}; download "
-            "both again."
-        )
-    return problems
-
-
-def _notices(
-    root: str,
-    names: set[str],
-    infos: Sequence[TensorInfo],
-    tensors: Mapping[str, TensorInfo],
-    files: Sequence[str],
-) -> list[str]:
-    """What the directory holds besides the tensors."""
-    notices: list[str] = []
-    if unnamed := [info.name for info in infos if tensors.get(info.name) != info]:
-        notices.append(
-            f"{len(unnamed)} tensors are not read, because {INDEX} does not name them where they "
-            f"are: {some(unnamed)}."
-        )
-    if unread := sorted({name for name in names if name.endswith(".safetensors")} - set(files)):
-        reason = INDEX if INDEX in names else SINGLE
-        notices.append(f"{root} has {reason}, so {some(unread)} is not read.")
-    return notices
+def _scatter(box: Box, block: np.ndarray, parts: Iterable[Part]) -> None:
+    """Copies the block, which is a box of a tensor, to the parts it meets."""
+    bits = block.view(f"u{block.dtype.itemsize}")
+    for target, array in parts:
+        if (common := intersect(box, target)) is not None:
+            array[slices(common, target)] = bits[slices(common, box)]

@@ -67,5 +67,4 @@ class GcsSource(RemoteSource):
 
     def versions(self) -> dict[str, str]:
         """The generation of every file that has tensors."""
-        files = sorted({info.file for info in self.tensors.values()})
-        return {file: f"generation {self._objects[file].generation}" for file in files}
+        return {file: f"generation {self._objects[file].generation}" for file in self.files}

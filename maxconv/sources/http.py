@@ -1,22 +1,44 @@
-"""Asking servers again: what may pass is waited for, what does not is said."""
+"""HTTP with bounds: on every wait, on what an answer may bring, on who gets to see a token.
 
+What may pass (a busy or failing server, a broken connection) is asked again. No answer is waited
+for longer than `READ` seconds and the time that its bytes take at `LEAST` bytes a second.
+"""
+
+import http.client
+import io
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from maxconv.errors import RetryableError
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 BUSY = (429, 503)  # of these: when the server has too much to do
-CONNECT, READ = 10, 60  # seconds of silence after which a connection counts as broken
+CONNECT, READ = 10, 30  # seconds: to connect; of silence, and for the headers of an answer
+LEAST = 16 << 10  # bytes a second that the body of an answer brings at least, after READ seconds
+CALL = 120  # seconds for a call of an API as a whole, beside what it uploads
+UPLOAD = 256 << 10  # bytes a second that an upload takes at least
+MOST_ASKED = 60  # seconds that a server may tell us to wait: rates are counted by the minute
+MOST_DATA = 100_000_000  # bytes of an API's answer
 
 _LONGEST = 30  # seconds between two attempts, unless the server asks for more
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_REDIRECTS = 10
+_PORTS = {"http": 80, "https": 443}
+AGAIN = "try again, or give more --max_retries"
 
 Answer = TypeVar("Answer")
+Response = urllib3.BaseHTTPResponse
 
 
 class Fault(Exception):
@@ -27,24 +49,42 @@ class Fault(Exception):
         self.wait, self.is_stale = wait, is_stale
 
     @classmethod
-    def of(cls, answer: urllib3.BaseHTTPResponse, is_stale: bool = False) -> "Fault":
-        """An answer that is none."""
-        after = answer.headers.get("Retry-After") or ""
-        wait = float(after) if after.isdigit() else 0
-        return cls(f"the server answered {answer.status}", wait, is_stale)
+    def of(cls, status: int, headers: Mapping[str, str], is_stale: bool = False) -> "Fault":
+        """An answer of that status."""
+        wait = retry_after(headers.get("Retry-After") or "")
+        return cls(f"the server answered {status}", wait, is_stale)
 
 
-def client(connections: int) -> urllib3.PoolManager:
-    """What to ask with, from so many threads; it never asks again by itself."""
-    timeout = urllib3.Timeout(connect=CONNECT, read=READ)
-    return urllib3.PoolManager(maxsize=connections, retries=False, timeout=timeout)
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number, or a date.
+
+    At most `MOST_ASKED`; 0 when it makes no sense.
+    """
+    if text.isascii() and text.isdecimal():
+        seconds = float(text)
+    else:
+        try:
+            date = parsedate_to_datetime(text)
+        except ValueError:
+            return 0
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = (date - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, 0), MOST_ASKED)
 
 
-def patiently(what: str, max_retries: int, attempt: Callable[[bool], Answer]) -> Answer:
+def patiently(
+    what: str, max_retries: int, attempt: Callable[[bool], Answer], mend: str = AGAIN
+) -> Answer:
     """What `attempt` returns once it meets no fault; it is told whether addresses are stale.
 
+    Args:
+        what: the beginning of the sentence when it does not succeed.
+        max_retries: attempts after the first.
+        attempt: raises Fault, or an error of urllib3, when it may succeed later.
+        mend: the end of that sentence.
+
     Raises:
-        RetryableError: naming `what`, when it still does after `max_retries` more attempts.
+        RetryableError: when it still meets a fault after `max_retries` more attempts.
     """
     is_stale = False
     for n in count():
@@ -55,9 +95,167 @@ def patiently(what: str, max_retries: int, attempt: Callable[[bool], Answer]) ->
         except urllib3.exceptions.HTTPError as error:
             fault = Fault(f"the connection failed ({type(error).__name__})")
         if n == max_retries:
-            raise RetryableError(
-                f"{what}: {fault}, {n + 1} times; try again, or give more --max_retries."
-            )
+            raise RetryableError(f"{what}: {fault}, {n + 1} times; {mend}.")
         is_stale = fault.is_stale
         time.sleep(max(fault.wait, min(_LONGEST, 2**n / 2) * random.uniform(0.5, 1.5)))
     raise AssertionError
+
+
+def within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """The result of a call into a library that sets no bound of its own.
+
+    Raises:
+        TimeoutError: it took longer; it goes on in a thread that nobody waits for.
+    """
+    result: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, name="call", daemon=True).start()
+    return result.result(seconds)
+
+
+class Client:
+    """Asks servers, from up to `connections` threads at once; never again by itself."""
+
+    def __init__(self, connections: int):
+        timeout = urllib3.Timeout(connect=CONNECT, read=READ)
+        self.pools = urllib3.PoolManager(maxsize=connections, retries=False, timeout=timeout)
+        self.pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def ask(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
+        """An answer of which only the headers have been read; redirects are not followed.
+
+        Raises:
+            urllib3.exceptions.HTTPError: the connection fails, or is too slow.
+        """
+        return self.pools.request(
+            method, url, headers=headers, preload_content=False, redirect=False
+        )
+
+    def get(self, url: str, headers: Mapping[str, str], kept: Mapping[str, str]) -> Response:
+        """Like `ask`, following redirects. `headers` go to the origin of `url` alone, `kept` to
+        every server.
+
+        Raises:
+            OSError: redirects lead where they may not, or too far.
+        """
+        for _ in range(_MOST_REDIRECTS):
+            answer = self.ask("GET", url, {**headers, **kept})
+            if (there := redirected(url, answer)) is None:
+                return answer
+            answer.close()
+            url, headers = there, headers if same_origin(url, there) else {}
+        raise OSError(f"{_place(url)} redirects more than {_MOST_REDIRECTS} times")
+
+    def data(self, method: str, url: str, headers: Mapping[str, str]) -> tuple[Response, bytes]:
+        """An answer and its whole body."""
+        answer = self.ask(method, url, headers)
+        body = answer.read(MOST_DATA + 1)
+        if len(body) > MOST_DATA:
+            answer.close()
+            raise Fault(f"the server sent more than {MOST_DATA:,} bytes")
+        answer.release_conn()
+        return answer, body
+
+    def close(self) -> None:
+        self.pools.clear()
+
+
+def redirected(url: str, answer: Response) -> str | None:
+    """Where an answer to a request for `url` sends us; None when it does not.
+
+    Raises:
+        OSError: to no address, or from https to http, where anyone could read and change it.
+    """
+    there = answer.headers.get("Location")
+    if answer.status not in _REDIRECTS or there is None:
+        return None
+    try:
+        target = urljoin(url, there)
+        before, after = origin(url)[0], origin(target)[0]
+    except ValueError:
+        raise OSError(f"{_place(url)} redirects to an address that makes no sense") from None
+    if after not in ("https", before) or after not in _PORTS:
+        raise OSError(f"{_place(url)} redirects from {before} to {after}, which is not followed")
+    return target
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port (RFC 6454); ValueError when it is no address."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
+
+
+def same_origin(one: str, other: str) -> bool:
+    """Whether what is secret to the one may be told to the other."""
+    return origin(one) == origin(other)
+
+
+def _place(url: str) -> str:
+    """An address without what may sign it."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}{parts.path}"
+
+
+class _Paced(io.RawIOBase):
+    """What a socket receives of an answer, as long as it comes fast enough.
+
+    The headers (and 100 Continue, of which there may be any number) must be there within READ
+    seconds, however many bytes they are; the body may take longer the more it brings.
+    """
+
+    def __init__(self, raw: io.RawIOBase):
+        self._raw, self._is_body = raw, False
+        self._since, self._came = time.monotonic(), 0
+
+    def begin_body(self) -> None:
+        self._is_body, self._since, self._came = True, time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        n = self._raw.readinto(buffer)
+        self._came += n or 0
+        allowed = READ + self._came / LEAST * self._is_body
+        if n and time.monotonic() - self._since > allowed:
+            raise TimeoutError("the answer comes too slowly")
+        return n
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer that must come fast enough."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._paced = _Paced(self.fp.detach())
+        self.fp = io.BufferedReader(self._paced)
+
+    def begin(self) -> None:
+        super().begin()
+        self._paced.begin_body()
+
+
+class _HTTP(HTTPConnection):
+    response_class = _Response
+
+
+class _HTTPS(HTTPSConnection):
+    response_class = _Response
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls: Any = _HTTP
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls: Any = _HTTPS

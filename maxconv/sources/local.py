@@ -1,15 +1,23 @@
 """Checkpoints in a local directory."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from random import Random
 from threading import Lock
 
 from maxconv.errors import UserError
+from maxconv.sources.base import TensorInfo
 from maxconv.sources.files import FileSource
-from maxconv.sources.safetensors import PREFIX, TensorInfo, header_length, some
+from maxconv.sources.safetensors import PREFIX, StoredTensor, check_size, header_length, some
+
+SAMPLES = 8  # blocks of a file that its fingerprint has
+SAMPLE = 64 << 10  # bytes of each
 
 
 class LocalSource(FileSource):
@@ -38,56 +46,128 @@ class LocalSource(FileSource):
         return _list(self._directory)
 
     def _content(self, file: str) -> bytes:
-        with _reading(f"{file} in {self._directory}"):
-            return (self._directory / file).read_bytes()
+        with self._opened(file) as (opened, size):
+            check_size(size, f"{file} in {self._directory}")
+            return _read(opened, size)
 
     def _header(self, file: str) -> tuple[bytes, int]:
-        path = self._directory / file
-        with _reading(f"{file} in {self._directory}"), open(path, "rb", buffering=0) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            raw = opened.read(PREFIX)
-            return raw + opened.read(header_length(raw, size)), size
+        with self._opened(file) as (opened, size):
+            raw = _read(opened, PREFIX)
+            return raw + _read(opened, header_length(raw, size)), size
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[tuple[int, int]]:
+        """A file descriptor, and the file's size; errors as sentences."""
+        with _reading(f"{file} in {self._directory}"):
+            opened = _open(self._directory / file)
+            try:
+                yield opened, os.fstat(opened).st_size
+            finally:
+                os.close(opened)
 
     def _fetch(
-        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
+        self, stored: StoredTensor, offsets: Sequence[int], nbytes: int, buffer: memoryview
     ) -> None:
         try:
-            file = self._open(info.file)
+            file = self._file(stored.file)
             for i, offset in enumerate(offsets):
-                rest = buffer[i * nbytes : (i + 1) * nbytes]
-                while rest:  # one call brings 2 GiB at most
-                    count = os.preadv(file, [rest], offset)
-                    if not count:
-                        raise EOFError
-                    rest, offset = rest[count:], offset + count
+                _fill(file, buffer[i * nbytes : (i + 1) * nbytes], offset)
         except EOFError:
             raise OSError(
-                f"{info.file} in {self.root} was truncated while it was read (tensor "
-                f"{info.name!r}); nothing may change a checkpoint that is being converted."
+                f"{stored.file} in {self.root} was truncated while it was read (tensor "
+                f"{stored.name!r}); nothing may change a checkpoint that is being converted."
             ) from None
         except OSError as error:
-            error.add_note(f"while tensor {info.name!r} was read from {info.file} in {self.root}")
+            error.add_note(
+                f"while tensor {stored.name!r} was read from {stored.file} in {self.root}"
+            )
             raise
+
+    def path(self, info: TensorInfo) -> Path:
+        return self._directory / self.stored[info.name].file
 
     def versions(self) -> dict[str, str]:
         """Size and time of every file that has tensors."""
-        files = sorted({info.file for info in self.tensors.values()})
-        stats = {file: (self._directory / file).stat() for file in files}
+        stats = {file: (self._directory / file).stat() for file in self.files}
         return {
             file: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime)}"
             for file, stat in stats.items()
         }
 
-    def _open(self, file: str) -> int:
+    def fingerprints(self) -> Mapping[str, str]:
+        """A digest of each file: of config.json and the index the whole, of files with tensors
+        the header and samples of the data.
+
+        Reads up to 512 KiB per file (`SAMPLES` blocks of `SAMPLE` bytes), at offsets that depend on
+        its size alone, so that copies on several hosts are compared at the same places.
+        """
+        data = dict.fromkeys(self.files)
+        whole = {file: digest for file, digest in self._digests.items() if file not in data}
+        with ThreadPoolExecutor(SAMPLES) as pool:
+            return whole | dict(zip(data, pool.map(self._fingerprint, data), strict=True))
+
+    def _fingerprint(self, file: str) -> str:
+        digest = hashlib.sha256(self._digests[file].encode())
+        with self._opened(file) as (opened, size):
+            digest.update(size.to_bytes(8, "little"))
+            for start, stop in sample_spans(size):
+                digest.update(os.pread(opened, stop - start, start))
+        return digest.hexdigest()
+
+    def _file(self, file: str) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(self._directory / file, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[file] = _open(self._directory / file)
             return self._files[file]
 
     def close(self) -> None:
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])
+
+
+def sample_spans(size: int) -> Iterator[tuple[int, int]]:
+    """Where the samples of so many bytes begin and end: one in each of `SAMPLES` equal parts."""
+    random = Random(size)
+    for i in range(SAMPLES):
+        first, last = i * size // SAMPLES, (i + 1) * size // SAMPLES
+        start = random.randint(first, max(first, last - SAMPLE))
+        yield start, min(start + SAMPLE, last)
+
+
+def _open(path: Path) -> int:
+    """Opens a regular file: what is none, such as a pipe or a device, may never end.
+
+    Raises:
+        OSError: also when it is no regular file.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block here
+    except ValueError as error:  # a name that no file can have
+        raise OSError(0, str(error)) from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        is_directory = stat.S_ISDIR(os.fstat(file).st_mode)
+        os.close(file)
+        raise OSError(0, f"it is {'a directory' if is_directory else 'not a regular file'}")
+    return file
+
+
+def _read(file: int, nbytes: int) -> bytes:
+    """So many bytes from where a file descriptor is, or less where the file ends."""
+    parts: list[bytes] = []
+    while nbytes and (part := os.read(file, nbytes)):
+        parts.append(part)
+        nbytes -= len(part)
+    return b"".join(parts)
+
+
+def _fill(file: int, buffer: memoryview, offset: int) -> None:
+    """Reads a whole buffer; EOFError when the file ends before."""
+    while buffer:  # one call brings 2 GiB at most
+        count = os.preadv(file, [buffer], offset)
+        if not count:
+            raise EOFError
+        buffer, offset = buffer[count:], offset + count
 
 
 @contextmanager

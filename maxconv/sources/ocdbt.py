@@ -1,6 +1,5 @@
 """What an OCDBT database is made of: files in which the values and the nodes of its tree lie."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,13 +7,10 @@ import google_crc32c
 import tensorstore as ts
 from etils import epath
 
+from maxconv.private.tensorstore import MAGIC, PAGE, parse_location
 from maxconv.sources.orbax import open_store
 
 Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and end, in bytes
-
-PAGE = 4096  # bytes: TensorStore fills up the last of a large file with zeros
-# The three kinds of OCDBT nodes: manifest, B+tree node, version tree node.
-_MAGIC = {bytes.fromhex(magic) for magic in ("0cdb3a2a", "0cdb20de", "0cdb1234")}
 
 
 def values(directory: epath.PathLike) -> Iterator[tuple[str, str, int, int]]:
@@ -33,7 +29,7 @@ def values(directory: epath.PathLike) -> Iterator[tuple[str, str, int, int]]:
                 common = prefix + entry["subtree_common_prefix"].decode()
                 nodes.append((common, entry["location"]))
             elif "indirect_value" in entry:
-                file, start, length = _parsed(entry["indirect_value"])
+                file, start, length = parse_location(entry["indirect_value"])
                 yield prefix + entry["key"].decode(), file, start, start + length
 
 
@@ -45,13 +41,6 @@ def value_spans(directory: epath.PathLike) -> Spans:
     return spans
 
 
-def _parsed(location: str) -> tuple[str, int, int]:
-    """File, offset and length of `value:<base>:<file>:<offset>:<length>`."""
-    match = re.fullmatch(r"\w+:(.*):(\d+):(\d+)", location)
-    assert match is not None, location
-    return match[1].replace(":", ""), int(match[2]), int(match[3])
-
-
 def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
     """The runs of bytes, in words, that are neither values nor nodes nor padding."""
     size, start = file.stat().length, 0
@@ -61,7 +50,7 @@ def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator
                 data.seek(start)
                 header = data.read(12)
                 length = int.from_bytes(header[4:], "little")
-                if header[:4] not in _MAGIC or not 16 <= length <= begin - start:
+                if header[:4] not in MAGIC or not 16 <= length <= begin - start:
                     padding = begin == size and begin - start < PAGE
                     if not padding or any(header + data.read()):
                         yield f"bytes {start} to {begin} belong to nothing"

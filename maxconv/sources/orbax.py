@@ -1,11 +1,10 @@
-"""What a checkpoint holds, from its metadata alone: no tensor is read and JAX is not started."""
+"""Orbax checkpoints: what one holds, from its metadata alone, and its arrays in TensorStore."""
 
 import base64
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,31 +14,19 @@ from etils import epath
 
 from maxconv.algebra import Box
 from maxconv.errors import UserError
-from maxconv.report import size
-from maxconv.sources import Source, open_source
-from maxconv.targets.place import UNFINISHED_WORDS
 
 METADATA = "_METADATA"
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+SHARDING = "_sharding"
 CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is found through them
-# What tells one of many alike: `layers.7.`, `layers_7.`; not the 0 of `wi_0`.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=layers_)\d+")
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor: `dtype` by numpy's name, `chunk` the shape that one object of storage holds.
 
-    `spec` is the PartitionSpec it was saved with, in words; empty if none is recorded.
+    `inner` is the shape that is encoded by itself, of which a chunk has one or several. `spec` is
+    the PartitionSpec it was saved with, in words; empty if none is recorded.
     """
 
     name: str
@@ -48,6 +35,7 @@ class Stored:
     nbytes: int
     chunk: tuple[int, ...] | None = None
     spec: str = ""
+    inner: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class Item:
     Attributes:
         directory: its own, `<checkpoint>/<step>/items` in those of MaxText.
         arrays: by name, in the order of the tree.
-        others: what the tree holds besides (empty dictionaries, strings): name to type.
+        types: of all that the tree holds, by name, as Orbax calls them.
         meshes: the meshes it was saved from, in words.
         custom: the user's metadata.
         ocdbt, zarr3: how the arrays are stored.
@@ -66,12 +54,17 @@ class Item:
 
     directory: epath.Path
     arrays: Mapping[str, Stored]
-    others: Mapping[str, str]
+    types: Mapping[str, str]
     meshes: Sequence[str]
     custom: Mapping[str, Any]
     ocdbt: bool
     zarr3: bool
     store: ts.KvStore
+
+    @property
+    def others(self) -> dict[str, str]:
+        """What the tree holds beside arrays (empty dictionaries, strings): name to type."""
+        return {name: type for name, type in self.types.items() if name not in self.arrays}
 
     def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
         """An array, to read these boxes from."""
@@ -82,32 +75,6 @@ class Item:
     def driver(self) -> str:
         """TensorStore's, of the arrays."""
         return "zarr3" if self.zarr3 else "zarr"
-
-
-def describe(path: str | epath.Path) -> str:
-    """A table of a checkpoint's tensors: Hugging Face's, or Orbax' in any of its directories.
-
-    Raises:
-        UserError: if it is neither, or damaged.
-    """
-    path = str(path)
-    if path.startswith("hf://"):  # which is asked as a source only
-        with open_source(path) as source:
-            return _describe_source(source)
-    if items := find_items(epath.Path(path)):
-        return "\n\n".join(_describe_item(open_item(item)) for item in items)
-    directory = epath.Path(path)
-    if directory.is_dir() and not _looks_like_hugging_face(directory):
-        names = [path.name for path in directory.iterdir()]
-        unfinished = [n for n in names if "orbax-checkpoint-tmp" in n or n == UNFINISHED_WORDS]
-        raise UserError(
-            f"{path} holds only {unfinished[0]}, a save that was not finished; save it again."
-            if unfinished
-            else f"{path} is no checkpoint: neither a Hugging Face directory (config.json, "
-            "*.safetensors) nor one of Orbax (_METADATA); give the directory that holds them."
-        )
-    with open_source(path) as source:
-        return _describe_source(source)
 
 
 def find_items(path: epath.Path) -> list[epath.Path]:
@@ -145,7 +112,7 @@ def open_item(directory: epath.Path) -> Item:
 
 
 def _open_item(directory: epath.Path) -> Item:
-    metadata = _load(directory / METADATA)
+    metadata = load_json(directory / METADATA)
     ocdbt = metadata.get("use_ocdbt", (directory / "manifest.ocdbt").exists())
     zarr3 = metadata.get("use_zarr3", False)
     leaves = {
@@ -157,15 +124,16 @@ def _open_item(directory: epath.Path) -> Item:
     store = open_store(directory, ocdbt)
     for name, zarr in _zarr_metadata(store, list(leaves), zarr3).items():
         arrays[name] = _stored(name, zarr, specs.get(name, ""))
-    others = {n: value["value_type"] for n, value in leaves.items() if n not in arrays}
+    types = {name: value["value_type"] for name, value in leaves.items()}
     custom = metadata.get("custom_metadata") or {}
     for parent in (directory, directory.parent):
-        if (parent / "_CHECKPOINT_METADATA").exists():
-            custom |= _load(parent / "_CHECKPOINT_METADATA").get("custom_metadata") or {}
-    return Item(directory, arrays, others, meshes, custom, ocdbt, zarr3, store)
+        if (parent / CHECKPOINT_METADATA).exists():
+            custom |= load_json(parent / CHECKPOINT_METADATA).get("custom_metadata") or {}
+    return Item(directory, arrays, types, meshes, custom, ocdbt, zarr3, store)
 
 
-def _load(file: epath.Path) -> dict[str, Any]:
+def load_json(file: epath.Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError when that is something else."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
@@ -194,22 +162,25 @@ def _stored(name: str, zarr: Mapping[str, Any], spec: str) -> Stored:
     shape = tuple(zarr["shape"])
     if zarr["zarr_format"] == 3:
         code, chunk = zarr["data_type"], zarr["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs = {codec["name"]: codec.get("configuration", {}) for codec in zarr["codecs"]}
+        inner = codecs.get("sharding_indexed", {}).get("chunk_shape", chunk)
     else:
         code, chunk = zarr["dtype"], zarr["chunks"]
+        inner = chunk
     # zarr2 writes `<f4`, and the plain name of what numpy has no code for
     dtype = ts.dtype(np.dtype(code) if code[0] in "<|>" else code)
     nbytes = math.prod(shape) * dtype.numpy_dtype.itemsize
-    return Stored(name, shape, dtype.name, nbytes, tuple(chunk), spec)
+    return Stored(name, shape, dtype.name, nbytes, tuple(chunk), spec, tuple(inner))
 
 
 def _shardings(directory: epath.Path) -> tuple[dict[str, str], list[str]]:
     """The PartitionSpec of each leaf and the meshes they are of."""
-    if not (directory / "_sharding").exists():
+    if not (directory / SHARDING).exists():
         return {}, []
     # One text serves many leaves, and is long: it lists every device.
     words: dict[str, tuple[str, str]] = {}
     specs = {}
-    for key, text in _load(directory / "_sharding").items():
+    for key, text in load_json(directory / SHARDING).items():
         if text not in words:
             words[text] = _sharding_words(json.loads(text))
         specs[base64.b64decode(key).decode()] = words[text][0]
@@ -228,94 +199,3 @@ def _sharding_words(sharding: Mapping[str, Any]) -> tuple[str, str]:
         if size > 1
     ]
     return f"P({', '.join(map(repr, spec))})", " ".join(sizes) or "1 device"
-
-
-def _describe_item(item: Item) -> str:
-    storage = f"{'OCDBT' if item.ocdbt else 'files'}, zarr{3 if item.zarr3 else 2}"
-    step = item.directory.parent.name
-    lines = [
-        f"Orbax checkpoint {item.directory}",
-        f"  step {step}, {storage}" if step.isdigit() else f"  {storage}",
-    ]
-    lines += [f"  {key}={value}" for key, value in item.custom.items()]
-    lines += [f"  saved from the mesh {mesh}" for mesh in item.meshes]
-    lines += [f"  {name}: {kind}, no tensor" for name, kind in item.others.items()]
-    return "\n".join([*lines, "", *_table(item.arrays.values())])
-
-
-def _describe_source(source: Source) -> str:
-    named = source.config.get("architectures") or ["no architecture named"]
-    sizes = [f"{key}={source.config[key]}" for key in _SIZES if key in source.config]
-    files = sorted({info.file for info in source.tensors.values()})
-    more = f" to {files[-1]}" if len(files) > 1 else ""
-    lines = [
-        f"Hugging Face checkpoint {source.root}",
-        *([f"  revision {source.revision}"] if source.revision else []),
-        f"  {', '.join(named)}: {', '.join(sizes)}",
-        *([f"  {len(files)} files, {files[0]}{more}"] if files else []),
-        *(f"  {notice}" for notice in source.notices),
-    ]
-    stored = [
-        Stored(info.name, info.shape, info.dtype.name, info.nbytes)
-        for info in source.tensors.values()
-    ]
-    return "\n".join([*lines, "", *_table(stored)])
-
-
-def _looks_like_hugging_face(directory: epath.Path) -> bool:
-    names = [child.name for child in directory.iterdir()]
-    return any(n == "config.json" or n.endswith((".safetensors", ".index.json")) for n in names)
-
-
-def _table(tensors: Iterable[Stored]) -> list[str]:
-    """One line for all tensors that differ in their numbers only, and the totals."""
-    tensors = list(tensors)
-    rows = []
-    for name, same in fold(tensors):
-        first, times = same[0], f"{len(same)} x " if len(same) > 1 else ""
-        chunk = f"chunk {first.chunk}" if first.chunk is not None else ""
-        nbytes = size(sum(t.nbytes for t in same))
-        rows.append((name, f"{times}{first.shape}", first.dtype, nbytes, first.spec, chunk))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    elements = sum(math.prod(t.shape) for t in tensors)
-    total = size(sum(t.nbytes for t in tensors))
-    return [*lines, "", f"{len(tensors)} tensors, {elements:,} elements, {total}"]
-
-
-def fold(tensors: Iterable[Stored]) -> list[tuple[str, list[Stored]]]:
-    """Groups tensors that are alike but for the numbers in their names.
-
-    Returns:
-        A name for each group, such as `layers.{0..31}.mlp`, and its members; a group whose numbers
-        are not all the combinations of a few is left as single tensors.
-    """
-    groups: defaultdict[tuple[object, ...], list[Stored]] = defaultdict(list)
-    for t in tensors:
-        alike = _NUMBER.sub("#", t.name), t.shape, t.dtype, t.chunk, t.spec
-        groups[alike].append(t)
-    folded = []
-    for same in groups.values():
-        numbers = [[int(n) for n in _NUMBER.findall(t.name)] for t in same]
-        axes = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-        if len(same) == 1 or math.prod(map(len, axes)) != len(same):
-            folded += [(t.name, [t]) for t in same]
-            continue
-        texts = iter(_ranges(axis) for axis in axes)
-        folded.append((_NUMBER.sub(lambda _, texts=texts: next(texts), same[0].name), same))
-    return folded
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`{0..3,7}`; a single number as it is."""
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and runs[-1][-1] == n - 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
-    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"

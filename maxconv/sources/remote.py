@@ -9,20 +9,20 @@ from functools import cache
 from threading import Lock
 
 import numpy as np
-import urllib3
 
 from maxconv.algebra.boxes import Box
-from maxconv.errors import UserError
+from maxconv.algebra.storage import coalesce, runs
+from maxconv.errors import ConversionError, UserError
 from maxconv.sources import http
-from maxconv.sources.base import Traffic, coalesce, runs
+from maxconv.sources.base import TensorInfo, Traffic
 from maxconv.sources.concurrency import MOST, Flow
 from maxconv.sources.files import FileSource
 from maxconv.sources.http import Fault, patiently
-from maxconv.sources.safetensors import PREFIX, TensorInfo, header_length
+from maxconv.sources.safetensors import PREFIX, StoredTensor, check_size, header_length
 
 SPAN = 64 << 20  # bytes that one request brings at most
 PART = 8 << 20  # bytes that are worth a request of their own, if there may be more at once
-GAP = 1 << 20  # bytes between two runs that are rather read than asked around
+GAP = 1 << 20  # bytes: gaps up to this are read through rather than splitting the request
 PIECE = 1 << 20  # bytes that are taken from a connection at once, and copied
 HEAD = 256 << 10  # bytes of a file that are read at first: most headers are shorter
 
@@ -37,7 +37,8 @@ class RemoteSource(FileSource):
 
     Every answer must be the range that was asked for, of the file that was there at first. What may
     pass (a server that is busy or failing, a broken connection, a short or wrong answer) is tried
-    again `max_retries` times.
+    again `max_retries` times. Once reading a tensor has failed for good, all reads fail: those that
+    wait for their turn would only find out as slowly as the first.
     """
 
     block = SPAN
@@ -49,12 +50,13 @@ class RemoteSource(FileSource):
         self._max_retries = max_retries
         self._flow = Flow()
         self._traffic, self._lock = Traffic(), Lock()
-        self._http = http.client(MOST)
+        self._http = http.Client(MOST)
+        self._failure: Exception | None = None
         self._pool = ThreadPoolExecutor(MOST, "ranges")
 
     @abstractmethod
     def _location(self, file: str, is_stale: bool) -> tuple[str, Mapping[str, str]]:
-        """Where a file is to be read, and the headers to ask with; anew if the last `is_stale`.
+        """Where a file is to be read, and the headers to ask with; again if the last `is_stale`.
 
         Raises:
             OSError: when it is there no more, in a sentence.
@@ -89,8 +91,10 @@ class RemoteSource(FileSource):
             self._traffic = self._traffic.plus(traffic)
 
     def _content(self, file: str) -> bytes:
+        size = self._size(file)
+        check_size(size, f"{file} in {self.root}")
         with told():
-            return self._head(file, 0, self._size(file))
+            return self._head(file, 0, size)
 
     def _header(self, file: str) -> tuple[bytes, int]:
         size = self._size(file)
@@ -107,28 +111,43 @@ class RemoteSource(FileSource):
         return bytes(raw)
 
     def _fetch(
-        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
+        self, stored: StoredTensor, offsets: Sequence[int], nbytes: int, buffer: memoryview
     ) -> None:
         def bring(span: Span) -> None:
             start, stop, runs = span
-            with self._flow.request(stop - start):
+            with self._flow.request(stop - start), self._failing_together():
                 if len(runs) == 1:
                     at = runs[0][1]
-                    self._get(info.file, start, buffer[at : at + stop - start])
+                    self._get(stored.file, start, buffer[at : at + stop - start])
                     return
                 raw = memoryview(bytearray(stop - start))
                 self._add(Traffic(between=len(raw) - len(runs) * nbytes))
-                self._get(info.file, start, raw)
+                self._get(stored.file, start, raw)
                 for offset, at in runs:
                     buffer[at : at + nbytes] = raw[offset - start : offset - start + nbytes]
 
-        # As many requests as may be under way share what is long.
+        # What is long is shared by as many requests as may be in flight.
         most = min(SPAN, max(PART, -(-len(buffer) // self._flow.limit)))
         for _ in self._pool.map(bring, spans(offsets, nbytes, most)):
             pass
 
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Keeps an error, so that requests that wait or are tried again end with it, too."""
+        self._check_failure()
+        try:
+            yield
+        except (ConversionError, OSError) as error:
+            self._failure = self._failure or error
+            raise
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
-        return _between(info.shape, tuple(boxes), info.dtype.itemsize)
+        itemsize = self.stored[info.name].dtype.itemsize
+        return _between(info.shape, tuple(boxes), itemsize)
 
     def _get(self, file: str, start: int, into: memoryview) -> None:
         """Fills `into` from byte `start` of a file."""
@@ -139,37 +158,37 @@ class RemoteSource(FileSource):
         )
 
     def _attempt(self, file: str, start: int, into: memoryview, is_stale: bool) -> None:
+        self._check_failure()
         url, headers = self._location(file, is_stale)
-        asked = {**headers, "Range": f"bytes={start}-{start + len(into) - 1}"}
+        wanted = {"Range": f"bytes={start}-{start + len(into) - 1}"}
         self._add(Traffic(requests=1))
-        answer = self._http.request(
-            "GET", url, headers=asked, preload_content=False, redirect=False
-        )
-        at = 0
+        answer = self._http.get(url, headers, kept=wanted)
+        at, is_done = 0, False
         try:
             self._check(file, answer, start, len(into))
             while n := answer.readinto(into[at : at + PIECE]):
                 at += n
-            if at < len(into) or answer.read(1):
+            is_done = at == len(into) and not answer.read(1)
+            if not is_done:
                 raise Fault("the answer was cut off")
         finally:
             self._add(Traffic(nbytes=at))
             self._flow.came(at)
-            answer.release_conn() if at == len(into) else answer.close()
+            answer.release_conn() if is_done else answer.close()
 
-    def _check(self, file: str, answer: urllib3.BaseHTTPResponse, start: int, nbytes: int) -> None:
+    def _check(self, file: str, answer: http.Response, start: int, nbytes: int) -> None:
         """Raises Fault when an answer may be another one next time, else OSError."""
         status = answer.status
         if status in http.BUSY:
             self._flow.busy()
         if status in http.RETRIED:
-            raise Fault.of(answer)
+            raise Fault.of(status, answer.headers)
         if status == 200:
             raise Fault("the server sent the whole file instead of a range")
         if status in _DENIED:
             if sentence := self._refusal(file, status):
                 raise OSError(sentence)
-            raise Fault.of(answer, is_stale=True)
+            raise Fault.of(status, answer.headers, is_stale=True)
         if status != 206:
             raise OSError(f"{file} cannot be read: the server answered {status}")
         said = answer.headers.get("Content-Range") or ""
@@ -181,7 +200,7 @@ class RemoteSource(FileSource):
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._http.clear()
+        self._http.close()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,10 @@ import numpy as np
 from maxconv.errors import UserError
 
 PREFIX = 8  # bytes of the little-endian header length
-MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+MAX_JSON = 100_000_000  # bytes of a header: the limit of the reference implementation
+_MAX_VALUES = 10_000_000  # in a JSON file, which takes up to 200 bytes of memory for each
+_MAX_COUNT = 1 << 63  # of elements and bytes
+_MAX_AXES = 64  # those that numpy has
 
 # Every whole-byte dtype of the format. F4, F6_E2M3 and F6_E3M2 pack elements across bytes, so that
 # a slice of such a tensor need not begin at a byte.
@@ -44,7 +47,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class StoredTensor:
     """Where one tensor lies: C-order, little-endian, from byte `offset` of `file`.
 
     `file` is relative to the root of its source.
@@ -72,18 +75,18 @@ def header_length(prefix: bytes, file_size: int) -> int:
     0 when the length makes no sense: there is nothing to read, and `parse_header` says why.
     """
     length = int.from_bytes(prefix[:PREFIX], "little")
-    return length if length <= min(MAX_HEADER, file_size - PREFIX) else 0
+    return length if length <= min(MAX_JSON, file_size - PREFIX) else 0
 
 
-def parse_header(raw: bytes, file: str, file_size: int) -> tuple[TensorInfo, ...]:
+def parse_header(raw: bytes, file: str, file_size: int) -> tuple[StoredTensor, ...]:
     """The tensors of a file, in the order of its header.
 
     As strict as the reference implementation (the data must be covered without holes or overlaps
-    from the header to the end of the file), and stricter about names that come twice.
+    from the header to the end of the file), and stricter about duplicate names.
 
     Args:
         raw: the first 8 bytes of the file and the `header_length` bytes after them.
-        file: its name, for messages and `TensorInfo.file`.
+        file: its name, for messages and `StoredTensor.file`.
         file_size: bytes in the whole file.
 
     Raises:
@@ -92,13 +95,13 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[TensorInfo, ...
     problems: list[str] = []
     header = _load(raw, file, file_size, problems)
     data = PREFIX + header_length(raw, file_size)
-    infos: list[TensorInfo] = []
+    tensors: list[StoredTensor] = []
     spans: list[tuple[int, int, str]] = []
     unknown: defaultdict[str, list[str]] = defaultdict(list)
     for name, entry in header.items():
         match entry:
             case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if (
-                _are_counts(*shape, begin, end) and begin <= end
+                _are_counts(*shape, begin, end) and begin <= end and len(shape) <= _MAX_AXES
             ):
                 spans.append((begin, end, name))
             case _:
@@ -110,8 +113,8 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[TensorInfo, ...
         if code not in DTYPES:
             unknown[code].append(name)
             continue
-        info = TensorInfo(name, DTYPES[code], tuple(shape), file, data + begin)
-        infos.append(info)
+        info = StoredTensor(name, DTYPES[code], tuple(shape), file, data + begin)
+        tensors.append(info)
         if info.nbytes != end - begin:
             problems.append(
                 f"Tensor {name!r} of {file} has {end - begin} bytes, but {code}{shape} takes "
@@ -126,7 +129,7 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[TensorInfo, ...
         problems += _check_layout(spans, file, data, file_size)
     if problems:
         raise UserError(problems)
-    return tuple(infos)
+    return tuple(tensors)
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
@@ -137,20 +140,24 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def load_object(raw: bytes, file: str, problems: list[str]) -> dict[str, Any]:
-    """`raw` as a JSON object; a name that comes twice in it is added to `problems`.
+    """`raw` as a JSON object; duplicate names in it are added to `problems`.
 
     Raises:
-        UserError: if it is not a JSON object.
+        UserError: if it is not a JSON object, or one that would fill the memory.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = [key for key in result if keys.count(key) > 1]
+            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
             problems.append(f"{file} has {some(twice)} more than once; download it again.")
         return result
 
+    if sum(map(raw.count, (b"[", b"{", b","))) > _MAX_VALUES:  # every value follows one of these
+        raise UserError(
+            f"{file} has more than {_MAX_VALUES:,} values, which no checkpoint needs; download it "
+            "again."
+        )
     try:
         value = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -158,6 +165,15 @@ def load_object(raw: bytes, file: str, problems: list[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} is not a JSON object; download it again.")
     return value
+
+
+def check_size(nbytes: int, file: str) -> None:
+    """Raises UserError if a JSON file is larger than any checkpoint needs."""
+    if nbytes > MAX_JSON:
+        raise UserError(
+            f"{file} has {nbytes:,} bytes, more than the {MAX_JSON:,} that are read of a JSON file;"
+            " download it again."
+        )
 
 
 def check_lfs(raw: bytes, file: str) -> None:
@@ -178,7 +194,7 @@ def _load(raw: bytes, file: str, file_size: int, problems: list[str]) -> dict[st
             f"{file} has {file_size} bytes, too few for a safetensors file; download it again."
         )
     claimed = int.from_bytes(raw[:PREFIX], "little")
-    if claimed > MAX_HEADER:
+    if claimed > MAX_JSON:
         raise UserError(
             f"{file} is not a safetensors file (its first 8 bytes would mean a header of {claimed} "
             "bytes); download it again."
@@ -194,7 +210,7 @@ def _load(raw: bytes, file: str, file_size: int, problems: list[str]) -> dict[st
 
 
 def _are_counts(*values: object) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value < _MAX_COUNT for value in values)
 
 
 def _check_layout(

@@ -4,6 +4,7 @@ For what only transformers can read. It needs torch and transformers, and RAM fo
 host.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module  # neither torch nor transformers is a dependency
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from maxconv.algebra.boxes import slices
 from maxconv.errors import UserError
-from maxconv.sources.base import Source
-from maxconv.sources.safetensors import TensorInfo
+from maxconv.sources.base import Part, Source, TensorInfo, bit_views
+from maxconv.sources.narrow import narrow, narrowed
+
+SAMPLE = 64 << 10  # bytes of a tensor that its fingerprint has
 
 _NUMPY = {"torch.bfloat16": ml_dtypes.bfloat16, "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
@@ -32,16 +36,22 @@ class TransformersSource(Source):
         self.config = model.config.to_dict()
         self._arrays = {name: _array(tensor) for name, tensor in model.state_dict().items()}
         self.tensors = {
-            name: TensorInfo(name, array.dtype, array.shape, "", 0)
+            name: TensorInfo(name, narrow(array.dtype), array.shape)
             for name, array in self._arrays.items()
         }
 
-    def _fetch(
-        self, info: TensorInfo, offsets: Sequence[int], nbytes: int, buffer: memoryview
-    ) -> None:
-        raw = self._arrays[info.name].reshape(-1).view(np.uint8).data
-        for i, offset in enumerate(offsets):
-            buffer[i * nbytes : (i + 1) * nbytes] = raw[offset : offset + nbytes]
+    def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
+        for box, array in bit_views(info, parts):
+            array[...] = narrowed(self._arrays[info.name][slices(box)], info.name).view(array.dtype)
+            self.stats.add(array.nbytes, 1)
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """A digest of the first bytes of each tensor."""
+        arrays = self._arrays.items()
+        return {
+            name: hashlib.sha256(array.reshape(-1).view(np.uint8)[:SAMPLE].data).hexdigest()
+            for name, array in arrays
+        }
 
     def close(self) -> None:
         pass
@@ -56,11 +66,11 @@ def _loaded(path: str, revision: str | None, token: str | None) -> Any:
             f"--eager_load_method=transformers needs {error.name}: pip install "
             "'maxconv[transformers]', or leave it out to read the safetensors themselves."
         ) from None
-    words: Mapping[str, Any] = {"revision": revision, "token": token, "dtype": "auto"}
+    options: Mapping[str, Any] = {"revision": revision, "token": token, "dtype": "auto"}
     try:
         config = transformers.AutoConfig.from_pretrained(path, revision=revision, token=token)
         kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-        return kind.from_pretrained(path, **words)
+        return kind.from_pretrained(path, **options)
     except (AttributeError, OSError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"transformers cannot load {path}: {why}") from None

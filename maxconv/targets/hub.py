@@ -1,338 +1,58 @@
-"""A repository of the Hugging Face Hub as the place where a checkpoint goes, in one commit.
-
-Orbax writes to a directory on disk. Process 0 uploads the data files of its OCDBT stores from there
-while others are written, and puts holes where their values were: the nodes between them stay, for
-Orbax merges the stores at the end, and reads nothing else of them. Nothing shows in the repository
-until all is uploaded; then one commit has everything.
-"""
+"""A MaxText checkpoint in a repository of the Hugging Face Hub."""
 
 import os
-import random
-import re
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import count
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping, Set
+from typing import Any
 
 import jax
 from etils import epath
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, logging
 
-from maxconv.errors import ConversionError, RetryableError, UserError
-from maxconv.processes import liveness
-from maxconv.processes import start as distributed
-from maxconv.sources.hub import HubSource, find_token, told
-from maxconv.sources.ocdbt import unexplained, value_spans
+from maxconv.errors import UserError
+from maxconv.processes.agreement import gathered, once, same_error_everywhere
 from maxconv.sources.orbax import Item
-from maxconv.targets import place as target
-from maxconv.targets.sparse_files import MODE, NEW, HollowItem, make_hollow
-
-T = TypeVar("T")
-
-SCHEME = "hf://"
-LARGE = 1 << 20  # bytes of a file that is uploaded before the end
-AT_ONCE = 8  # files
-INTERVAL = 0.2  # seconds between two looks at what Orbax has written
-_STORES = f"{target.STEP}*/items*/ocdbt.process_*"  # under their last names, and those before
-_ITEMS = f"{target.STEP}/items"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_DATA_FILE = re.compile(r"[0-9a-f]{32}")
-_LONGEST = 30  # seconds between two attempts
-_MAY_PASS = (408, 425, 429)  # and all above 499
+from maxconv.targets import orbax, place
+from maxconv.targets.maxtext import Format, MaxTextTarget
+from maxconv.targets.publication import Publication
 
 
-def _always() -> bool:
-    return True
-
-
-def is_repository(place: str) -> bool:
-    """Whether a base_output_directory is one of the Hub."""
-    return place.startswith(SCHEME)
-
-
-def scratch(place: str) -> str:
-    """The directory on disk, the same in each run, where Orbax writes what goes to a repository."""
-    return os.path.join(constants.HF_HOME, "maxconv", _name(place).replace("/", "--"))
-
-
-def problems(place: str, overwrite: bool, public: bool, token: str | None) -> list[str]:
-    """What stands in the way of a commit there, in sentences; asks the Hub, changes nothing."""
-    if not re.fullmatch(r"[\w-][\w.-]*/\w[\w.-]*", _name(place)):
-        return [f"{place} is not of the form hf://org/name, which is all that can be written to."]
-    if constants.HF_HUB_OFFLINE:
-        return [f"HF_HUB_OFFLINE forbids to write to {place}: unset it, or name a directory."]
-    if (token := find_token(token)) is None:
-        return [f"To write to {place} takes a token: set HF_TOKEN, or run `hf auth login`."]
-    try:
-        return list(_problems(HfApi(token=token), _name(place), overwrite, public))
-    except Exception as error:
-        error = _refused(error, _name(place), token)
-        if not isinstance(error, UserError):
-            raise error from None
-        return list(error.problems)
-
-
-def _problems(api: HfApi, name: str, overwrite: bool, public: bool) -> Iterator[str]:
-    me = api.whoami()
-    try:
-        info = api.model_info(name)
-    except RepositoryNotFoundError:
-        if (problem := _no_place(me, name.partition("/")[0])) is not None:
-            yield problem
-        return
-    _ask_to_write(api, name)
-    if info.private and public:
-        yield (
-            f"{SCHEME}{name} exists and is private; make it public in its settings, or leave out "
-            "--public."
-        )
-    if not overwrite and _step_files(info):
-        yield (
-            f"{SCHEME}{name}/{target.STEP} exists; add --overwrite to replace it, or name another "
-            "repository."
-        )
-
-
-def _no_place(me: Mapping[str, Any], org: str) -> str | None:
-    """Why this user cannot make a repository, as far as it can be told before."""
-    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        return _may_not_write(f"{SCHEME}{org}")
-    mine = [me.get("name"), *(o["name"] for o in me.get("orgs", ()) if _writes_in(o))]
-    return None if org in mine else _may_not_write(f"{SCHEME}{org}")
-
-
-def _writes_in(org: Mapping[str, Any]) -> bool:
-    return org.get("roleInOrg") != "read"
-
-
-def _ask_to_write(api: HfApi, name: str) -> None:
-    """Asks how the Hub wants a file, which it tells those who may write."""
-    api.preupload_lfs_files(name, [CommitOperationAdd(f"{target.STEP}/_", b"{}")])
-
-
-def _step_files(info: Any) -> set[str]:
-    files = {file.rfilename for file in info.siblings or ()}
-    return {file for file in files if file.startswith(f"{target.STEP}/")}
-
-
-class Publication:
-    """The checkpoint on its way to a repository. Process 0 makes one; others only wait for room.
+class HubTarget(MaxTextTarget):
+    """One commit with a checkpoint. Process 0 uploads; what Orbax writes is put together on disk.
 
     `limit`: bytes of data files that a process may have on disk before it makes another slab.
     """
 
-    def __init__(self, place: str, token: str | None, max_retries: int, public: bool):
-        self.place, self.scratch = place, Path(scratch(place))
-        self.name, self._public, self._retries = _name(place), public, max_retries
-        self._token = find_token(token)
-        self._api = HfApi(token=self._token)
-        self._operations: dict[str, CommitOperationAdd] = {}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
-        self._error: Exception | None = None
-        self.made: str | None = None  # the id of the commit
+    def __init__(self, publication: Publication, form: Format, limit: int):
+        super().__init__(os.fspath(publication.scratch), form)
+        self.place, self._publication, self._limit = publication.place, publication, limit
 
-    def begin(self) -> list[str]:
-        """Makes the repository and starts to upload; returns what the user should be told."""
-        disable_progress_bars()
-        logging.set_verbosity_error()  # its warnings have signed addresses in them
-        try:
-            self._api.create_repo(self.name, private=not self._public, exist_ok=True)
-            _ask_to_write(self._api, self.name)
-            is_public = not self._api.model_info(self.name).private
-        except Exception as error:
-            raise _refused(error, self.name, self._token) from None
-        self._thread.start()
-        return [f"{self.place} is public."] if is_public and not self._public else []
+    def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
+        # What was uploaded before is not known any more.
+        _, told = super().begin(record, resume=False)
+        going = self._publication
+        with same_error_everywhere():
+            if not (epath.Path(self.directory) / place.UNFINISHED_WORDS).exists():
+                raise UserError(
+                    f"The processes do not share {going.scratch.parent}, where the checkpoint is "
+                    f"put together for {going.place}: set HF_HOME to a directory that all of them "
+                    "see, or convert to gs:// and upload from there."
+                )
+        notices: list[str] = []
+        with same_error_everywhere():
+            if jax.process_index() == 0:
+                notices = going.begin()
+        return frozenset(), (*told, *notices)
 
-    def wait_for_room(self, process: int, limit: int) -> None:
-        """Waits until a process has no more than `limit` bytes of data files on disk."""
-        self.check()
-        while _waiting(self.scratch, process) > limit:
-            self.check()
-            time.sleep(INTERVAL)
+    def wait_for_room(self) -> None:
+        self._publication.wait_for_room(jax.process_index(), self._limit)
 
-    def check(self) -> None:
-        """Raises what ended the uploads, if anything did."""
-        if self._error is not None:
-            raise self._error
+    def commit(self, record: Mapping[str, Any]) -> None:
+        super().commit(record)
+        once(self._publication.commit, patience=orbax.TIMEOUT_SECONDS)
 
-    def commit(self) -> None:
-        """Uploads the rest, and makes the commit. Orbax must be done.
-
-        Raises:
-            ConversionError: what is in the repository then is not what was sent.
-        """
-        self._done.set()
-        self._thread.join()
-        self.check()
-        self._upload_finished()
-        for file in self._files():
-            if (path := _path(self.scratch, file)) not in self._operations:
-                self._operations[path] = CommitOperationAdd(path, str(file))
-        additions = list(self._operations.values())
-        sizes = {a.path_in_repo: a.upload_info.size for a in additions}
-        old = _step_files(self._persistently(lambda: self._api.model_info(self.name)))
-        deletions = [CommitOperationDelete(file) for file in sorted(old - sizes.keys())]
-        message = f"MaxText checkpoint, {len(sizes)} files, by maxconv"
-        made = self._persistently(
-            lambda: self._api.create_commit(
-                self.name, [*deletions, *additions], commit_message=message
-            )
-        )
-        self._look(made.oid, sizes)
-        self.made = made.oid
-
-    def whole(self, item: Item) -> Item:
-        """What Orbax wrote, as it is in the repository: values are read there. On all processes."""
-        (commit, *_) = distributed.gathered(self.made)
-        files = HubSource(self.name, commit, self._token, self._retries, config=None)
-        return HollowItem.of(item, lambda file, *what: files.fetch(f"{_ITEMS}/{file}", *what))
+    def saved(self, item: Item) -> Item:
+        (made, *_) = gathered(self._publication.made)
+        return self._publication.whole(item, made)
 
     def close(self) -> None:
-        """Stops, and removes what is on disk."""
-        self._done.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def _look(self, commit: str, sizes: Mapping[str, int]) -> None:
-        info = self._persistently(
-            lambda: self._api.model_info(self.name, revision=commit, files_metadata=True)
-        )
-        there = {file.rfilename: file.size for file in info.siblings or ()}
-        if wrong := sorted(file for file, size in sizes.items() if there.get(file) != size):
-            raise ConversionError(
-                f"{self.place} did not take {wrong[0]} and {len(wrong) - 1} more as they were "
-                "sent; look for a .gitignore there, and convert again."
-            )
-
-    def _files(self) -> list[Path]:
-        files = (path for path in sorted(self.scratch.rglob("*")) if path.is_file())
-        return [path for path in files if not path.name.endswith(NEW)]
-
-    def _run(self) -> None:
-        try:
-            while not self._done.wait(INTERVAL):
-                self._upload_finished()
-        except Exception as error:
-            self._error = error
-            if jax.process_count() > 1:  # this one may be waiting for others, that wait for room
-                liveness.fail(error)
-
-    def _upload_finished(self) -> None:
-        """Uploads the large files that are finished, and makes them hollow."""
-        for store in map(epath.Path, self.scratch.glob(_STORES)):
-            files = [epath.Path(file) for file, _ in _data_files(store)]
-            try:
-                values = value_spans(store) if files else {}
-                spans = {file: sorted(values.get(f"d/{file.name}", ())) for file in files}
-                ready = [file for file in files if not any(unexplained(file, spans[file]))]
-                for i in range(0, len(ready), AT_ONCE):
-                    self._upload(ready[i : i + AT_ONCE])
-                for file in ready:
-                    make_hollow(file, spans[file])
-            except (OSError, ValueError):
-                # Its first version is not written, or Orbax gave the directory its last name.
-                if (store / "manifest.ocdbt").exists():
-                    raise
-
-    def _upload(self, files: Sequence[epath.Path]) -> None:
-        paths = [_path(self.scratch, file) for file in files]
-        additions = [
-            CommitOperationAdd(path, os.fspath(file))
-            for path, file in zip(paths, files, strict=True)
-            if path not in self._operations  # it was uploaded, but not made hollow
-        ]
-        if not additions:
-            return
-        upload = partial(self._api.preupload_lfs_files, self.name, additions)
-        self._persistently(upload, files[0].exists)
-        for addition in additions:
-            if addition.path_or_fileobj != b"":
-                raise ConversionError(
-                    f"{self.place} does not take {addition.path_in_repo} as a large file; see "
-                    "its .gitattributes."
-                )
-            self._operations[addition.path_in_repo] = addition
-
-    def _persistently(
-        self, action: Callable[[], T], makes_sense: Callable[[], bool] = _always
-    ) -> T:
-        """Does something that may fail for a while."""
-        for attempt in count():
-            try:
-                return action()
-            except Exception as error:
-                if not makes_sense():
-                    raise FileNotFoundError(str(error)) from None
-                if attempt == self._retries or not _may_pass(error):
-                    raise _refused(error, self.name, self._token) from None
-            time.sleep(min(_LONGEST, 2**attempt / 2) * random.uniform(0.5, 1.5))
-        raise AssertionError
-
-
-def _name(place: str) -> str:
-    return place.removeprefix(SCHEME).rstrip("/")
-
-
-def _path(root: Path, file: epath.PathLike) -> str:
-    """The name in the repository of a file, whose directories may not have their last names."""
-    *directories, name = Path(file).relative_to(root).parts
-    return "/".join((*(d.partition(_TEMPORARY)[0] for d in directories), name))
-
-
-def _data_files(store: epath.PathLike) -> Iterator[tuple[str, int]]:
-    """The large files of a store that are not uploaded, with their sizes."""
-    try:
-        with os.scandir(os.path.join(store, "d")) as entries:
-            for entry in entries:
-                about = entry.stat()
-                is_waiting = about.st_mode & 0o777 != MODE and about.st_size >= LARGE
-                if is_waiting and _DATA_FILE.fullmatch(entry.name):
-                    yield entry.path, about.st_size
-    except FileNotFoundError:  # it has none yet, or a new name
-        pass
-
-
-def _waiting(root: Path, process: int) -> int:
-    stores = [s for s in root.glob(_STORES) if s.name == f"ocdbt.process_{process}"]
-    return sum(size for store in stores for _, size in _data_files(store))
-
-
-def _answer(error: BaseException | None) -> HfHubHTTPError | None:
-    """What the Hub answered, if that is what an error came of."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return error
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether what went wrong may go right later: not what the Hub refused."""
-    answer = _answer(error)
-    status = 500 if answer is None else answer.response.status_code
-    return status in _MAY_PASS or status >= 500
-
-
-def _refused(error: Exception, name: str, token: str | None) -> Exception:
-    """What keeps us from writing, in a sentence, if we know."""
-    answer = _answer(error)
-    if answer is not None and answer.response.status_code == 403:
-        return UserError(_may_not_write(f"{SCHEME}{name}"))
-    said = told(answer or error, name, None, token)
-    if said is error and isinstance(error, RuntimeError):
-        return RetryableError(f"The Hub did not take all of {name} ({error}): try again.")
-    return said
-
-
-def _may_not_write(place: str) -> str:
-    return (
-        f"The token may not write to {place}: make one that may at "
-        f"{constants.ENDPOINT}/settings/tokens, or name a place of yours."
-    )
+        if jax.process_index() == 0:
+            self._publication.close()

@@ -1,273 +1,18 @@
-"""Saving leaves that do not exist yet: a streaming Orbax save in the layout of MaxText.
+"""The checkpoint of MaxText: what Orbax is told to save, and in which of two ways it is done."""
 
-A `LazyTensor` stands in the tree for an array. Orbax writes its metadata at once and asks for the
-array when there is room in the window, so a save never holds the model. What is written is what
-Orbax 0.12.8 writes for ordinary arrays, apart from how OCDBT spreads them over its data files;
-this uses private parts of that release, which is why it is pinned.
-"""
-
-import asyncio
-import contextvars
-import itertools
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
-from threading import Event
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.futures import future
-from orbax.checkpoint._src.multihost import multihost
-from orbax.checkpoint._src.serialization import jax_array_handlers, replica_slices
-from orbax.checkpoint._src.serialization import types as types_v0
-from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
-from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handler
-from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
 
-from maxconv.algebra import Box, Shape, slices
-from maxconv.execution.timeline import span
-from maxconv.jobs import resume
-from maxconv.processes import liveness
-from maxconv.targets.lazy import LazyTensor, Part
+from maxconv import private
+from maxconv.targets.base import Progress
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
-_ROWS = 4  # in which concurrent writes are drawn, in a timeline
 TIMEOUT_SECONDS = 7 * 24 * 3600  # the whole conversion happens inside one save
-
-
-@dataclass
-class Progress:
-    """How far a save is, in this process. `written` and `total` are bytes of finished leaves."""
-
-    total: int = 0
-    written: int = 0
-    leaves: int = 0
-    held: int = 0
-    peak_held: int = 0
-    begun: Event = field(default_factory=Event)
-    """Set when Orbax has begun, on the main thread and with collectives: ours may follow."""
-
-    def hold(self, nbytes: int) -> None:
-        self.held += nbytes
-        self.peak_held = max(self.peak_held, self.held)
-
-
-class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
-    """Orbax's handler of arrays, fed with lazy ones: makes each when the window has room."""
-
-    window: int
-    progress: Progress
-    kept: Mapping[str, Any]
-
-    async def serialize(
-        self,
-        values: Sequence[Any],  # LazyTensor
-        infos: Sequence[types_v0.ParamInfo],
-        args: Sequence[types_v0.SaveArgs] | None = None,
-    ) -> Sequence[future.Future]:
-        args = args or [types_v0.SaveArgs()] * len(values)
-        types_v0.check_input_arguments(values, infos, args)
-        jax_array_handlers.check_array_values(values, infos)
-        work = {"lazy_array_handler": self._stream(list(values), infos, args)}
-        if self._enable_write_sharding_file:
-            work["serialize_shardings"] = jax_array_handlers._async_serialize_shardings(
-                [v.sharding for v in values], infos, primary_host=self._primary_host
-            )
-        return [
-            future.CommitFutureAwaitingContractedSignals(coroutine, name=name)
-            for name, coroutine in work.items()
-        ]
-
-    async def _stream(
-        self,
-        values: list[Any],
-        infos: Sequence[types_v0.ParamInfo],
-        args: Sequence[types_v0.SaveArgs],
-    ) -> None:
-        with liveness.all_or_none():  # Orbax would wait for the others first, and they for this one
-            await self._make_and_write(values, infos, args)
-
-    async def _make_and_write(
-        self,
-        values: Sequence[LazyTensor],
-        infos: Sequence[types_v0.ParamInfo],
-        args: Sequence[types_v0.SaveArgs],
-    ) -> None:
-        room = asyncio.Condition()
-        metadata = {i: self.kept[x.name] for i, x in enumerate(infos) if x.name in self.kept}
-        await infos[0].await_path_creation()
-        await asyncio.to_thread(self.progress.begun.wait)
-        use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        journal = resume.Journal(infos[0].parent_dir, use_ocdbt)
-
-        left = [len(value.parts) for value in values]
-        rows = itertools.cycle(range(_ROWS))
-
-        async def write(i: int, array: replica_slices.ReplicaSlices, cost: int) -> None:
-            try:
-                with span("write", values[i].name, cost, thread=f"write {next(rows)}"):
-                    (metadata[i],) = await self._write(array, infos[i], args[i])
-            finally:
-                del array
-                self.progress.hold(-cost)
-                async with room:
-                    room.notify_all()
-            self.progress.written += cost
-            left[i] -= 1
-            if not left[i]:
-                journal.add(metadata[i])
-                self.progress.leaves += 1
-
-        # One thread: leaves are made in one order on all processes, as collectives must be.
-        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
-            async with asyncio.TaskGroup() as writes:
-                for group in _groups(values, left_out=metadata):
-                    await self._take(room, sum(part.local_nbytes for _, (_, part) in group))
-                    for i, (in_whole, part) in group:
-                        copied: Any = contextvars.copy_context().run  # jax.config is thread-local
-                        make = partial(copied, self._to_host, part, values[i].shape, in_whole)
-                        array = await asyncio.get_running_loop().run_in_executor(maker, make)
-                        writes.create_task(write(i, array, part.local_nbytes))
-                        del array
-        journal.write()
-        if self._array_metadata_store is not None:
-            await self._array_metadata_store.write(
-                checkpoint_dir=infos[0].parent_dir,
-                array_metadatas=[metadata[i] for i in range(len(infos))],
-                process_index=multihost.process_index(),
-            )
-
-    async def _take(self, room: asyncio.Condition, cost: int) -> None:
-        """Waits until the window has room for so many bytes, and takes it."""
-
-        def is_there() -> bool:
-            return not self.progress.held or self.progress.held + cost <= self.window
-
-        async with room:
-            with span("wait", "for room", thread="room"):
-                await room.wait_for(is_there)
-        self.progress.hold(cost)
-
-    def _to_host(
-        self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
-    ) -> replica_slices.ReplicaSlices:
-        """What this process writes of a part, where it belongs in the whole."""
-        array = part.load()
-        held = replica_slices.get_replica_slices(
-            array,
-            self._replica_id,
-            self._use_replica_parallel,
-            self._min_slice_bytes_for_replica_parallel,
-            self._max_replicas_for_replica_parallel,
-        )
-        with span("to host", part.name, part.local_nbytes):
-            for one in held.replica_slices:
-                assert isinstance(one.unsliced_data, jax.Array)
-                one.unsliced_data.copy_to_host_async()
-            on_host = [self._moved(one, part.shape, in_whole) for one in held.replica_slices]
-        return replace(held, global_shape=whole, replica_slices=on_host, is_on_host=True)
-
-    def _moved(
-        self, held: replica_slices.ReplicaSlice, shape: Shape, in_whole: Callable[[Box], Box]
-    ) -> replica_slices.ReplicaSlice:
-        """A shard's slice in host memory, where it belongs in the whole.
-
-        Cut on the host: on the devices that would be a program to compile for each replica.
-        """
-        array = np.asarray(held.unsliced_data)
-        if (cut := held.slice_args) is not None:
-            within = (slice(None),) * cut.axis
-            array = array[(*within, slice(cut.start_index, cut.limit_index))]
-        pairs = zip(held.index, shape, strict=True)
-        box = in_whole(tuple(s.indices(n)[:2] for s, n in pairs))
-        return replica_slices.ReplicaSlice(slices(box), array, None)
-
-    def _write(
-        self,
-        array: replica_slices.ReplicaSlices,
-        info: types_v0.ParamInfo,
-        args: types_v0.SaveArgs,
-    ) -> Awaitable[Sequence[Any]]:
-        return jax_array_handlers._async_serialize_replica_slices(
-            [array],
-            [info],
-            [args],
-            primary_host=self._primary_host,
-            metadata_key=self._metadata_key,
-            array_metadata_store=None,  # written once, for all leaves
-            enable_replica_parallel_separate_folder=self._enable_replica_parallel_separate_folder,
-            use_replica_parallel=self._use_replica_parallel,
-            ext_metadata={},
-        )
-
-
-def _groups(
-    values: Sequence[LazyTensor], left_out: Container[int]
-) -> Sequence[Sequence[tuple[int, Part]]]:
-    """The parts of leaves, each with its leaf's position, in order; those of a group together."""
-    found: dict[object, list[tuple[int, Part]]] = {}
-    for i, value in enumerate(values):
-        for k, (in_whole, part) in enumerate(value.parts if i not in left_out else ()):
-            key = (i, k) if part.group is None else part.group
-            found.setdefault(key, []).append((i, (in_whole, part)))
-    return [*found.values()]
-
-
-class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
-    """Orbax's leaf handler for `LazyTensor`: saves it as the jax.Array that it becomes.
-
-    `window` bounds the bytes of finished leaves that wait to be written.
-    """
-
-    window = 512 << 20
-    progress = Progress()
-    kept: Mapping[str, Any] = {}
-
-    def __init__(self, *, context: ocp.Context | None = None):
-        super().__init__(context=context)
-        saving = self._context.array_options.saving
-        primary = self._context.multiprocessing_options.primary_host
-        self._handler_impl = _LazyArrayHandler(
-            primary_host=primary,
-            replica_id=None if primary is None else 0,
-            use_replica_parallel=saving.use_replica_parallel,
-            min_slice_bytes_for_replica_parallel=saving.min_slice_bytes_for_replica_parallel,
-            max_replicas_for_replica_parallel=saving.max_replicas_for_replica_parallel,
-            enable_replica_parallel_separate_folder=saving.enable_replica_parallel_separate_folder,
-            enable_write_sharding_file=saving.enable_write_sharding_file,
-            array_metadata_store=saving.array_metadata_store,
-        )
-        self._handler_impl.window = self.window
-        self._handler_impl.progress = self.progress
-        self._handler_impl.kept = self.kept
-
-
-class _AbstractLazyTensor:
-    """What a LazyTensor would be loaded as; Orbax wants one, nothing is loaded so."""
-
-    _maxconv_lazy_tensor: bool
-
-
-def _tree_handler(window: int, progress: Progress, kept: Mapping[str, Any]) -> type:
-    """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
-    own = {"window": window, "progress": progress, "kept": kept}
-    leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
-
-    class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
-        def __init__(self, **kwargs: Any):
-            leaves = leaf_registry.StandardLeafHandlerRegistry()
-            leaves.add(
-                LazyTensor, _AbstractLazyTensor, leaf_handler, secondary_typestrs=["jax.Array"]
-            )
-            super().__init__(leaf_handler_registry=leaves, **kwargs)
-
-    stock = pytree_handler.PyTreeHandler
-    TreeHandler.__module__, TreeHandler.__qualname__ = stock.__module__, stock.__qualname__
-    return TreeHandler
 
 
 def context(
@@ -304,13 +49,15 @@ class TrainState:
     opt_state: dict[str, Any]
 
 
-def train_state(leaves: Iterable[tuple[Sequence[str], Any]]) -> TrainState:
-    """The state before the first step: parameters nested by their paths, no optimizer state."""
+def train_state(leaves: Mapping[str, Any]) -> TrainState:
+    """The state before the first step: parameters by name, such as `params.params.decoder...`,
+    nested; no optimizer state."""
     params: dict[str, Any] = {}
-    for path, leaf in leaves:
+    for name, leaf in leaves.items():
+        _, *path = name.split(".")
         node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return TrainState(0, params, {})
 
@@ -324,29 +71,31 @@ def save(
     ctx: ocp.Context | None = None,
     kept: Mapping[str, Any] = MappingProxyType({}),
     metadata: Mapping[str, Any] = MappingProxyType({}),
+    ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
 
-    `window` in bytes per process. `kept`: what `resume.finished` says of leaves that are not to be
-    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. Returns
-    when everything is durable; until then nothing there reads as a checkpoint.
+    `window` in bytes per process. `kept`: what `journal.finished` says of leaves that are not to be
+    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. `ready` is
+    called before each part is made. Returns when everything is durable; until then nothing there
+    reads as a checkpoint.
     """
-    ctx = ctx or context()
-    ctx.memory.write_concurrent_bytes = window
-    handlers = ocp.handlers.local_registry()
-    handlers.add(_tree_handler(window, progress, kept), checkpointable_name="items")
-    ctx.checkpointables.registry = handlers
-    with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
-        try:
-            saving = checkpointer.save_checkpointables_async(
-                0,
-                {"items": state},
-                force=True,
-                custom_metadata={"scan_layers": scan_layers, **metadata},
-            )
-        finally:
-            progress.begun.set()
-        assert saving is not None
-        saving.result()
-    if jax.process_index() == 0:
-        resume.clear(directory)
+    if streams():
+        from maxconv.targets.streaming import save as chosen
+    else:
+        from maxconv.targets.partial_save import save as chosen
+    custom = {"scan_layers": scan_layers, **metadata}
+    chosen(directory, state, window, progress, ctx or context(), kept, custom, ready)
+
+
+def streams() -> bool:
+    """Whether leaves are streamed into one save, with the parts of Orbax that this takes."""
+    return private.is_tested("orbax-checkpoint")
+
+
+def notices() -> tuple[str, ...]:
+    """What a person should know of how checkpoints are saved here."""
+    if streams():
+        return ()
+    releases = private.tested_releases("orbax-checkpoint")
+    return (f"{releases}: saving through its public API, which takes more memory and no --resume.",)

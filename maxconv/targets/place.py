@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from maxconv.errors import RetryableError
-from maxconv.report import size
+from maxconv.text import size
 
 STEP = "0"  # MaxText's converter writes step 0
 WORDS = "maxconv.json"  # beside the step: how it was made

@@ -1,11 +1,11 @@
 """What conversions of large models take on slices, from their plans: no TPU, no weights.
 
-    python tests/benchmarks/scale.py [--readme]
+    python tests/benchmarks/scale.py [--write]
 
 prints a table. Bytes are those that the busiest host reads, and writes; ranges are the pieces of
 files in which it reads them; a chip's memory is the most that it holds at once. The seconds are
 those of the host's network at the bandwidth stated in `maxconv/tpus.py`, reading and writing at
-once. `--readme` puts the table into the README.
+once. `--write` puts the table into the guide.
 """
 
 import argparse
@@ -15,17 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import published  # noqa: E402
+from plans import make_plan  # noqa: E402
 
 from maxconv.config import parse  # noqa: E402
 from maxconv.config.mesh import make_mesh  # noqa: E402
 from maxconv.config.tables import model_facts  # noqa: E402
 from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST, WINDOW_PART  # noqa: E402
 from maxconv.models.resolve import resolve  # noqa: E402
-from maxconv.planning.plan import Plan, make_plan  # noqa: E402
+from maxconv.planning.estimates import device_estimate, host_estimate  # noqa: E402
+from maxconv.planning.plan import Plan  # noqa: E402
 from maxconv.planning.tpus import Slice, slice_of  # noqa: E402
-from maxconv.report import device_estimate, duration, host_estimate, size  # noqa: E402
+from maxconv.text import duration, size  # noqa: E402
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "maxconv/guide/slice.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")
 SLICES = ("v5litepod-16", "v5p-64", "v5p-512")
 HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
@@ -33,7 +35,7 @@ HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     lines = [HEAD, "|---|---|---|---|---|---|---|---|"]
     for model_name in MODELS:
@@ -43,11 +45,11 @@ def main() -> None:
             lines.append(row(model_name, on, plan_of(model_name, on, window), window))
     table = "\n".join(lines)
     print(table)
-    if args.readme:
-        text = README.read_text()
+    if args.write:
+        text = PAGE.read_text()
         old = re.search(re.escape(HEAD) + r"(\n\|.*)+", text)
-        assert old is not None, "the README has no such table"
-        README.write_text(text.replace(old[0], table))
+        assert old is not None, f"{PAGE} has no such table"
+        PAGE.write_text(text.replace(old[0], table))
 
 
 def plan_of(model_name: str, on: Slice, window: int) -> Plan:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import published, quantised  # noqa: E402
+from plans import make_plan  # noqa: E402
 from test_tpu_compile import (  # noqa: E402
     BUDGET,
     FOREIGN,
@@ -44,7 +45,7 @@ from maxconv.config.tables import known_models, model_facts  # noqa: E402
 from maxconv.execution.program import compile_cell  # noqa: E402
 from maxconv.models.resolve import resolve  # noqa: E402
 from maxconv.planning.cells import Recipe  # noqa: E402
-from maxconv.planning.plan import LeafPlan, Plan, make_plan  # noqa: E402
+from maxconv.planning.plan import LeafPlan, Plan  # noqa: E402
 
 PACKED = (
     *("deepseek3-671b.scan+fp8", "deepseek3-671b.unscan+fp8", "deepseek3.2-671b.scan+fp8"),

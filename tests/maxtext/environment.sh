@@ -10,25 +10,7 @@ set -euo pipefail
 
 requirements=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/requirements.txt
 
-# Prints the path of a Python 3.12, wherever one is found first.
-find_python() {
-    local candidate
-    local candidates=(python3.12)
-    if command -v pyenv >/dev/null; then
-        candidates+=("$(pyenv root)"/versions/3.12*/bin/python)
-    fi
-    for candidate in "${candidates[@]}"; do
-        # A name is not enough: pyenv's shims exist for versions that are not selected.
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
-            "$candidate" -c 'import sys; print(sys.executable)'
-            return
-        fi
-    done
-    echo "The MaxText oracle needs Python 3.12: no python3.12 on PATH, and none in pyenv." >&2
-    return 1
-}
-
-python=$(find_python)
+python=$("${requirements%/*}/../../.ci/python" 3.12)
 hash=$("$python" -c 'import hashlib, sys
 print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()[:12])' "$requirements")
 environment=${MAXCONV_MAXTEXT_ENV_ROOT:-$HOME/.cache/maxconv}/maxtext-$hash

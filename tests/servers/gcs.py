@@ -9,6 +9,7 @@ file, read again at every request:
         that is asked for
     token: that callers must have; POST /token gives it, unless `grants` is false
     page: objects that a listing gives at once
+    listing: what a listing is instead
 """
 
 import http.client
@@ -51,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if (token := settings.get("token")) and self.is_about(token, path, settings):
             return
+        if "listing" in settings and path.endswith("/o"):
+            return self.answer(200, json.dumps(settings["listing"]).encode())
         if kind in ("replace", "remove"):
             self.spoil(kind)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}

@@ -1,6 +1,6 @@
 """A Hugging Face Hub on loopback, as a process of its own: what models take to read and to write.
 
-    python hub.py DIR [SETTINGS]
+    python hub.py DIR [SETTINGS [CERTIFICATE]]
 
 serves every DIR/org/name as a model, prints its address, and appends a JSON line for each request
 to DIR/log.jsonl. Large files come from, and go to, another host: the one name is 127.0.0.1, the
@@ -12,6 +12,9 @@ other localhost. SETTINGS is a JSON file, read again at every request:
     ignored: a pattern of paths that a .gitignore keeps out of commits
     faults: see faults.py
     seconds: that an upload of a large file takes
+    renamed: {old name of a model: new name}, to which everything about it is redirected
+
+With a third argument, a file of a certificate and its key, it speaks https.
 """
 
 import base64
@@ -20,6 +23,7 @@ import hashlib
 import json
 import re
 import shutil
+import ssl
 import sys
 import threading
 import time
@@ -64,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
                 pass
         if faults.fails(fault, self, self.answer):
             return
+        for old, new in self.settings.get("renamed", {}).items():
+            if old in path:
+                return self.answer(307, b"", {"Location": self.path.replace(old, new)})
         if path == "/api/whoami-v2":
             return self.whoami()
         if path == "/api/repos/create":
@@ -302,5 +309,11 @@ def digest(path: Path, mtime: int, size: int) -> str:
 
 if __name__ == "__main__":
     server = faults.Server(("127.0.0.1", 0), Handler)
-    print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+    scheme = "http"
+    if len(sys.argv) > 3:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(sys.argv[3])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        scheme = "https"
+    print(f"{scheme}://127.0.0.1:{server.server_address[1]}", flush=True)
     server.serve_forever()

@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import urllib3
 from buckets import Bucket, serving
 from google.oauth2.credentials import Credentials
 
 from maxconv.errors import RetryableError, UserError
 from maxconv.sources import LocalSource, Source, http, open_source
 from maxconv.sources import bucket as gcs
+from maxconv.sources.concurrency import FIRST as FIRST_AT_ONCE
 
 CASE = "qwen3-8b"
 FIRST = "model-00001-of-00005.safetensors"
@@ -77,7 +80,11 @@ def test_parts_that_are_near_are_asked_for_together(bucket: Bucket, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "kind", ["429:1", "500", "503", "reset", "mute:2", "cut", "whole", "other"]
+    "kind",
+    [
+        *("429:1", "500", "503", "reset", "cut", "whole", "other"),
+        *("mute:2", "forever", "continue", "trickle"),
+    ],
 )
 def test_what_may_pass_is_tried_again(bucket: Bucket, tmp_path: Path, kind: str) -> None:
     """A fault at the first request for a header, and at two for data."""
@@ -92,6 +99,70 @@ def test_what_may_pass_is_tried_again(bucket: Bucket, tmp_path: Path, kind: str)
     assert time.monotonic() - began > (1 if kind == "429:1" else 0.2)
 
 
+def test_one_failure_ends_all_reads(bucket: Bucket) -> None:
+    """Reads that wait for their turn do not start to find out by themselves."""
+    source = open_source("gs://bucket/hf", max_retries=1)
+    before = source.traffic.requests
+    bucket.settings(faults=[[DATA, "mute:99", 9999]])
+    with ThreadPoolExecutor(16) as pool:
+        reads = [pool.submit(source.tensor, name) for name in source.tensors]
+        errors = [read.exception() for read in reads]
+    assert {type(error) for error in errors} == {RetryableError}
+    assert source.traffic.requests - before <= 2 * FIRST_AT_ONCE < len(errors)
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("7", 7), ("99999", 60), ("9" * 5000, 60), ("-1", 0), ("1.5", 0), ("²", 0)]
+    + [("", 0), ("soon", 0), ("Fri, 31 Dec 1999 23:59:59 GMT", 0)]
+    + [("Fri, 31 Dec 2199 23:59:59 GMT", 60), ("Fri, 31 Dec 2199 23:59:59", 60)],
+)
+def test_a_server_may_ask_to_wait_a_minute_at_most(text: str, seconds: float) -> None:
+    assert http.retry_after(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("url", "there", "target"),
+    [
+        ("https://h/a", "/b", "https://h/b"),
+        ("http://h/a", "https://h/b", "https://h/b"),
+        ("https://h/a", "http://h/b", None),
+        ("https://h/a", "HTTP://h/b", None),
+        ("https://h/a", "//other/b", "https://other/b"),
+        ("https://h/a", "file:///etc/passwd", None),
+        ("https://h/a", "ftp://h/b", None),
+        ("https://h/a", "https://h:port/b", None),
+        ("https://h/a", "https://[h/b", None),
+    ],
+)
+def test_redirects_lead_to_addresses_that_are_as_safe(
+    url: str, there: str, target: str | None
+) -> None:
+    answer = urllib3.HTTPResponse(status=302, headers={"Location": there})
+    if target is None:
+        with pytest.raises(OSError, match="redirects"):
+            http.redirected(url, answer)
+    else:
+        assert http.redirected(url, answer) == target
+
+
+def test_an_origin_is_a_scheme_a_host_and_a_port() -> None:
+    same = http.same_origin
+    assert same("https://h/a", "https://H:443/b") and same("http://h:80", "http://h")
+    for other in ("http://h/a", "https://h:8443/a", "https://g/a", "http://h:443/a"):
+        assert not same("https://h/a", other)
+
+
+@pytest.mark.parametrize("size", ["-5", "1e9", "99999999999999", None])
+def test_sizes_that_a_listing_states_are_checked(bucket: Bucket, size: str | None) -> None:
+    """Nothing is allocated for what a server merely says."""
+    listing = {"items": [{"name": "hf/config.json", "size": size, "generation": "1"}]}
+    bucket.settings(listing=listing)
+    with pytest.raises(UserError, match="makes no sense|more than the 100,000,000"):
+        open_source("gs://bucket/hf")
+
+
 def test_what_does_not_pass_is_worth_another_try(bucket: Bucket) -> None:
     bucket.settings(faults=[[f"*/o/hf/{FIRST}", "503", 99]])
     said = f"{FIRST} in gs://bucket/hf could not be read: the server answered 503, 2 times; try"
@@ -104,7 +175,7 @@ def test_an_object_that_changes_ends_the_reading(bucket: Bucket, kind: str) -> N
     source = open_source("gs://bucket/hf")
     bucket.settings(faults=[[f"*/o/hf/{FIRST}", kind, 1]])
     before = len(bucket.log)
-    name = next(name for name, info in source.tensors.items() if info.file == FIRST)
+    name = next(name for name, info in source.stored.items() if info.file == FIRST)
     with pytest.raises(OSError, match=f"{FIRST} in gs://bucket/hf was replaced or removed while"):
         source.tensor(name)
     assert len(bucket.log) == before + 1  # that does not pass: it is not tried again

@@ -1,5 +1,6 @@
 """Models on a Hub, read by range: a real server, another process, that can also fail."""
 
+import subprocess
 from itertools import cycle
 
 import pytest
@@ -104,12 +105,103 @@ def test_what_keeps_us_from_a_model_is_said(hub, tmp_path, settings, path, envir
     assert not (tmp_path / "out").exists()
 
 
+IMPATIENT = """
+import sys
+from maxconv.errors import ConversionError
+from maxconv.sources import http, open_source
+http.READ = http.CALL = http.MOST_ASKED = 1
+try:
+    with open_source(sys.argv[1]) as source:
+        for name in source.tensors:
+            source.tensor(name)
+    print(len(source.tensors), source.revision)
+except (ConversionError, OSError) as error:
+    print(type(error).__name__, error)
+"""
+ONE = "*/model-00001-of-*"  # of the files
+
+
+def test_the_api_is_asked_again_like_files(hub):
+    """Whatever asks the Hub waits as long as it is told, but not for ever, and tries again."""
+    well = hub.run("-c", IMPATIENT, MODEL)
+    hub.settings(
+        faults=[
+            ["/api/*/auth-check", "429:99999", 1],
+            ["/api/*/auth-check", "500", 1],
+            ["/api/models/org/qwen", "503:Wed, 01 Jan 2200 00:00:00 GMT", 1],
+            ["/api/models/org/qwen", "mute:2", 1],
+            [f"/{MODEL}/resolve/{ONE}", "continue", 1],
+            [f"/{MODEL}/resolve/{ONE}", "forever", 1],
+        ]
+    )
+    done = hub.run("-c", IMPATIENT, MODEL)
+    assert well.returncode == done.returncode == 0 and done.stdout == well.stdout != ""
+    hub.settings(faults=[["/api/*/auth-check", "503", 99]])
+    done = hub.run("-c", IMPATIENT.replace("(sys.argv[1])", "(sys.argv[1], max_retries=1)"), MODEL)
+    said = f"The Hub could not be asked about {MODEL}: the server answered 503, 2 times; try again"
+    assert done.stdout.startswith(f"RetryableError {said}")
+
+
+def test_an_answer_that_makes_no_sense_is_bad_input(hub):
+    hub.settings(faults=[["/api/models/org/qwen", "200", 9]])  # an object without entries
+    done = hub.run("-c", IMPATIENT, MODEL)
+    said = f"UserError The answer about {MODEL} makes no sense"
+    assert done.stdout.startswith(said) and f"is there a Hub at {hub.url}?" in done.stdout
+
+
+def test_a_model_that_was_renamed_is_read(hub):
+    well = hub.run("-c", IMPATIENT, MODEL)
+    hub.settings(renamed={"org/first": "org/second", "org/second": MODEL}, gated=[MODEL])
+    done = hub.run("-c", IMPATIENT, "org/first", HF_TOKEN=TOKEN)
+    assert well.returncode == done.returncode == 0 and done.stdout == well.stdout != ""
+    hub.assert_secret(done.stdout, done.stderr)
+
+
+def test_redirects_are_followed_to_an_end(hub):
+    """From where the Hub sends us, too; but not in circles."""
+    files = len([*(hub.root / MODEL).glob("*.safetensors")])
+    other = f"{hub.url.replace('127.0.0.1', 'localhost')}/store/{MODEL}/model-00001-of-0000{files}"
+    hub.settings(faults=[["/store/*/model-00002-*", f"to:302:{other}.safetensors", 1]])
+    done = hub.run("-c", IMPATIENT, MODEL)
+    assert "00002-of" in done.stdout and "the server sent another range" not in done.stdout
+    circle = "/store/org/qwen/model-00002-of-00005.safetensors"
+    hub.settings(faults=[[circle, f"to:307:{circle}", 999]])
+    done = hub.run("-c", IMPATIENT, MODEL)
+    assert "UserError" in done.stdout and "redirects more than 10 times" in done.stdout
+
+
+def test_the_token_goes_to_the_scheme_host_and_port_of_the_hub_alone(hub, tmp_path):
+    """Another port is another server, and over http everybody reads."""
+    key, pem = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+    make = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+    subprocess.run([*make, "-nodes", "-keyout", key, "-out", pem, *subject], check=True)
+    both = tmp_path / "both.pem"
+    both.write_bytes(key.read_bytes() + pem.read_bytes())
+    (tmp_path / "tls").mkdir()
+    with hub_in(tmp_path / "tls", both) as secure:
+        tiny.write(CASE, secure.root / MODEL)
+        for there in (secure.url.replace("https:", "http:"), hub.url):
+            file = f"{there}/{MODEL}/resolve/main/model.safetensors"
+            secure.settings(faults=[[f"/{MODEL}/resolve/{ONE}", f"to:302:{file}", 99]])
+            done = secure.run("-c", IMPATIENT, MODEL, HF_TOKEN=TOKEN, SSL_CERT_FILE=str(pem))
+            assert done.stdout.startswith("UserError https://127.0.0.1/"), done.stderr
+            assert "redirects from https to http, which is not followed" in done.stdout
+        assert hub.log == []
+        file = f"{secure.url}/{MODEL}/resolve/main/model-00001-of-00005.safetensors"
+        hub.settings(faults=[[f"/{MODEL}/resolve/{ONE}", f"to:302:{file}", 99]])
+        before = len(secure.log)
+        done = hub.run("-c", IMPATIENT, MODEL, HF_TOKEN=TOKEN, SSL_CERT_FILE=str(pem))
+        asked = secure.log[before:]
+        assert asked and {entry["authorization"] for entry in asked} == {None}
+
+
 REPLACED = """
 import sys
 from maxconv.sources import open_source
 
 source = open_source(sys.argv[1])
-info = next(iter(source.tensors.values()))
+info = next(iter(source.stored.values()))
 with open(f"{sys.argv[2]}/{info.file}", "r+b") as file:
     file.seek(info.offset)
     file.write(b"other")

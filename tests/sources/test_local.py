@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from maxconv.algebra.boxes import Box, dims, intersect
+from maxconv.algebra.storage import blocks, coalesce, runs
 from maxconv.errors import UserError
-from maxconv.sources import LocalSource, aligned_empty, coalesce, open_source, runs
-from maxconv.sources.base import Part, blocks
-from maxconv.sources.files import INDEX, SINGLE
+from maxconv.sources import LocalSource, Part, aligned_empty, open_source
+from maxconv.sources.index import INDEX, SINGLE
+from maxconv.sources.local import SAMPLE, SAMPLES, sample_spans
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4, dtype=np.int16)
@@ -147,7 +149,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype, layout: str) -> np.ndarray:
     return np.empty(shape, dtype)
 
 
-DTYPES = [np.dtype(name) for name in ("bool", "i1", "float8_e4m3fn", "f2", "bfloat16", "f4", "i8")]
+DTYPES = [np.dtype(name) for name in ("bool", "i1", "float8_e4m3fn", "f2", "bfloat16", "f4", "c8")]
 
 
 @settings(max_examples=200, deadline=None)
@@ -174,7 +176,7 @@ def test_parts_equal_slices_and_no_other_byte_is_read(data, shape, dtype, block)
 @contextmanager
 def count_bytes(source: LocalSource) -> Iterator[np.ndarray]:
     """How often preadv brought each byte of tensor x."""
-    info = source.tensors["x"]
+    info = source.stored["x"]
     counts = np.zeros(info.nbytes, int)
     preadv = os.preadv
 
@@ -245,7 +247,7 @@ def test_short_reads_are_continued(monkeypatch):
 
 def test_file_truncated_while_it_is_read(tmp_path):
     with LocalSource(write(tmp_path, model={"a": A})) as source:
-        os.truncate(tmp_path / SINGLE, source.tensors["a"].offset + 5)
+        os.truncate(tmp_path / SINGLE, source.stored["a"].offset + 5)
         with pytest.raises(OSError, match=r"model\.safetensors in .* was truncated .*tensor 'a'"):
             read_whole(source, "a")
 
@@ -259,7 +261,7 @@ def test_file_gone_while_it_is_read(tmp_path):
 
 
 def test_threads():
-    array = np.random.default_rng(0).integers(0, 99, (64, 32))
+    array = np.random.default_rng(0).integers(0, 99, (64, 32), np.int32)
     with opened(array, block=512) as source, ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: read_whole(source, "x"), range(200)))
         assert source.stats.bytes_read == 200 * array.nbytes
@@ -297,14 +299,14 @@ def test_index(tmp_path):
     write(tmp_path, **{"one": {"a": A}, "sub/two": {"b": B}})
     write_index(tmp_path, a="one.safetensors", b="sub/two.safetensors")
     with LocalSource(tmp_path) as source:
-        assert source.tensors["b"].file == "sub/two.safetensors"
+        assert source.stored["b"].file == "sub/two.safetensors"
         assert read_whole(source, "a").tobytes() == A.tobytes()
         assert read_whole(source, "b").tobytes() == B.tobytes()
 
 
 def test_all_files_without_an_index(tmp_path):
     source = LocalSource(write(tmp_path, one={"a": A}, two={"b": B}))
-    assert {info.file for info in source.tensors.values()} == {"one.safetensors", "two.safetensors"}
+    assert {info.file for info in source.stored.values()} == {"one.safetensors", "two.safetensors"}
 
 
 def test_snapshot_in_the_hub_cache(tmp_path):
@@ -324,7 +326,7 @@ def test_what_is_left_out_is_noticed(tmp_path):
     write(tmp_path, one={"a": A, "b": B}, two={"a": A, "c": B}, consolidated={"z": B})
     source = LocalSource(write_index(tmp_path, a="one.safetensors", c="two.safetensors"))
     assert set(source.tensors) == {"a", "c"}
-    assert source.tensors["a"].file == "one.safetensors"
+    assert source.stored["a"].file == "one.safetensors"
     assert source.notices == [
         f"2 tensors are not read, because {INDEX} does not name them where they are: 'b', 'a'.",
         f"{tmp_path} has {INDEX}, so 'consolidated.safetensors' is not read.",
@@ -401,10 +403,16 @@ def test_index_without_a_weight_map(tmp_path, text):
     assert problems(tmp_path) == (f"{INDEX} has no weight_map; download it again.",)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../one.safetensors", "a/../../b", 3, None])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../one.safetensors", "a/../../b"])
 def test_index_that_leads_out_of_the_directory(tmp_path, name):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
     assert problems(tmp_path) == (f"{INDEX} names '{name}'; it may name files beside it only.",)
+
+
+@pytest.mark.parametrize("name", [3, None, [], {"a": 1}, ["a.safetensors"]])
+def test_index_without_a_file_for_a_tensor(tmp_path, name):
+    write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
+    assert problems(tmp_path) == (f"{INDEX} has no file name for 'b'; download it again.",)
 
 
 def test_index_names_a_file_that_is_missing(tmp_path):
@@ -454,10 +462,111 @@ def test_all_problems_of_all_files_at_once(tmp_path):
     found = problems(tmp_path)
     assert len(found) == 5
     assert found[0] == f"config.json in {tmp_path} does not exist; download it first."
-    assert found[1] == f"four.safetensors in {tmp_path} cannot be read: Is a directory."
+    assert found[1] == f"four.safetensors in {tmp_path} cannot be read: it is a directory."
     assert found[2].startswith("one.safetensors is truncated: its header describes ")
     assert found[3] == f"three.safetensors in {tmp_path} does not exist; download it first."
     assert found[4].startswith("two.safetensors is a Git LFS pointer")
+
+
+SPECIAL = ("config.json", INDEX, "one.safetensors")
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "directory"])
+def test_only_regular_files_are_read(tmp_path, name, kind):
+    """Others may never end, or never begin."""
+    write_index(write(tmp_path, one={"a": A}), a="one.safetensors")
+    path = tmp_path / name
+    path.unlink()
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(os.path.relpath(path))
+        case "directory":
+            path.mkdir()
+    what = {"directory": "it is a directory", "socket": "No such device or address"}
+    why = what.get(kind, "it is not a regular file")
+    assert problems(tmp_path)[0] == f"{name} in {tmp_path} cannot be read: {why}."
+
+
+def test_a_file_that_becomes_a_pipe_is_not_read(tmp_path):
+    with LocalSource(write(tmp_path, model={"a": A})) as source:
+        (tmp_path / SINGLE).unlink()
+        os.mkfifo(tmp_path / SINGLE)
+        with pytest.raises(OSError, match="it is not a regular file"):
+            read_whole(source, "a")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_files_without_tensors_have_a_size_that_is_read(tmp_path, name):
+    path = write_index(write(tmp_path, one={"a": A}), a="one.safetensors") / name
+    os.truncate(path, 1 << 40)
+    assert problems(tmp_path)[0] == (
+        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the 100,000,000 that are "
+        "read of a JSON file; download it again."
+    )
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a" * 5000])
+def test_names_that_no_file_can_have(tmp_path, name):
+    write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
+    (sentence,) = problems(tmp_path)
+    assert sentence.startswith(f"{name} in {tmp_path} cannot be read: ")
+
+
+# ---- what tells copies apart
+
+
+def test_fingerprints_are_of_content_alone(tmp_path):
+    """Not of places or times."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write_index(write(tmp_path / name, m={"a": A}, n={"b": B}), a="m.safetensors")
+        os.utime(tmp_path / name / "m.safetensors", (0, len(name)))
+    with LocalSource(tmp_path / "one") as one, LocalSource(tmp_path / "other") as other:
+        assert one.versions() != other.versions()
+        found = one.fingerprints()
+        assert found == other.fingerprints()
+        assert found.keys() == {"config.json", INDEX, "m.safetensors"}
+        assert one.stats.bytes_read == 0
+
+
+@pytest.mark.parametrize("nbytes", [1, 1000, SAMPLE * SAMPLES, 8 << 20])
+def test_fingerprints_tell_weights_apart(tmp_path, nbytes):
+    random, found = np.random.default_rng(0), []
+    for _ in range(2):  # of the same names and shapes
+        write(tmp_path, model={"a": random.integers(0, 256, nbytes, np.uint8)})
+        with LocalSource(tmp_path) as source:
+            found.append(dict(source.fingerprints()))
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == [SINGLE]
+
+
+def test_any_byte_of_a_small_file_tells_and_of_a_large_one_any_eighth(tmp_path):
+    raw = np.zeros(SAMPLES * SAMPLE - 200, np.uint8)
+    with LocalSource(write(tmp_path, model={"a": raw})) as source:
+        before, at = source.fingerprints(), source.stored["a"].offset
+        for i in random_places(raw.size, 50):
+            with (tmp_path / SINGLE).open("r+b") as file:
+                file.seek(at + i)
+                file.write(b"x")
+            assert source.fingerprints() != before
+            before = source.fingerprints()
+    for size in (1, 7, SAMPLE, 10**6, 10**12 + 1):
+        spans = list(sample_spans(size))
+        parts = [i * size // SAMPLES for i in range(SAMPLES + 1)]
+        assert all(
+            first <= start <= stop <= last and stop - start == min(SAMPLE, last - first)
+            for (start, stop), first, last in zip(spans, parts[:-1], parts[1:], strict=True)
+        )
+        assert spans == list(sample_spans(size))
+
+
+def random_places(size, n):
+    return np.random.default_rng(1).integers(0, size, n).tolist()
 
 
 @contextmanager

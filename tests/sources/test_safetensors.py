@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +9,14 @@ import safetensors
 from safetensors.numpy import save
 
 from maxconv.errors import UserError
-from maxconv.sources.safetensors import DTYPES, MAX_HEADER, header_length, parse_header, some
+from maxconv.sources.safetensors import (
+    DTYPES,
+    MAX_JSON,
+    header_length,
+    load_object,
+    parse_header,
+    some,
+)
 
 
 def entry(dtype: str = "U8", shape: list | None = None, begin: int = 0, end: int = 4) -> dict:
@@ -194,9 +202,40 @@ def test_header_that_is_not_json(text):
     assert sentence.endswith("; download it again.")
 
 
+def test_duplicate_names_take_no_longer_than_others():
+    """A megabyte of them took minutes when each was compared with all."""
+    text = b'{"b": 1, ' + b",".join(b'"%d": 1' % (i // 2) for i in range(100_000)) + b"}"
+    found: list[str] = []
+    began = time.process_time()
+    load_object(text, "f", found)
+    assert time.process_time() - began < 5
+    assert found == ["f has '0', '1', '2' and 49997 more more than once; download it again."]
+
+
+def test_json_that_would_fill_the_memory_is_not_parsed():
+    for text in (b"[" + b"{}," * 6_000_000 + b"1]", b"[" * 20_000_000, b"1," * 20_000_000):
+        with pytest.raises(UserError, match="f has more than 10,000,000 values"):
+            load_object(text, "f", [])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[1 << 63], [10**4000], [1] * 65, [1e999], [float("nan")], [1 << 62] * 64],
+)
+def test_absurd_shapes_are_told_in_a_sentence(shape):
+    text = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 4]}})
+    (sentence,) = problems(file_of(text.encode(), 4))
+    assert "lacks a proper dtype, shape" in sentence or "has 4 bytes, but U8" in sentence
+
+
+def test_integers_that_python_does_not_parse_are_told():
+    (sentence,) = problems(file_of(b'{"a": %s}' % (b"9" * 5000), 4))
+    assert sentence.startswith("The header of f is not valid JSON (Exceeds the limit")
+
+
 def test_header_over_the_limit_is_not_read():
-    assert header_length(struct.pack("<Q", MAX_HEADER), 1 << 40) == MAX_HEADER
-    raw = struct.pack("<Q", MAX_HEADER + 1)
+    assert header_length(struct.pack("<Q", MAX_JSON), 1 << 40) == MAX_JSON
+    raw = struct.pack("<Q", MAX_JSON + 1)
     assert header_length(raw, 1 << 40) == 0
     with pytest.raises(UserError, match="would mean a header of 100000001 bytes"):
         parse_header(raw, "f", 1 << 40)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny  # noqa: E402
 from jobs import job_words  # noqa: E402
+from plans import make_leaf
 
 from maxconv.config import parse  # noqa: E402
 from maxconv.execution.engine import Engine  # noqa: E402
@@ -33,4 +34,4 @@ def test_leaves_are_those_of_the_files(case, tmp_path):
 def leaves(directory, case, model, more):
     words = job_words(directory, model, tiny.maxtext_words(case, True), "fsdp8", more)
     with prepared(parse(words)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
-        return {leaf.name: np.asarray(engine.make(leaf)) for leaf in job.plan.leaves}
+        return {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}

@@ -1,0 +1,155 @@
+"""The plan of a conversion as text, for `maxconv plan`."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from maxconv.execution.tpu_compiler import compile_all
+from maxconv.families import Dims
+from maxconv.jobs.prepare import Job
+from maxconv.planning.estimates import device_estimate, host_estimate
+from maxconv.planning.overread import between
+from maxconv.planning.plan import LeafPlan, Plan
+from maxconv.planning.tpus import Slice
+from maxconv.sources import Source
+from maxconv.sources.remote import GAP, SPAN
+from maxconv.text import duration, percent, size, table
+
+_MANY = 20  # processes that are listed one by one
+_COMPILED = (
+    *("program (first leaf)", "output shape", "arguments and output", "temporaries"),
+    "collectives",
+)
+
+
+def plan_text(job: Job, on: Slice | None = None) -> str:
+    """The plan of a conversion. `on`: the slice it is planned for, if that is not here."""
+    plan, window = job.plan, job.window
+    used = {name: n for name, n in plan.mesh.shape.items() if n > 1}
+    mesh = " x ".join(f"{name}={n}" for name, n in used.items()) or "one device"
+    reads = {process: plan.read_nbytes(process) for process in plan.processes}
+    total = sum(reads.values())
+    over = total - plan.needed_nbytes
+    lines = [
+        f"source   {source_text(job.source)}",
+        f"model    {job.model.family.architectures[0]}: {_sizes(job.model.dims)}",
+        f"mesh     {mesh}, {plan.mesh.size} devices, {len(reads)} process(es)",
+        f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
+        "",
+        _leaves(plan.leaves),
+        "",
+        f"read     {size(total)} in all, {size(over)} ({percent(over, plan.needed_nbytes)}) more "
+        f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
+        "the mean",
+        *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
+        f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
+        f"device   at most {size(device_estimate(plan))} on each",
+        *(_on_slice(plan, window, on) if on else ()),
+        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, for {len(plan.steps)} steps",
+        *(f"note     {notice}" for notice in job.notices),
+    ]
+    return "\n".join(lines)
+
+
+def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
+    """What a slice has of what the plan needs, and how long its network takes at least."""
+    kind, busiest = on.kind, max(map(plan.read_nbytes, plan.processes))
+    written = -(-plan.output_nbytes // len(plan.processes))
+
+    def held(needed: int, there: int) -> str:
+        return f"{size(needed)} of {size(there)}{', which is too little' * (needed > there)}"
+
+    yield (
+        f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host holds "
+        f"{held(host_estimate(plan, window), on.machine.ram)}, "
+        f"a chip {held(device_estimate(plan), kind.hbm)}"
+    )
+    yield (
+        f"time     at least {duration(max(busiest, written) / on.network)}: the busiest host "
+        f"reads {size(busiest)} and writes {size(written)} at {on.network * 8 / 1e9:.0f} Gbit/s, "
+        "if the storage keeps up"
+    )
+
+
+def source_text(source: Source) -> str:
+    """A source in one line."""
+    total = sum(info.nbytes for info in source.tensors.values())
+    return f"{source.root}, {len(source.tensors)} tensors, {size(total)}"
+
+
+def _sizes(d: Dims) -> str:
+    tied = ", tied embeddings" if d.tied else ""
+    return (
+        f"{d.layers} layers, emb {d.emb}, mlp {d.mlp}, {d.heads} heads, {d.kv_heads} kv_heads, "
+        f"head_dim {d.head_dim}, vocab {d.vocab}{tied}"
+    )
+
+
+def _leaves(leaves: Sequence[LeafPlan]) -> str:
+    """One line a leaf; unscanned layers that are alike share one."""
+    kinds: dict[tuple[object, ...], list[LeafPlan]] = {}
+    for leaf in leaves:
+        path = [
+            p.rstrip("0123456789") if p.startswith("layers_") else p for p in leaf.name.split(".")
+        ]
+        kinds.setdefault((*path, leaf.shape, leaf.sharding), []).append(leaf)
+    rows = []
+    for alike in kinds.values():
+        first = alike[0]
+        name = path_text(first)
+        if len(alike) > 1:
+            name = name.replace("layers_0", f"layers_{{0..{len(alike) - 1}}}")
+        spec = ", ".join(_axes(entry) for entry in first.sharding.spec)
+        ways = dict.fromkeys(read.way for step in first.steps for read in step.recipe.reads)
+        nbytes = size(first.nbytes * len(alike))
+        rows.append((name, first.shape, first.dtype, f"({spec})", nbytes, "; ".join(ways)))
+    return table(rows, ("leaf", "shape", "dtype", "sharding", "bytes", "read"))
+
+
+def path_text(leaf: LeafPlan) -> str:
+    """The path of a parameter in MaxText's tree, without what all have in common."""
+    return leaf.name.removeprefix("params.params.").replace(".", "/")
+
+
+def _axes(entry: object) -> str:
+    return "+".join(entry) if isinstance(entry, tuple) else str(entry or "-")
+
+
+def network_text(plan: Plan, source: Source) -> str:
+    """A line for `maxconv plan`; none for a source on disks."""
+    if not source.is_shared:
+        return ""
+    process = plan.processes[0]
+    planned, more = plan.read_nbytes(process), between(plan, source, process)
+    so_far = source.traffic
+    return (
+        f"\nnetwork  process {process} requests {size(planned)} in ranges of up to {size(SPAN)}, "
+        f"and at most {size(more)} ({percent(more, planned)}) in gaps of up to {size(GAP)} that "
+        f"are read through; headers took {so_far.requests} requests, {size(so_far.nbytes)}"
+    )
+
+
+def compiled_text(plan: Plan) -> str:
+    """What the TPU compiler makes of every program of a plan."""
+    started = time.monotonic()
+    found = compile_all(plan)
+    first = {step.recipe: leaf for leaf in reversed(plan.leaves) for step in leaf.steps}
+    rows = [
+        (
+            path_text(first[recipe]),
+            "x".join(str(hi - lo) for lo, hi in recipe.box),
+            size(cell.arguments),
+            size(cell.temporaries),
+            ", ".join(cell.collectives) or "none",
+        )
+        for recipe, cell in found.items()
+    ]
+    most = max(cell.arguments + cell.temporaries for cell in found.values())
+    took = time.monotonic() - started
+    return "\n".join(
+        [
+            table(rows, _COMPILED),
+            "",
+            f"compiled {len(rows)} programs for {plan.mesh.size} chips in {took:.0f} s; the "
+            f"largest needs {size(most)} on a chip",
+        ]
+    )

@@ -1,0 +1,70 @@
+"""What a job says while it runs and when it is done, on a terminal."""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import jax
+
+from maxconv.cli.progress import ProgressLine
+from maxconv.execution.memory import peak_memory
+from maxconv.jobs.prepare import Job
+from maxconv.jobs.reporter import Reporter
+from maxconv.targets import place
+from maxconv.targets.publication import is_repository, repository_name
+from maxconv.text import duration, printable, printable_lines, size
+
+
+class TerminalReporter(Reporter):
+    """Notes and progress go to stderr, results to stdout; one process speaks for all."""
+
+    def __init__(self) -> None:
+        self._speaks = jax.process_index() == 0
+
+    def note(self, text: str) -> None:
+        if self._speaks:
+            print(f"note: {printable(text)}", file=sys.stderr)
+
+    def progress(
+        self, label: str, done: Callable[[], tuple[int, int]]
+    ) -> AbstractContextManager[object]:
+        return ProgressLine(label, done, sys.stderr if self._speaks else None)
+
+    def saved(self, job: Job, seconds: float) -> None:
+        if self._speaks:
+            print(printable_lines(_summary(job, seconds)), flush=True)
+
+    def verified(self, job: Job, leaves: int, seconds: float) -> None:
+        if self._speaks:
+            print(
+                f"verified {leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
+                f"source in {duration(seconds)}"
+            )
+
+    def traced(self, path: str, seconds: Mapping[str, float]) -> None:
+        if self._speaks:
+            parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())
+            print(f"time, over all threads: {', '.join(parts)}; for ui.perfetto.dev: {path}")
+
+
+def _summary(job: Job, took: float) -> str:
+    plan, read, traffic = job.plan, job.source.stats.bytes_read, job.source.traffic
+    if job.there == "finished":
+        return f"saved before: {job.items}"
+    moved = f", transferred {size(traffic.nbytes)} in {traffic.requests} requests" * bool(
+        traffic.requests
+    )
+    how = f"\nto train from it in MaxText: {_loaded_by(job)}"
+    return (
+        f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
+        f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}{moved}; "
+        f"peak RSS {size(peak_memory())}\nsaved: {job.items}"
+    ) + ("" if job.config.adapter_alone else how)
+
+
+def _loaded_by(job: Job) -> str:
+    directory = job.config.base_output_directory
+    if not is_repository(directory):
+        return f"load_parameters_path={job.items}"
+    download = f"hf download {repository_name(directory)} --local-dir DIR"
+    return f"{download}, then load_parameters_path={place.items('DIR')}"

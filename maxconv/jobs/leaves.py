@@ -1,0 +1,57 @@
+"""The leaves of a conversion: a model's parameters, in the dtype and the sharding to train in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from maxconv.algebra import substitute
+from maxconv.config.mesh import partition_spec
+from maxconv.errors import UserError
+from maxconv.models.canonical_names import misfit, rounded, saved_dtype
+from maxconv.models.parameters import parameters
+from maxconv.models.resolve import Model
+from maxconv.planning.plan import Leaf
+from maxconv.sources import Source
+
+
+def conversion_leaves(
+    source: Source,
+    model: Model,
+    mesh: Mesh,
+    rules: Sequence[Any],
+    scan_axis: int | None = 1,
+    save_dtype: np.dtype | str = "bfloat16",
+) -> tuple[list[Leaf], list[str]]:
+    """The leaves of a MaxText checkpoint, and sentences about axes that stay replicated.
+
+    Args:
+        source: the checkpoint's tensors.
+        model: what they are.
+        mesh: MaxText's training mesh.
+        rules: MaxText's logical axis rules.
+        scan_axis: param_scan_axis, or None for unscanned layers.
+        save_dtype: of the leaves.
+
+    Raises:
+        UserError: everything that does not fit, at once.
+    """
+    dtypes = {name: info.dtype for name, info in source.tensors.items()}
+    to_save = np.dtype(save_dtype)
+    stored = weights = model.tensors
+    if model.rounds:
+        weights = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
+    leaves, notices, problems = list[Leaf](), dict[str, None](), dict[str, None]()
+    for parameter in parameters(model, source.root, scan_axis):
+        is_table = parameter.dtype is not None and np.dtype(parameter.dtype).kind in "iu"
+        expr = substitute(parameter.expr, stored if is_table else weights)
+        spec, dropped = partition_spec(parameter.logical, expr.shape, dict(mesh.shape), rules)
+        dtype = np.dtype(parameter.dtype or saved_dtype(expr, dtypes, to_save))
+        if (problem := misfit(expr, dtypes, dtype)) is not None:
+            problems[f"{source.root}: {problem}."] = None
+        leaves.append(Leaf(parameter.name, expr, dtype, NamedSharding(mesh, spec)))
+        notices |= dict.fromkeys(f"{why}: that axis is replicated" for why in dropped)
+    if problems:
+        raise UserError(list(problems))
+    return leaves, list(notices)

@@ -1,0 +1,113 @@
+"""Which files of a checkpoint hold which tensors: as its index says, or else all that it has."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.sources.safetensors import StoredTensor, some
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
+_ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "items"}
+
+Headers = Mapping[str, Sequence[StoredTensor]]  # by file
+
+
+def weight_map(index: Mapping[str, Any]) -> dict[str, str]:
+    """Which file holds each tensor, as the index says.
+
+    Raises:
+        UserError: it says nothing, or names files that are not below its directory.
+    """
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{INDEX} has no weight_map; download it again.")
+    if others := [name for name, file in files.items() if not isinstance(file, str)]:
+        raise UserError(f"{INDEX} has no file name for {some(others)}; download it again.")
+    # Where links lead is not asked: the Hugging Face cache links to blobs outside the directory.
+    if bad := {file for file in files.values() if not _is_beside(file)}:
+        raise UserError(f"{INDEX} names {some(sorted(bad))}; it may name files beside it only.")
+    return files
+
+
+def _is_beside(file: str) -> bool:
+    return not file.startswith("/") and ".." not in PurePosixPath(file).parts
+
+
+def choose_files(root: str, names: set[str], weight_map: Mapping[str, str] | None) -> Sequence[str]:
+    """The files to read; UserError when the directory has none."""
+    if weight_map is not None:
+        return sorted(set(weight_map.values()))
+    if SINGLE in names:
+        return [SINGLE]
+    if files := sorted(name for name in names if name.endswith(".safetensors")):
+        return files
+    if found := sorted(name for name in names if name.endswith(_OTHER_FORMATS)):
+        raise UserError(
+            f"{root} has no .safetensors files, but {some(found)}; convert them to safetensors "
+            "first, or download a revision that has them."
+        )
+    if names & _ORBAX:
+        raise UserError(
+            f"{root} holds an Orbax checkpoint, which is what maxconv writes; give the Hugging "
+            "Face checkpoint to convert."
+        )
+    raise UserError(f"{root} has no .safetensors files; give the directory of a checkpoint.")
+
+
+def check_distinct(headers: Headers) -> list[str]:
+    """A problem for each pair of files that hold the same tensors, when there is no index."""
+    first: dict[str, str] = {}
+    twice: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for file, infos in headers.items():
+        for info in infos:
+            if file != first.setdefault(info.name, file):
+                twice[first[info.name], file].append(info.name)
+    return [
+        f"{one} and {other} both hold {some(names)}; delete one of the files, or add the "
+        f"{INDEX} that says which to read."
+        for (one, other), names in twice.items()
+    ]
+
+
+def check_index(headers: Headers, weight_map: Mapping[str, str]) -> list[str]:
+    """A problem for each file that lacks tensors which the index places in it."""
+    holders: defaultdict[str, set[str]] = defaultdict(set)
+    for file, infos in headers.items():
+        for info in infos:
+            holders[info.name].add(file)
+    lost: defaultdict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        # A file that was not read has a problem of its own.
+        if file in headers and file not in holders.get(name, ()):
+            lost[file].append(name)
+    problems: list[str] = []
+    for file, names in lost.items():
+        others = sorted(set().union(*(holders.get(name, ()) for name in names)))
+        where = f" ({some(others)} does)" if others else ""
+        problems.append(
+            f"{INDEX} puts {some(names)} in {file}, which does not hold them{where}; download "
+            "both again."
+        )
+    return problems
+
+
+def notices(
+    root: str, names: set[str], headers: Headers, read: Mapping[str, StoredTensor]
+) -> list[str]:
+    """What the directory holds besides the tensors that are read."""
+    found: list[str] = []
+    infos = [info for header in headers.values() for info in header]
+    if unnamed := [info.name for info in infos if read.get(info.name) != info]:
+        found.append(
+            f"{len(unnamed)} tensors are not read, because {INDEX} does not name them where they "
+            f"are: {some(unnamed)}."
+        )
+    if unread := sorted({n for n in names if n.endswith(".safetensors")} - headers.keys()):
+        reason = INDEX if INDEX in names else SINGLE
+        found.append(f"{root} has {reason}, so {some(unread)} is not read.")
+    return found
