@@ -59,7 +59,9 @@ class SmallDims(Gemma4Dims):
 
     full_kv_heads: int = size(default=lambda d: d["kv_heads"])
     kinds: list = size("layer_types", each="layers")
-    shared: int = size("num_kv_shared_layers", maxtext="num_kv_shared_layers", most=MOST_LAYERS)
+    shared: int = size(
+        "num_kv_shared_layers", maxtext="num_kv_shared_layers", most=MOST_LAYERS, below="layers"
+    )
     wide: bool = size("use_double_wide_mlp", maxtext="use_double_wide_mlp", default=False)
     per_layer: int = size(
         "hidden_size_per_layer_input", maxtext="hidden_size_per_layer_input", default=256

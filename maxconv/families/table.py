@@ -30,6 +30,7 @@ def size(
     most: int = LONGEST_AXIS,
     numbered: str = "",
     each: str = "",
+    below: str = "",
 ) -> Any:
     """A field of `Dims`, and where its value comes from.
 
@@ -43,6 +44,7 @@ def size(
         numbered: how the names of tensors begin, in the table's terms, whose next part is a number:
             the checkpoint has as many numbers as all sizes of this prefix say together.
         each: the field that says how many entries a list has.
+        below: a field that is larger than this one.
     """
     metadata = {
         "hf": hf,
@@ -52,6 +54,7 @@ def size(
         "most": most,
         "numbered": numbered,
         "each": each,
+        "below": below,
     }
     return field(metadata=metadata)
 
@@ -318,7 +321,8 @@ def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     for nested in ("thinker_config", "text_config"):
         inner = view.get(nested)
         if isinstance(inner, Mapping):
-            view = dict(inner) | view  # the outer entry wins: tie_word_embeddings
+            said = {key: value for key, value in view.items() if value is not None}
+            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
     found = {}
     for key in keys:
         value: Any = view

@@ -14,6 +14,7 @@ from maxconv.models.codecs import scale_rows
 from maxconv.sources import Source
 
 _EMBEDDING = "model.embed_tokens.weight"
+_MOST_PADDING = 2  # times the vocabulary: beyond that, it is a mistake
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> I
             yield f"{_entry(source, f)} is absent and would be {value}, not {rule.what}"
         if (count := f.metadata["each"]) and len(value) != getattr(dims, count):
             yield f"{_entry(source, f)} has {len(value)} entries for {getattr(dims, count)} {count}"
+        if (larger := f.metadata["below"]) and value >= getattr(dims, larger):
+            yield f"{_entry(source, f)}={value}, but there are {getattr(dims, larger)} {larger}"
     shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
     if shape not in (None, (dims.vocab, dims.emb)):
         yield f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
@@ -227,7 +230,8 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
         return True
     match f.name:
         case "vocab":  # MaxText's own tables pad some families; the user may pad any
-            return family.pads_vocab or (typed and ours > theirs)
+            may_differ = family.pads_vocab or (typed and ours > theirs)
+            return may_differ and ours <= _MOST_PADDING * theirs
         case "layers":  # the first N, as people test
             return typed and 0 < ours < theirs
         case "mtp":
