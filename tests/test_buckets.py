@@ -51,7 +51,7 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> No
     log = said(logs)
     assert codes == [0] * n, "\n".join(log)
     assert "saved: gs://bucket/out/0/items" in log[0] and "verified" in log[0]
-    assert re.search(r"this process read .* \(.* came, by \d+ requests\)", log[0])
+    assert re.search(r"this process read .*, transferred .* in \d+ requests;", log[0])
     names = bucket.names("out/")
     assert "out/0/commit_success.txt" in names and "out/0/items/commit_success.txt" in names
     assert "out/maxconv.unfinished.json" not in names
@@ -116,7 +116,7 @@ def test_it_is_planned(
         monkeypatch.setenv(name, value)
     assert cli.main(["plan", *WORDS, *ALONE, "--hf_model_path=gs://bucket/hf"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"(?m)^network  process 0 asks for .* in ranges of 64.0 MiB", said)
+    assert re.search(r"(?m)^network  process 0 requests .* in ranges of up to 64.0 MiB", said)
 
 
 def test_a_checkpoint_is_replaced_only_when_told(bucket: Bucket, tmp_path: Path) -> None:
