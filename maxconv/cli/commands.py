@@ -4,12 +4,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from maxconv import __version__
 from maxconv.cli.help import command_help, topic, usage
+from maxconv.cli.output import guard_outputs
 from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
@@ -50,13 +50,10 @@ def _with_flagfiles(arguments: Sequence[str]) -> list[str]:
 def script(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a program. It ends at once: Python would clear all that JAX made, for seconds."""
     keep_freed()
-    try:
-        code = main(argv)
-        sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on, as with `| head`
-        code = 1
-    with suppress(OSError):
-        sys.stderr.flush()
+    guard_outputs()
+    code = main(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(code)
 
 

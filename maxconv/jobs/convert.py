@@ -42,6 +42,7 @@ def run(config: Config, reporter: Reporter | None = None) -> Job:
             reporter.note(notice)
         with (
             liveness.all_or_none(),
+            liveness.unsaved(),
             timeline.recorded() if config.trace else nullcontext() as spans,
         ):
             if job.there != "finished":

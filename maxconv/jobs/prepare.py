@@ -221,7 +221,8 @@ def _with_target(job: Job, form: Format) -> Job:
         return replace(job, target=_hub_target(job, form))
     problems = place.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
-    recorded, notices = resume.recorded(directory) if config.resume else (None, ())
+    looks = config.resume or place.is_renamed(directory)
+    recorded, notices = resume.recorded(directory) if looks else (None, ())
     job = replace(job, notices=(*job.notices, *notices))
     if recorded is not None:
         differs = resume.problem(directory, recorded, job.identity)
@@ -231,10 +232,11 @@ def _with_target(job: Job, form: Format) -> Job:
             if not (lost := completeness.problems(place.items(directory), leaves)):
                 return replace(job, there="finished")
             problems = [*lost, *problems] if problems else []
-        if differs is not None and not finished:
+        if config.resume and differs is not None and not finished:
             problems = [differs]
         can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
-        there = "unfinished" if differs is None and can_move and not finished else "nothing"
+        may_resume = config.resume and can_move and not finished
+        there = "unfinished" if differs is None and may_resume else "nothing"
     if problems:
         raise UserError(problems)
     return replace(job, there=there)

@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from maxconv.errors import RetryableError, UserError
+from maxconv.errors import ConversionError, RetryableError, UserError
 
 PATIENCE = 120  # seconds for all processes to say what they are about to do
 _calls = itertools.count()
@@ -71,14 +72,36 @@ def _differences(
 
 @contextmanager
 def same_error_everywhere() -> Iterator[None]:
-    """Runs a check on every process; a UserError on any of them is raised on all."""
-    mine: tuple[str, ...] = ()
+    """Prepares something on every process; an error on any of them is raised on all.
+
+    Nothing is written yet, so what no check foresaw is bad input, too: a UserError.
+    """
+    mine: tuple[str, Sequence[str]] | None = None
     try:
         yield
-    except UserError as error:
-        mine = error.problems
-    if problems := next(filter(None, gathered(mine)), None):
-        raise UserError(problems)
+    except Exception as error:
+        mine = _told(error)
+    if failed := next(filter(None, gathered(mine)), None):
+        kind, problems = failed
+        raise _KINDS[kind](problems)
+
+
+_KINDS = {kind.__name__: kind for kind in (ConversionError, RetryableError, UserError)}
+
+
+def _told(error: Exception) -> tuple[str, Sequence[str]]:
+    """An error as the others are told of it: its kind, and its problems."""
+    if isinstance(error, ConversionError):
+        kind = type(error).__name__
+        return kind if kind in _KINDS else ConversionError.__name__, error.problems
+    logging.getLogger(__name__).debug("while a conversion was prepared", exc_info=error)
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, ConnectionError | TimeoutError):
+        return RetryableError.__name__, [f"The connection failed ({said}); try again."]
+    return UserError.__name__, [
+        f"The checkpoint or the arguments cannot be used ({said}); check that the files are whole, "
+        "and report it if they are."
+    ]
 
 
 def gathered(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from maxconv.errors import RetryableError, exit_code, failure_text
 
 BEAT = 1  # seconds between two signs of life
 SILENCE = 15  # seconds without one after which a process counts as gone
-ONLY_SAVED = "maxconv: only what was said to be saved is a checkpoint"
+NOTHING_SAVED = "maxconv: nothing was saved"
 _FAILED, _ALIVE = "maxconv/failed", "maxconv/alive/{}"
 _HEAR = 2  # seconds in which the others hear of a failure, before the coordination service goes
 _SIGNALS = {
@@ -32,6 +32,7 @@ _SIGNALS = {
 }
 
 _ring: "_Ring | None" = None
+_unsaved = False  # whether a save is under way
 _last_acts: list[Callable[[], object]] = []
 _LAST = 3  # seconds that they may take
 
@@ -60,6 +61,8 @@ def before_exit(act: Callable[[], object]) -> None:
 
 def _do_last_acts() -> None:
     """On threads of their own: nothing keeps a process from ending."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     threads = [threading.Thread(target=act, daemon=True) for act in _last_acts]
     for thread in threads:
         thread.start()
@@ -71,14 +74,21 @@ def _do_last_acts() -> None:
 @contextmanager
 def all_or_none() -> Iterator[None]:
     """Ends all processes when the work inside fails and others take part in it."""
-    import jax
-
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1:
+        if _ring is None:
             raise
         fail(error)
+
+
+@contextmanager
+def unsaved() -> Iterator[None]:
+    """Says of a failure inside that nothing was saved."""
+    global _unsaved
+    _unsaved = True
+    yield
+    _unsaved = False  # not after a failure, which is yet to be told
 
 
 def leave(code: int) -> int:
@@ -151,7 +161,9 @@ def _may_follow(error: BaseException | None) -> bool:
 def _tell(said: str) -> None:
     start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the line of progress
     with suppress(OSError, ValueError):  # nobody may be reading: that keeps no process alive
-        print(f"{start}{said}\n{ONLY_SAVED}", file=sys.stderr, flush=True)
+        sys.stdout.flush()  # what was said so far comes first
+        ending = f"\n{NOTHING_SAVED}" if _unsaved else ""
+        print(f"{start}{said}{ending}", file=sys.stderr, flush=True)
 
 
 class _Ring:

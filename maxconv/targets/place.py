@@ -47,6 +47,11 @@ def is_there(directory: str) -> bool:
     return ((step / _COMMITTED) if "://" in directory else step).exists()
 
 
+def is_renamed(directory: str) -> bool:
+    """Whether there is a finished step whose conversion was killed before it recorded that."""
+    return is_there(directory) and (epath.Path(directory) / UNFINISHED_WORDS).exists()
+
+
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
     """What stands in the way of writing `nbytes` there, in sentences."""
     check = _bucket_problems if "://" in directory else _local_problems
