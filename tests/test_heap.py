@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import numpy as np
 from maxconv.execution.malloc import keep_freed, trim
-from maxconv.report import host_memory
+from maxconv.execution.memory import host_memory
 
 keep_freed()
 blocks = [np.ones(1 << 20, np.uint8) for _ in range(400)]
