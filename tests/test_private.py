@@ -59,6 +59,13 @@ ORBAX = "orbax.checkpoint._src"
 ORBAX_V1 = "orbax.checkpoint.experimental.v1._src"
 SERIALIZATION = f"{ORBAX}.serialization"
 PARTS = [
+    Part("orbax-checkpoint", f"{ORBAX}.metadata.sharding", "from_jax_sharding"),
+    Part(
+        "orbax-checkpoint",
+        "orbax.checkpoint",
+        "CheckpointManager",
+        has="_wait_for_checkpointers _finalize_checkpoint",
+    ),
     Part(
         "jax",
         "jax._src.clusters",

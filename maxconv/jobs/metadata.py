@@ -16,10 +16,10 @@ import jax
 import orbax.checkpoint as ocp_v0
 from etils import epath
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.metadata import sharding as sharding_metadata
-from orbax.checkpoint.experimental.v1._src.handlers.pytree_handler import PyTreeHandler
 
 from maxconv.planning.plan import LeafPlan, Plan
+from maxconv.private.orbax_metadata import PyTreeHandler
+from maxconv.private.orbax_metadata import sharding as sharding_metadata
 from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, SHARDING, Item, load_json, reason
 from maxconv.targets import orbax
 from maxconv.targets.journal import ATTEMPT

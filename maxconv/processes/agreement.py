@@ -30,7 +30,7 @@ def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> N
         UserError: the same on all processes; names each fact, process and both values.
         RetryableError: not all processes came to say theirs.
     """
-    from jax._src.distributed import global_state as state
+    from maxconv.private.jax import global_state as state
 
     client: Any = state.client
     if client is None or state.num_processes == 1:
