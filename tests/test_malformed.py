@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from jobs import CPU, evaluated
+from plans import make_plan
 from safetensors.numpy import load_file, save_file
 
 from maxconv import cli
@@ -24,7 +25,6 @@ from maxconv.models import schema
 from maxconv.models.adapters import adapter_model
 from maxconv.models.lora import alphas
 from maxconv.models.resolve import Model, resolve
-from maxconv.planning.plan import make_plan
 from maxconv.sources import Source, open_source
 
 HUGE = 10**9
