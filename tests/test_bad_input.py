@@ -371,9 +371,10 @@ def test_no_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_overwritten_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    for name in ("0/items", "0.orbax-checkpoint-tmp"):
+    (tmp_path / "maxconv.unfinished.json").write_text("{}")
+    for name in ("0/items", "0.orbax-checkpoint-tmp/items"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "data").write_bytes(bytes(1 << 20))
+        (tmp_path / name / "_METADATA").write_bytes(bytes(1 << 20))
     assert problems(str(tmp_path), 900_000, overwrite=True) == []
     (problem,) = problems(str(tmp_path), 1_100_000, overwrite=True)
     assert problem.startswith(f"{tmp_path} has 2.0 MiB free, but the checkpoint takes 2.1 MiB;")

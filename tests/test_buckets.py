@@ -51,7 +51,7 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> No
     log = said(logs)
     assert codes == [0] * n, "\n".join(log)
     assert "saved: gs://bucket/out/0/items" in log[0] and "verified" in log[0]
-    assert re.search(r"this process read .* \(.* came, by \d+ requests\)", log[0])
+    assert re.search(r"this process read .*, transferred .* in \d+ requests;", log[0])
     names = bucket.names("out/")
     assert "out/0/commit_success.txt" in names and "out/0/items/commit_success.txt" in names
     assert "out/maxconv.unfinished.json" not in names
@@ -116,7 +116,7 @@ def test_it_is_planned(
         monkeypatch.setenv(name, value)
     assert cli.main(["plan", *WORDS, *ALONE, "--hf_model_path=gs://bucket/hf"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"(?m)^network  process 0 asks for .* in ranges of 64.0 MiB", said)
+    assert re.search(r"(?m)^network  process 0 requests .* in ranges of up to 64.0 MiB", said)
 
 
 def test_a_checkpoint_is_replaced_only_when_told(bucket: Bucket, tmp_path: Path) -> None:
@@ -197,3 +197,30 @@ def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_p
     assert codes == [42, 42]
     assert "gs://bucket/hf changed while it was opened; start again" in "\n".join(said(logs))
     assert bucket.names("out") == []
+
+
+def test_what_others_put_there_is_left_alone(bucket: Bucket, tmp_path: Path) -> None:
+    """Also without a finished step, and beside what a conversion left that was cut off."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "notes.txt").write_text("mine")
+    words = ("convert", *WORDS, *ALONE, *places("out"), "--verify=none", "--max_retries=0")
+    bucket.put(notes, "out/0")
+    for more in ((), ("--overwrite",), ("--resume",)):
+        done = bucket.run(*words, *more)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1] == (
+            "maxconv: gs://bucket/out/0 was not written by maxconv, which leaves it alone; remove "
+            "it, or name another directory."
+        )
+    assert bucket.names("out") == ["out/0/notes.txt"]
+
+    bucket.settings(faults=[["*/o/hf/model-*", "503", 99, 30]])
+    cut = tuple(word.replace("bucket/out", "bucket/cut") for word in words)
+    assert bucket.run(*cut).returncode == 42
+    assert "cut/maxconv.lock" not in bucket.names("cut")
+    bucket.put(notes, "cut/0/items")
+    bucket.settings()
+    done = bucket.run(*cut)
+    assert done.returncode == 2 and "cut/0/items/notes.txt was not written by" in done.stderr
+    assert "cut/0/items/notes.txt" in bucket.names("cut")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import tensorstore as ts
 from jobs import tiny_job
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
+from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
 from plans import make_leaf
 
 from maxconv.execution.engine import Engine
@@ -20,6 +23,7 @@ from maxconv.jobs.prepare import Job
 from maxconv.planning.plan import LeafPlan
 from maxconv.targets import orbax
 from maxconv.targets.lazy import LazyTensor
+from maxconv.to_maxtext import LazyTensorHandler
 
 FORMATS = {  # use_ocdbt, use_zarr3, compression, scan_layers
     "ocdbt, zarr3": (True, True, False, True),
@@ -148,3 +152,55 @@ def test_a_leaf_that_cannot_be_made_ends_the_save(tmp_path: Path) -> None:
         orbax.save(str(tmp_path), state, True, 1 << 20, orbax.Progress())
     assert failed.group_contains(ZeroDivisionError)
     assert not (tmp_path / "0").exists()
+
+
+@pytest.mark.parametrize("use_ocdbt", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # it is read without shardings
+def test_the_leaf_handler_by_itself(tmp_path: Path, use_ocdbt: bool) -> None:
+    """As a user of Orbax registers it: arrays that are made while they are saved."""
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    arrays = {
+        "kernel": np.arange(48, dtype=np.float32).reshape(16, 3),
+        "bias": np.arange(8, dtype=np.int32),
+    }
+    tree = {
+        name: LazyTensor(partial(jax.device_put, a, sharding), a.shape, a.dtype, name, sharding)
+        for name, a in arrays.items()
+    }
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = use_ocdbt
+
+    class AbstractTensor:  # what it would be loaded as; Orbax wants one
+        of_a_test: bool
+
+    class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
+        def __init__(self, **kwargs: Any):
+            leaves = leaf_registry.StandardLeafHandlerRegistry()
+            leaves.add(
+                LazyTensor,
+                AbstractTensor,
+                LazyTensorHandler,
+                secondary_typestrs=["jax.Array"],
+            )
+            super().__init__(leaf_handler_registry=leaves, **kwargs)
+
+    stock = pytree_handler.PyTreeHandler  # which reads what it saves
+    TreeHandler.__module__, TreeHandler.__qualname__ = stock.__module__, stock.__qualname__
+    handlers = ocp.handlers.local_registry()
+    handlers.add(TreeHandler, checkpointable_name="mine")
+    context.checkpointables.registry = handlers
+    done: list[bool] = []
+
+    def save() -> None:
+        with context:
+            ocp.save_checkpointables(str(tmp_path / "saved"), {"mine": tree})
+        done.append(True)
+
+    thread = threading.Thread(target=save, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert done, "it does not end"
+    loaded = ocp.load(str(tmp_path / "saved"), checkpointable_name="mine")
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)

@@ -58,7 +58,7 @@ def problems(case: Case) -> dict[str, str]:
     return metadata_problems(item, case.plan, {"scan_layers": case.scan})
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", sorted(FILES))
 def test_a_flipped_bit_of_any_byte_is_named(
     case: Case, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_flipped_bit_of_any_byte_is_named(
     assert not metadata_problems(item, case.plan, {"scan_layers": case.scan})
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", sorted(FILES))
 def test_verify_names_a_file_that_is_gone_empty_or_cut(case: Case, file: str) -> None:
     path = case.items.parent / file
     raw = path.read_bytes()
@@ -87,7 +87,8 @@ def test_verify_names_a_file_that_is_gone_empty_or_cut(case: Case, file: str) ->
                 case.verify("sample")
         else:
             found = case.verify("sample").problems
-            assert any(Path(file).name in problem for problem in found), content
+            said = "is damaged" if file == "items/_METADATA" else Path(file).name
+            assert any(said in problem for problem in found), content
         path.write_bytes(raw)
     assert case.verify("sample").ok
 

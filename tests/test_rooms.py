@@ -42,7 +42,7 @@ def imports(file: Path) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         for name in names:
             package, _, rest = name.partition(".")
-            if package == "maxconv" and not rest.startswith("__"):
+            if package == "maxconv" and rest and not rest.startswith("__"):
                 yield rest.partition(".")[0]
 
 

@@ -72,6 +72,8 @@ CASES = [
     Case("reading", 1, signal.SIGKILL, (42, -9), f"process 1 {GONE}"),
     Case("reading", 1, None, (1, 1), "No space left on device"),
     Case("committing", 0, signal.SIGKILL, (-9, 42), f"process 0 {GONE}"),
+    Case("committing", 0, None, (1, 1), "No space left on device"),
+    Case("renaming", 0, None, (1, 1), "No space left on device"),
     Case("renaming", 1, signal.SIGKILL, (42, -9), f"process 1 {GONE}"),
 ]
 USUAL = CASES[1], CASES[3], CASES[5]

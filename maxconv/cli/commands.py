@@ -83,13 +83,13 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR and not record.exc_info
 
 
-def start(arguments: Sequence[str]) -> Config:
+def start(arguments: Sequence[str], command: str = "convert") -> Config:
     """The config of a command line, with JAX started as it says, and the user told."""
     from maxconv.config import parse
     from maxconv.processes.start import initialize
 
     config = parse(arguments)
-    notices = (*config.notices, *initialize(config))
+    notices = (*config.notices, *initialize(config, command))
     import jax
 
     if jax.process_index() == 0:
@@ -115,7 +115,7 @@ def plan(arguments: Sequence[str]) -> None:
     from maxconv.jobs.prepare import prepared
     from maxconv.planning.tpus import slice_of
 
-    with prepared(start(arguments), writes=False) as job:
+    with prepared(start(arguments, "plan"), writes=False) as job:
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
         print(printable_lines(plan_text(job, on) + network_text(job.plan, job.source)))
         if job.config.compile:
@@ -133,7 +133,7 @@ def verify(arguments: Sequence[str]) -> None:
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
     saved = saved_items(arguments[0])
-    config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"])
+    config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"], "verify")
     with prepared(config, writes=False) as job:
         convert.check(job, str(saved), "full", TerminalReporter())
 

@@ -32,12 +32,13 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     plan, window, readable = job.plan, job.window, source_text(job.source)
     reads = [plan.read_nbytes(process) for process in plan.processes]
     over = sum(reads) - plan.needed_nbytes
+    host = host_estimate(plan, window, job.source)
     facts = [
         (size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"),
         (size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"),
         (str(len(reads)), f"hosts, {plan.mesh.size} devices"),
-        (size(host_estimate(plan, window)), "at most in a host" + _of(on and on.machine.ram)),
-        (size(device_estimate(plan)), "at most on a device" + _of(on and on.kind.hbm)),
+        (size(host), "at most in a host" + _of(on and on.machine.ram)),
+        (size(device_estimate(plan, window)), "at most on a device" + _of(on and on.kind.hbm)),
     ]
     if on:
         written = plan.output_nbytes / len(reads)

@@ -28,7 +28,7 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     mesh = " x ".join(f"{name}={n}" for name, n in used.items()) or "one device"
     reads = {process: plan.read_nbytes(process) for process in plan.processes}
     total = sum(reads.values())
-    over = total - plan.needed_nbytes
+    over, host = total - plan.needed_nbytes, host_estimate(plan, window, job.source)
     lines = [
         f"source   {source_text(job.source)}",
         f"model    {job.model.family.architectures[0]}: {_sizes(job.model.dims)}",
@@ -41,17 +41,18 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
         f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
         "the mean",
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
-        f"host     at most {size(host_estimate(plan, window))} per process beside Python and JAX",
-        f"device   at most {size(device_estimate(plan))} on each",
-        *(_on_slice(plan, window, on) if on else ()),
+        f"host     at most {size(host)} per process beside Python and JAX",
+        f"device   at most {size(device_estimate(plan, window))} on each",
+        *(_on_slice(job, on) if on else ()),
         f"compile  {len(plan.recipes) + len(plan.blanks)} programs, for {len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
     ]
     return "\n".join(lines)
 
 
-def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
+def _on_slice(job: Job, on: Slice) -> Iterator[str]:
     """What a slice has of what the plan needs, and how long its network takes at least."""
+    plan, window = job.plan, job.window
     kind, busiest = on.kind, max(map(plan.read_nbytes, plan.processes))
     written = -(-plan.output_nbytes // len(plan.processes))
 
@@ -60,8 +61,8 @@ def _on_slice(plan: Plan, window: int, on: Slice) -> Iterator[str]:
 
     yield (
         f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host holds "
-        f"{held(host_estimate(plan, window), on.machine.ram)}, "
-        f"a chip {held(device_estimate(plan), kind.hbm)}"
+        f"{held(host_estimate(plan, window, job.source), on.machine.ram)}, "
+        f"a chip {held(device_estimate(plan, window), kind.hbm)}"
     )
     yield (
         f"time     at least {duration(max(busiest, written) / on.network)}: the busiest host "

@@ -34,11 +34,12 @@ class TerminalReporter(Reporter):
         if self._speaks:
             print(printable_lines(_summary(job, seconds)), flush=True)
 
-    def verified(self, job: Job, leaves: int, seconds: float) -> None:
+    def verified(self, job: Job, leaves: int, witnessed: int, seconds: float) -> None:
         if self._speaks:
             print(
                 f"verified {leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
-                f"source in {duration(seconds)}"
+                f"source, and {size(witnessed)} of them once more with numpy, in "
+                f"{duration(seconds)}"
             )
 
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:

@@ -34,6 +34,21 @@ _OF_ONE_RUN = (
 _MOST_RECORDED = 1000  # arguments
 _MOST_CONFIGS = 16  # files, each the `base_config` of the one before
 
+# What may differ between the processes of a conversion; all else decides what they do together.
+_OF_ONE_PROCESS = (
+    "process_id",
+    "coordinator_address",
+    "jax_distributed_initialization_timeout",
+    "hf_access_token",
+    "max_host_memory_gb",
+    "max_retries",
+    "cache",
+    "trace",
+    "report",
+    "notices",
+    "words",
+)
+
 LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 
 _SPECIAL_NOTICES = {
@@ -111,6 +126,15 @@ class Config:
         """Whether an adapter is converted by itself: there is no model to merge it into."""
         base = self.hf_model_path or self.load_parameters_path
         return self.hf_lora_adapter_path is not None and not base
+
+    @property
+    def of_all_processes(self) -> dict[str, Any]:
+        """The values that all processes of a conversion must have in common, by argument."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        rules = values.pop("logical_axis_rules")
+        values |= values.pop("parallelism") | values.pop("overrides")
+        values |= {f"logical_axis_rules[{i}]": rule for i, rule in enumerate(rules)}
+        return {name: value for name, value in values.items() if name not in _OF_ONE_PROCESS}
 
     @property
     def scan_axis(self) -> int | None:

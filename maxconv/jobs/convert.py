@@ -158,4 +158,4 @@ def check(
         )
     if not report.ok:
         raise VerificationError(directory, report.problems)
-    reporter.verified(job, report.leaves, time.monotonic() - started)
+    reporter.verified(job, report.leaves, report.witnessed, time.monotonic() - started)

@@ -22,6 +22,7 @@ from orbax.checkpoint.experimental.v1._src.handlers.pytree_handler import PyTree
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, SHARDING, Item, load_json, reason
 from maxconv.targets import orbax
+from maxconv.targets.journal import ATTEMPT
 
 ARRAYS = "array_metadatas"
 COMMITTED = "commit_success.txt"
@@ -144,7 +145,7 @@ def _array_metadata_files(item: Item) -> list[str]:
     """One of each process that saved: those that are there, and those that should be."""
     stores = [store.name for store in item.directory.glob("ocdbt.process_*")]
     files = [file.name for file in item.directory.glob(f"{ARRAYS}/*")]
-    of = {name.partition("process_")[2] for name in [*stores, *files] if name.count(".") < 2}
+    of = {name.partition("process_")[2] for name in [*stores, *files] if ATTEMPT not in name}
     numbers = [int(number) for number in of if number.isdigit()]
     return [f"{ARRAYS}/process_{i}" for i in range(max(numbers, default=0) + 1)]
 

@@ -22,10 +22,10 @@ from maxconv.models.adapters import adapter_model
 from maxconv.models.resolve import Model, resolve
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
-from maxconv.processes.agreement import gathered, same_error_everywhere
+from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import AdaptedSource, Source, open_source
 from maxconv.sources.transformers import TransformersSource
-from maxconv.targets import orbax, place, publication
+from maxconv.targets import completeness, orbax, place, publication
 from maxconv.targets.base import Target
 from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
@@ -96,10 +96,11 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         source.allow(window // 2)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
-        # That of process 0: a copy of the source on another host has other times.
-        same = gathered(resume.identity(config, source, plan))[0]
+        mine = resume.identity(config, source, plan, window)
+        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
+        same = gathered(mine)[0]  # a copy of the source on another host has other times
         form = _format(config, model, window)
-        target = MaxTextTarget(config.base_output_directory, form)
+        target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
         job = Job(config, source, model, plan, notices, window, same, target)
         with same_error_everywhere():
             if writes:
@@ -157,13 +158,18 @@ def _opened_by_all(config: Config) -> Source:
 def _check_same_everywhere(source: Source) -> None:
     """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
 
-    Copies on the disks of several hosts have times of their own, which say nothing.
+    Copies on the disks of several hosts have times of their own, which say nothing: for those,
+    raises UserError when their content differs.
     """
     seen = gathered(source.versions() if source.is_shared else {})
     if seen.count(seen[0]) < len(seen):
         raise RetryableError(
             f"{source.root} changed while it was opened; start again when nobody writes to it."
         )
+    with same_error_everywhere():
+        found = source.fingerprints()
+    content = {f"the content of {file}": digest for file, digest in found.items()}
+    agree(content, f"copy {source.root} again, to all hosts")
 
 
 def _devices(config: Config) -> Sequence[Any] | None:
@@ -215,15 +221,20 @@ def _with_target(job: Job, form: Format) -> Job:
         return replace(job, target=_hub_target(job, form))
     problems = place.problems(directory, job.plan.output_nbytes, config.overwrite)
     there = "nothing"
-    if config.resume and (recorded := resume.recorded(directory)) is not None:
+    recorded, notices = resume.recorded(directory) if config.resume else (None, ())
+    job = replace(job, notices=(*job.notices, *notices))
+    if recorded is not None:
         differs = resume.problem(directory, recorded, job.identity)
         finished = place.is_there(directory)
         if finished and differs is None:
-            return replace(job, there="finished")
+            leaves = [leaf.name for leaf in job.plan.leaves]
+            if not (lost := completeness.problems(place.items(directory), leaves)):
+                return replace(job, there="finished")
+            problems = [*lost, *problems] if problems else []
         if differs is not None and not finished:
             problems = [differs]
         can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
-        there = "unfinished" if differs is None and can_move else "nothing"
+        there = "unfinished" if differs is None and can_move and not finished else "nothing"
     if problems:
         raise UserError(problems)
     return replace(job, there=there)

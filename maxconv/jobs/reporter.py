@@ -21,8 +21,11 @@ class Reporter:
     def saved(self, job: Job, seconds: float) -> None:
         """A checkpoint is saved."""
 
-    def verified(self, job: Job, leaves: int, seconds: float) -> None:
-        """So many leaves of a checkpoint were compared with the source, and are right."""
+    def verified(self, job: Job, leaves: int, witnessed: int, seconds: float) -> None:
+        """So many leaves of a checkpoint were compared with the source, and are right.
+
+        `witnessed`: bytes of them that numpy made, too.
+        """
 
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         """A timeline was written; seconds of each kind of work, over all threads."""

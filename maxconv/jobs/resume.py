@@ -1,11 +1,9 @@
 """Whether a conversion that was cut off can be resumed: it must be the very same."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 
 import jax
-from etils import epath
 
 from maxconv import __version__
 from maxconv.config import Config
@@ -13,12 +11,17 @@ from maxconv.planning.plan import Plan
 from maxconv.sources import Source
 from maxconv.targets import place
 
-_NO_MATTER = ("max_host_memory_gb",)  # to the bits
+PLAN = "the digest of the plan"
+_MEMORY = "the memory for buffers (--max_host_memory_gb)"  # matters where it decides the slabs
+_NO_MATTER = ("max_host_memory_gb",)  # by itself
 _MANY = 3  # differences that are worth telling
 
 
-def identity(config: Config, source: Source, plan: Plan) -> dict[str, str]:
-    """What must be the same for two attempts to make the same bits in the same places."""
+def identity(config: Config, source: Source, plan: Plan, window: int) -> dict[str, str]:
+    """What must be the same for two attempts to make the same bits in the same places.
+
+    `window`: bytes of buffers per process, by which the plan was made.
+    """
     words = (word.partition("=") for word in config.words)
     leaves = [  # with the shape of their slabs, which is that of the chunks in storage
         (p.name, p.shape, str(p.dtype), str(p.sharding.spec), p.slabs[0].shape) for p in plan.leaves
@@ -30,31 +33,44 @@ def identity(config: Config, source: Source, plan: Plan) -> dict[str, str]:
         **{name: value for name, _, value in words if name not in _NO_MATTER},
         "the number of processes": str(jax.process_count()),
         **source.versions(),
-        "the digest of the plan": hashlib.sha256(made.encode()).hexdigest()[:12],
+        _MEMORY: f"{window / 2**20:,.0f} MiB",
+        PLAN: hashlib.sha256(made.encode()).hexdigest()[:12],
     }
 
 
-def recorded(directory: str) -> dict[str, str] | None:
-    """The identity of the conversion to a directory, finished or not; None if there is none."""
+def recorded(directory: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """The identity of the conversion to a directory, finished or not, and notices for the user.
+
+    None if there is none, or none that can be read.
+    """
+    notices: list[str] = []
     for name in (place.UNFINISHED_WORDS, place.WORDS):
         try:
-            return json.loads((epath.Path(directory) / name).read_text())["identity"]
-        except (OSError, ValueError, KeyError):
-            pass
-    return None
+            if not (found := place.record(directory, name)):  # none, or one being replaced
+                continue
+            identity = found.get("identity")
+            if isinstance(identity, dict) and all(isinstance(v, str) for v in identity.values()):
+                return identity, tuple(notices)
+            raise ValueError(f"{directory}/{name} is damaged")
+        except ValueError as error:
+            notices.append(f"{error}, so there is nothing to resume by it")
+    return None, tuple(notices)
 
 
 def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Why a conversion cannot be gone on with, in a sentence."""
+    """Why a conversion cannot be resumed, in a sentence."""
+    names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]
+    # Less memory makes smaller slabs, and so another plan; if it does not, it does not matter.
+    if _MEMORY in names:
+        names.remove(PLAN if PLAN in names else _MEMORY)
     differ = [
         f"{name} was {was.get(name, 'not given')} and is {now.get(name, 'not given')}"
-        for name in dict.fromkeys((*was, *now))
-        if was.get(name) != now.get(name)
+        for name in names
     ]
     if not differ:
         return None
     more = f", and {len(differ) - _MANY} more" if len(differ) > _MANY else ""
     return (
         f"{directory} holds another unfinished conversion: {'; '.join(differ[:_MANY])}{more}; "
-        "give the same words, or leave out --resume to start again."
+        "give the same arguments, or leave out --resume to start again."
     )

@@ -1,11 +1,26 @@
 """Upper bounds of the memory that a plan takes, on hosts and on devices."""
 
+from collections import deque
+
 from maxconv.planning.plan import LeafPlan, Plan
+from maxconv.sources import Source
 
 
-def host_estimate(plan: Plan, window: int) -> int:
+def host_estimate(plan: Plan, window: int, source: Source) -> int:
     """Bytes that a process holds at most, beside what it takes to compute one cell."""
-    return max(held_nbytes(leaf, window) for leaf in plan.leaves)
+    held = max(held_nbytes(leaf, window) for leaf in plan.leaves)
+    return held + reading_estimate(plan, window, source) - ahead_estimate(plan, window)
+
+
+def reading_estimate(plan: Plan, window: int, source: Source) -> int:
+    """Bytes that a process holds at most of what it reads: ahead, and on its way there."""
+    ahead = ahead_estimate(plan, window)
+    return ahead + source.held(ahead)
+
+
+def ahead_estimate(plan: Plan, window: int) -> int:
+    """Bytes that a process reads ahead at most: half the window, unless one step is larger."""
+    return max(window // 2, max(recipe.buffer_nbytes for recipe in plan.recipes))
 
 
 def held_nbytes(leaf: LeafPlan, window: int) -> int:
@@ -15,8 +30,26 @@ def held_nbytes(leaf: LeafPlan, window: int) -> int:
     return max(window // 2, reads) + max(window // 2, slab)
 
 
-def device_estimate(plan: Plan) -> int:
-    """Bytes a device holds at most: its shards of two slabs and what two cells read."""
+def device_estimate(plan: Plan, window: int) -> int:
+    """Bytes a device holds at most: its shards of two slabs, what was read ahead, and of two cells
+    what they are given and exchange."""
     cells = max(recipe.device_nbytes for recipe in plan.recipes)
     slabs = max(sum(slab.shard_nbytes for _, slab in group) for group in plan.groups)
-    return 2 * slabs + 2 * cells
+    return 2 * slabs + _ahead_on_device(plan, window // 2) + 2 * cells
+
+
+def _ahead_on_device(plan: Plan, limit: int) -> int:
+    """Bytes that a device has at most of the steps that are read ahead, as the engine does: as many
+    one after another as take `limit` bytes in a process, which counts what devices share once."""
+    steps, ahead = deque[tuple[int, int]](), 0
+    on_host = most = 0
+    for step in plan.readings:
+        recipe = step.recipe
+        shard = sum(read.shard_nbytes for read in recipe.reads)
+        while steps and on_host + recipe.buffer_nbytes > limit:
+            host, device = steps.popleft()
+            on_host, ahead = on_host - host, ahead - device
+        steps.append((recipe.buffer_nbytes, shard))
+        on_host, ahead = on_host + recipe.buffer_nbytes, ahead + shard
+        most = max(most, ahead)
+    return most

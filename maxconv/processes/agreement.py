@@ -1,13 +1,72 @@
 """What processes tell each other before they go on: facts, errors, and that something is done."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from maxconv.errors import UserError
+from maxconv.errors import RetryableError, UserError
+
+PATIENCE = 120  # seconds for all processes to say what they are about to do
+_calls = itertools.count()
+
+
+def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> None:
+    """Checks that all processes have the same facts, by name, as JSON has them.
+
+    Does without collectives: those hang, or abort, when processes compile different programs for
+    different devices. So it can be called before JAX has a backend.
+
+    Args:
+        facts: are compared with those of process 0.
+        mend: what to do about a difference, for the end of a sentence.
+        refused: problems that already keep this process from going on.
+
+    Raises:
+        UserError: the same on all processes; names each fact, process and both values.
+        RetryableError: not all processes came to say theirs.
+    """
+    from jax._src.distributed import global_state as state
+
+    client: Any = state.client
+    if client is None or state.num_processes == 1:
+        if refused:
+            raise UserError(refused)
+        return
+    from jax.errors import JaxRuntimeError
+
+    key = f"maxconv/agree/{next(_calls)}"
+    try:
+        if state.process_id == 0:
+            client.key_value_set(f"{key}/facts", json.dumps({} if refused else facts))
+        first = json.loads(client.blocking_key_value_get(f"{key}/facts", 1000 * PATIENCE))
+        differ = _differences(first, facts, state.process_id, mend) if first else []
+        if problems := list(refused) or differ:
+            client.key_value_set(f"{key}/problems/{state.process_id:06}", json.dumps(problems))
+        client.wait_at_barrier(key, timeout_in_ms=1000 * PATIENCE)
+        said = client.key_value_dir_get(f"{key}/problems/")
+    except JaxRuntimeError as error:
+        raise RetryableError(
+            f"Not all processes said within {PATIENCE} s what they are about to do "
+            f"({str(error).partition('. ')[0]}); is one release of maxconv installed on all hosts?"
+        ) from error
+    if said:
+        raise UserError([problem for _, text in sorted(said) for problem in json.loads(text)])
+
+
+def _differences(
+    first: Mapping[str, Any], facts: Mapping[str, Any], process: int, mend: str
+) -> list[str]:
+    facts = json.loads(json.dumps(facts))
+    return [
+        f"{name} is {first.get(name, 'absent')} on process 0 and {facts.get(name, 'absent')} on "
+        f"process {process}; {mend}."
+        for name in dict.fromkeys((*first, *facts))
+        if first.get(name) != facts.get(name)
+    ]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -32,6 +32,8 @@ _SIGNALS = {
 }
 
 _ring: "_Ring | None" = None
+_last_acts: list[Callable[[], object]] = []
+_LAST = 3  # seconds that they may take
 
 
 def watch() -> None:
@@ -49,6 +51,21 @@ def fail(error: BaseException) -> NoReturn:
     Not a normal exit: that waits for threads, in which reads and writes go on.
     """
     _end(exit_code(error), failure_text(error), _ring is not None and _may_follow(error))
+
+
+def before_exit(act: Callable[[], object]) -> None:
+    """Has something done, if it takes a moment only, when this process ends in a hurry."""
+    _last_acts.append(act)
+
+
+def _do_last_acts() -> None:
+    """On threads of their own: nothing keeps a process from ending."""
+    threads = [threading.Thread(target=act, daemon=True) for act in _last_acts]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + _LAST
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()))
 
 
 @contextmanager
@@ -113,6 +130,7 @@ def _leave_on(received: int) -> None:
 def _end(code: int, said: str, may_follow: bool = False) -> NoReturn:
     if _ring is None:
         _tell(said)
+        _do_last_acts()
         os._exit(code)
     _ring.fail(code, said, may_follow)
 
@@ -165,6 +183,7 @@ class _Ring:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
+        _do_last_acts()
         if self._process == 0:
             time.sleep(seconds)
             if global_state.service is not None:

@@ -3,23 +3,34 @@
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
+from importlib import metadata
 
+import maxconv
 from maxconv.config import Config
 from maxconv.errors import RetryableError, UserError
 from maxconv.processes import coordinator, liveness
+from maxconv.processes.agreement import agree
 from maxconv.text import duration
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
 
-def initialize(config: Config) -> tuple[str, ...]:
+def initialize(config: Config, command: str = "", refused: Sequence[str] = ()) -> tuple[str, ...]:
     """Sets JAX up as `config` says; returns what the user should be told.
 
     Call it first: it has no effect on a backend that already runs.
+
+    Args:
+        config: where the other processes are, and what all of them must have been told.
+        command: of maxconv, that all processes must have been given.
+        refused: problems for which this process cannot go on; then no process does.
+
+    Raises:
+        UserError: processes were told different things, or one of them refused; on all of them.
     """
     platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     platform = platform or ("tpu" if _has_tpu() else "cpu")
@@ -34,7 +45,17 @@ def initialize(config: Config) -> tuple[str, ...]:
     if platform == "cpu":
         _use_cpu(config.simulated_cpu_devices_count)
     _connect(config, platform)
+    given = {"the command": command, **_releases(), "the platform": platform}
+    agree({**given, **config.of_all_processes}, "start the same command on all of them", refused)
     return notices
+
+
+def _releases() -> dict[str, str]:
+    """Releases that decide what a program, a plan or a file is."""
+    names = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes")
+    return {"the release of maxconv": maxconv.__version__} | {
+        f"the release of {name}": metadata.version(name) for name in names
+    }
 
 
 def _has_tpu() -> bool:

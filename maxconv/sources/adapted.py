@@ -33,6 +33,9 @@ class AdaptedSource(Source):
     def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
         self._owner(info).read(info, parts)
 
+    def held(self, ahead: int) -> int:
+        return self._base.held(ahead) + self._adapter.held(ahead)
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         return self._owner(info).between(info, boxes)
 

@@ -145,6 +145,11 @@ class Source(ABC):
         """Bounds the bytes that all requests in flight may be about to bring."""
         return
 
+    def held(self, ahead: int) -> int:
+        """Bytes that reading holds at most beside the arrays it fills, of which `ahead` bytes are
+        being filled at once."""
+        return 0
+
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
         """Upper bound of the bytes read beside the boxes of a tensor when they are read in one
         call; 0 where storage is read without gaps."""

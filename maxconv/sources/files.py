@@ -91,6 +91,10 @@ class FileSource(Source, ABC):
             raise UserError(problems)
         return value
 
+    def held(self, ahead: int) -> int:
+        """Each reader copies out of blocks."""
+        return min(self.readers * self.block, ahead)
+
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
         """Row by row, without coalescing: each from where numpy says that its first element is."""
         stored = self.stored[info.name]

@@ -86,6 +86,10 @@ class RemoteSource(FileSource):
     def allow(self, nbytes: int) -> None:
         self._flow.budget = nbytes
 
+    def held(self, ahead: int) -> int:
+        """Requests, too, that bring several runs hold what they bring, with what is between."""
+        return super().held(ahead) + max(self._flow.budget, SPAN)
+
     def _add(self, traffic: Traffic) -> None:
         with self._lock:
             self._traffic = self._traffic.plus(traffic)

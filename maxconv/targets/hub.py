@@ -22,8 +22,13 @@ class HubTarget(MaxTextTarget):
     """
 
     def __init__(self, publication: Publication, form: Format, limit: int):
-        super().__init__(os.fspath(publication.scratch), form)
+        # What lies in the directory of scratch is for maxconv to replace.
+        super().__init__(os.fspath(publication.scratch), form, overwrite=True)
         self.place, self._publication, self._limit = publication.place, publication, limit
+
+    @property
+    def _lock(self) -> str:
+        return f"{self.directory}.lock"  # beside it: all that is in it is uploaded
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
         # What was uploaded before is not known any more.
@@ -54,5 +59,6 @@ class HubTarget(MaxTextTarget):
         return self._publication.whole(item, made)
 
     def close(self) -> None:
-        if jax.process_index() == 0:
+        if self._ownership is not None and self._ownership.is_mine:
             self._publication.close()
+        super().close()

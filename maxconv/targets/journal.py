@@ -15,10 +15,13 @@ import jax
 from etils import epath
 
 from maxconv.processes.agreement import gathered
-from maxconv.targets import place
+from maxconv.sources.orbax import open_store
+from maxconv.targets import completeness, place
 
 INTERVAL = 1  # seconds between two journals: no more than that is done again
 _JOURNAL = "finished.json"
+_LARGEST = 256 << 20  # bytes of one
+_NOTHING = completeness.Leaf(0, 0, None)
 _KEPT = f"{place.UNFINISHED}-kept"  # where stores wait for the next attempt
 _ANY_STORE = "ocdbt.process_*"
 ATTEMPT = "attempt"  # in the names of the stores of attempts that were cut off
@@ -43,19 +46,38 @@ def keep(directory: str) -> None:
             path.rmtree()
 
 
-def finished(directory: str) -> dict[str, Any]:
-    """The metadata of the leaves that all processes have in the stores that were kept, by name."""
-    stores = _stores(epath.Path(directory) / _KEPT)
-    mine = {name: metadata for store in stores for name, metadata in _journal(store).items()}
-    everywhere = set.intersection(*map(set, gathered(list(mine))))
-    return {name: metadata for name, metadata in mine.items() if name in everywhere}
+def finished(directory: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The metadata of the leaves that are whole in the stores that were kept, by name, and notices.
+
+    A journal is not believed: it counts what the stores hold, of all processes together.
+    """
+    claimed: dict[str, Any] = {}
+    held: dict[str, tuple[int, int]] = {}  # the numbers of chunks here, and in the whole leaf
+    damaged: list[str] = []
+    for store in _stores(epath.Path(directory) / _KEPT):
+        journal = _journal(store)
+        if journal is None:
+            damaged.append(f"{store / _JOURNAL} is damaged: its leaves are converted again")
+        there = _whole(store) if journal else {}
+        for name, metadata in (journal or {}).items():
+            leaf = there.get(name, _NOTHING)
+            if leaf.chunk in (None, tuple(metadata.chunk_shape)):
+                claimed[name], held[name] = metadata, (leaf.chunks, leaf.total)
+    seen = gathered([held, damaged])
+    whole = {
+        name
+        for name in set.intersection(*(set(held) for held, _ in seen))
+        if sum(held[name][0] for held, _ in seen) >= max(1, max(held[name][1] for held, _ in seen))
+    }
+    notices = tuple(notice for _, damaged in seen for notice in damaged)
+    return {name: claimed[name] for name in claimed if name in whole}, notices
 
 
 def clear(directory: str) -> None:
     """Removes what is left once a conversion is finished."""
     root = epath.Path(directory)
     for journal in root.glob(f"{place.STEP}/items/{_ANY_STORE}/{_JOURNAL}"):
-        journal.unlink()
+        journal.unlink(missing_ok=True)
         if not any(journal.parent.iterdir()):  # this process had nothing to write
             journal.parent.rmdir()
     if (root / _KEPT).exists():
@@ -99,11 +121,33 @@ def _stores(kept: epath.Path) -> list[epath.Path]:
     return sorted(kept.glob(f"{_store(kept).name}{ATTEMPT}*"))
 
 
-def _journal(store: epath.Path) -> dict[str, Any]:
+def _journal(store: epath.Path) -> dict[str, Any] | None:
+    """The metadata of the leaves in a store's journal, by name; None if it is damaged."""
+    path = store / _JOURNAL
+    if not path.exists():
+        return {}
     try:
-        said = _serializer().deserialize((store / _JOURNAL).read_text())
-        return {metadata.param_name: metadata for metadata in said}
-    except (OSError, ValueError):
+        if path.is_file() and path.stat().length <= _LARGEST:
+            found = _serializer().deserialize(path.read_text())
+            if all(map(_is_metadata, found)):
+                return {metadata.param_name: metadata for metadata in found}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    return None
+
+
+def _is_metadata(found: Any) -> bool:
+    shapes = (found.write_shape, found.chunk_shape)
+    return isinstance(found.param_name, str) and all(
+        isinstance(shape, tuple | list) and all(type(n) is int for n in shape) for shape in shapes
+    )
+
+
+def _whole(store: epath.Path) -> dict[str, completeness.Leaf]:
+    """The leaves of a store, as far as it has them; nothing if it cannot be read."""
+    try:
+        return completeness.leaves_in(store, open_store(store, ocdbt=True))
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

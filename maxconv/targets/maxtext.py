@@ -1,7 +1,7 @@
 """A MaxText checkpoint, in a directory or a bucket."""
 
-import json
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from maxconv.processes.agreement import once
+from maxconv.errors import ConversionError, UserError
+from maxconv.processes.agreement import once, same_error_everywhere
 from maxconv.sources.orbax import Item
-from maxconv.targets import journal, orbax, place
+from maxconv.targets import completeness, journal, orbax, place
 from maxconv.targets.base import Progress, Target
 from maxconv.targets.lazy import LazyTensor
+from maxconv.targets.ownership import Ownership
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,67 @@ class Format:
 class MaxTextTarget(Target):
     """`<directory>/0/items`, on a disk that all processes see, or in a bucket (gs://)."""
 
-    def __init__(self, directory: str, form: Format):
+    def __init__(self, directory: str, form: Format, overwrite: bool = False):
         self.place = self.directory = directory
-        self._form = form
+        self._form, self._overwrite = form, overwrite
         self._kept: dict[str, Any] = {}
+        self._ownership: Ownership | None = None  # process 0 has it, for all
+        self._is_owned = False
+
+    @property
+    def _lock(self) -> str:
+        """Where it is said who writes here; removed at the end."""
+        return f"{self.directory.rstrip('/')}/maxconv.lock"
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
+        self._own()
+        with same_error_everywhere():
+            if jax.process_index() == 0:
+                self._look_again(record, resume)
+        notices: tuple[str, ...] = ()
         if resume:
             once(partial(journal.keep, self.directory))
-            self._kept = journal.finished(self.directory) if orbax.streams() else {}
+            if orbax.streams():
+                self._kept, notices = journal.finished(self.directory)
         if not self._kept:
             once(partial(place.clear, self.directory))
-            once(partial(leave_record, self.directory, place.UNFINISHED_WORDS, record))
-        return self._kept.keys(), orbax.notices()
+            once(partial(place.leave_record, self.directory, place.UNFINISHED_WORDS, record))
+        return self._kept.keys(), (*notices, *orbax.notices())
+
+    def _own(self) -> None:
+        """From now on no other conversion writes here.
+
+        Raises:
+            UserError: another one does.
+        """
+        failed: list[UserError] = []
+
+        def acquire() -> None:
+            try:
+                self._ownership = Ownership(self._lock, self.place)
+                self._ownership.acquire()
+            except UserError as error:
+                failed.append(error)
+
+        once(acquire)
+        with same_error_everywhere():
+            if failed:
+                raise failed[0]
+        self._is_owned = True
+
+    def _look_again(self, record: Mapping[str, Any], resume: bool) -> None:
+        """Raises UserError if what is here changed before it was this conversion's."""
+        if problems := place.problems(self.directory, 0, self._overwrite):
+            raise UserError(problems)
+        was: Mapping[str, Any] | None = record
+        with suppress(ValueError):  # damaged
+            if resume:
+                was = None
+                was = place.record(self.directory, place.UNFINISHED_WORDS)
+        if was is None or was.get("identity") != record.get("identity"):
+            raise UserError(
+                f"{self.directory} was changed by another conversion; run the same command again."
+            )
 
     def wait_for_room(self) -> None:
         """Called before each part is made; returns when there is room for it."""
@@ -69,19 +119,29 @@ class MaxTextTarget(Target):
             form.metadata,
             self.wait_for_room,
         )
+        once(partial(self._check_whole, arrays.keys()))
+
+    def _check_whole(self, leaves: Iterable[str]) -> None:
+        """Raises ConversionError, and leaves no checkpoint, if files vanished meanwhile."""
+        lost = completeness.problems(place.items(self.directory), leaves)
+        if lost:
+            place.withdraw(self.directory)
+            raise ConversionError(
+                [f"{self.directory} lost files while they were written: convert again.", *lost]
+            )
 
     def commit(self, record: Mapping[str, Any]) -> None:
+        if not self._is_owned:  # it was all there
+            self._own()
         if jax.process_index() == 0:
-            leave_record(self.directory, place.WORDS, record)
-            (epath.Path(self.directory) / place.UNFINISHED_WORDS).unlink(missing_ok=True)
+            place.leave_record(self.directory, place.WORDS, record)
             journal.clear(self.directory)
+            # Last: what lies beside it is known as ours.
+            (epath.Path(self.directory) / place.UNFINISHED_WORDS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._ownership is not None:
+            self._ownership.release()
 
     def saved(self, item: Item) -> Item:
         return item
-
-
-def leave_record(directory: str, name: str, record: Mapping[str, Any]) -> None:
-    """Says beside the checkpoint how it is made: for verify, --resume and people."""
-    root = epath.Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / name).write_text(json.dumps(record, indent=2) + "\n")

@@ -1,10 +1,18 @@
-"""The place where a checkpoint goes: checked before, never half-written."""
+"""The place where a checkpoint goes: checked before, never half-written.
 
+Nothing is deleted there but a checkpoint that the user wants replaced, and what a conversion left
+that was cut off: that lies beside `maxconv.unfinished.json`, and has the names that a save makes.
+"""
+
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -16,7 +24,16 @@ WORDS = "maxconv.json"  # beside the step: how it was made
 UNFINISHED_WORDS = "maxconv.unfinished.json"  # the same, of one that is not there yet
 UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # how Orbax' names of an unfinished step 0 begin
 _COMMITTED = "commit_success.txt"  # makes a directory in a bucket, which has no renames, complete
-_MARKS = {"_CHECKPOINT_METADATA", "items"}  # what a checkpoint of MaxText has
+_MARKS = {"_CHECKPOINT_METADATA", "items/_METADATA"}  # what a checkpoint of MaxText has
+_LARGEST_RECORD = 16 << 20  # bytes
+# What a save makes in a step, and in its items: other things there are not ours.
+_IN_STEP = re.compile(
+    r"(_CHECKPOINT_METADATA|commit_success\.txt|descriptor|items|ocdbt\.process_)"
+)
+_IN_ITEMS = re.compile(
+    r"_|array_metadatas|commit_success\.txt|descriptor|manifest\.ocdbt|ocdbt\.process_|d$|step|"
+    r"params\.|opt_state"
+)
 
 
 def items(directory: str) -> str:
@@ -36,24 +53,56 @@ def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
     return list(check(directory, nbytes, overwrite))
 
 
+def record(directory: str, name: str) -> dict[str, Any] | None:
+    """What a conversion left beside its checkpoint, `WORDS` or `UNFINISHED_WORDS`; None if nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = epath.Path(directory) / name
+    if not path.exists():
+        return None
+    found = None
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().length <= _LARGEST_RECORD:  # no pipe, nor a device
+            found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged")
+    return found
+
+
+def leave_record(directory: str, name: str, record: Mapping[str, Any]) -> None:
+    """Says beside the checkpoint how it is made: for verify, --resume and people."""
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps(record, indent=2) + "\n")
+
+
 def clear(directory: str) -> None:
     """Removes step 0, and what earlier runs left of one that they did not finish.
 
-    Whenever it is interrupted, what remains is either the whole checkpoint or none.
+    `problems` must have found nothing in the way. Whenever it is interrupted, what remains is
+    either the whole checkpoint or none, and is known as what a conversion left.
     """
     root = epath.Path(directory)
+    # First of all, and without an identity: what is partly removed can be cleared, not resumed.
+    leave_record(directory, UNFINISHED_WORDS, {})
     for path in root.glob(f"{UNFINISHED}*"):
         path.rmtree()
-    step = root / STEP
-    if step.exists():
-        if "://" in directory:
-            (step / _COMMITTED).unlink(missing_ok=True)
-        else:
-            step = step.rename(root / UNFINISHED)
-    for words in (WORDS, UNFINISHED_WORDS):
-        (root / words).unlink(missing_ok=True)
-    if step.exists():
-        step.rmtree()
+    withdraw(directory)
+    (root / WORDS).unlink(missing_ok=True)
+    for path in (root / UNFINISHED, root / STEP):
+        if path.exists():
+            path.rmtree()
+
+
+def withdraw(directory: str) -> None:
+    """Makes step 0, if there is one, an unfinished one, which nothing takes for a checkpoint."""
+    step = epath.Path(directory) / STEP
+    if "://" in directory:
+        (step / _COMMITTED).unlink(missing_ok=True)
+    elif step.exists():
+        step.rename(step.with_name(UNFINISHED))
 
 
 def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
@@ -64,19 +113,19 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
         return
     try:
         tempfile.TemporaryFile(dir=there).close()  # has no name: nobody ever sees it
-        old = [path for path in (step, *step.parent.glob(f"{UNFINISHED}*")) if path.exists()]
+        old = [
+            path for path in (step, *step.parent.glob(f"{UNFINISHED}*")) if os.path.lexists(path)
+        ]
+        names = {path.name: _names(path) for path in old}
         free = shutil.disk_usage(there).free + sum(map(_nbytes, old))
     except OSError as error:
         yield f"{there} cannot be written to ({error.strerror}); name another directory."
         return
-    if step.is_symlink() or step.exists():
-        if not overwrite:
-            yield f"{step} exists; add --overwrite to replace it, or name another directory."
-        elif not _is_checkpoint(step):
-            yield (
-                f"{step} is no checkpoint, so --overwrite leaves it alone; remove it, or name "
-                "another directory."
-            )
+    for path in (Path(directory, WORDS), Path(directory, UNFINISHED_WORDS)):
+        if os.path.lexists(path) and not path.is_file():
+            yield f"{path} is no file, but maxconv writes one there; remove it."
+    has_record = Path(directory, UNFINISHED_WORDS).is_file()
+    yield from _not_to_delete(directory, names, step.name in names, has_record, overwrite)
     needed = int(nbytes * 1.01) + (1 << 20)  # what Orbax and the file system add
     if free < needed:
         yield (
@@ -111,8 +160,7 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     try:
         bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
         gcs.Bucket(bucket).check_writable(path)
-        step = epath.Path(directory) / STEP
-        exists = (step / _COMMITTED).exists()
+        objects = gcs.Bucket(bucket).objects(path and f"{path}/")
     except gcs.Refused as error:
         yield str(error)
         return
@@ -122,14 +170,69 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
         why = str(error).partition("\n")[0] or type(error).__name__
         yield f"{directory} cannot be reached ({why}); check its name and your access to it."
         return
-    if exists and not overwrite:
-        yield f"{step} exists; add --overwrite to replace it, or name another directory."
+    names: dict[str, set[str]] = {}
+    for name in objects:
+        first, _, rest = name.partition("/")
+        if first == STEP or first.startswith(UNFINISHED):
+            names.setdefault(first, set()).add(rest)
+    is_finished = _COMMITTED in names.get(STEP, ())
+    has_record = UNFINISHED_WORDS in objects
+    yield from _not_to_delete(directory.rstrip("/"), names, is_finished, has_record, overwrite)
 
 
-def _is_checkpoint(step: Path) -> bool:
-    """Whether a directory is ours to remove: a checkpoint, or empty."""
-    names = {path.name for path in step.iterdir()} if step.is_dir() else {""}
-    return not step.is_symlink() and (not names or not names.isdisjoint(_MARKS))
+def _not_to_delete(
+    directory: str,
+    names: Mapping[str, Set[str]],
+    is_finished: bool,
+    has_record: bool,
+    overwrite: bool,
+) -> Iterator[str]:
+    """What lies where a conversion would clear, and is not for it to delete, in sentences.
+
+    Args:
+        names: of step 0, and of what may be unfinished ones: what is in each, `/` between names;
+            those of `_names` if it is no directory.
+        is_finished: the step is one.
+        has_record: a conversion that was cut off left its record.
+        overwrite: a checkpoint may be replaced.
+    """
+    for name, inside in sorted(names.items()):
+        path = f"{directory}/{name}"
+        if name == STEP and is_finished:
+            if not overwrite:
+                yield f"{path} exists; add --overwrite to replace it, or name another directory."
+            elif inside and inside.isdisjoint(_MARKS):
+                yield (
+                    f"{path} is no checkpoint, so --overwrite leaves it alone; remove it, or name "
+                    "another directory."
+                )
+            continue
+        foreign = sorted(map(_foreign, inside)) if has_record else [""]
+        if not has_record or any(foreign):
+            what = "/".join(filter(None, (path, foreign[-1])))
+            yield (
+                f"{what} was not written by maxconv, which leaves it alone; remove it, or name "
+                "another directory."
+            )
+
+
+def _foreign(name: str) -> str:
+    """The name in a step, or as much of it as no save makes; empty if one does."""
+    first, _, rest = name.partition("/")
+    if not _IN_STEP.match(first):
+        return first
+    second = rest.partition("/")[0]
+    is_foreign = first.startswith("items") and second and not _IN_ITEMS.match(second)
+    return f"{first}/{second}" if is_foreign else ""
+
+
+def _names(path: Path) -> set[str]:
+    """What is in a directory, two levels of it, as in names of objects."""
+    if path.is_symlink() or not path.is_dir():
+        return {"/"}  # a name that nothing has
+    below = [*path.iterdir()]
+    deeper = [p for b in below if b.is_dir() and not b.is_symlink() for p in b.iterdir()]
+    return {p.relative_to(path).as_posix() for p in (*below, *deeper)}
 
 
 def _nearest(path: Path) -> Path:

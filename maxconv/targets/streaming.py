@@ -202,6 +202,13 @@ def _groups(
     return [*found.values()]
 
 
+def _alone() -> Progress:
+    """Of a save in which nobody waits for Orbax to begin before collectives of their own."""
+    progress = Progress()
+    progress.begun.set()
+    return progress
+
+
 class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     """Orbax's leaf handler for `LazyTensor`: saves it as the jax.Array that it becomes.
 
@@ -209,7 +216,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
     """
 
     window = 512 << 20
-    progress = Progress()
+    progress: Progress | None = None
     kept: Mapping[str, Any] = {}
     ready: Callable[[], None] = staticmethod(lambda: None)
 
@@ -228,7 +235,7 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
             array_metadata_store=saving.array_metadata_store,
         )
         self._handler_impl.window = self.window
-        self._handler_impl.progress = self.progress
+        self._handler_impl.progress = self.progress or _alone()
         self._handler_impl.kept = self.kept
         self._handler_impl.ready = self.ready
 
@@ -256,6 +263,17 @@ def _tree_handler(**own: Any) -> type:
     return TreeHandler
 
 
+def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
+    """Makes an error of a commit end all processes, in the thread where it happens.
+
+    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
+    for this one to commit.
+    """
+    manager: Any = checkpointer._manager
+    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
+        setattr(manager, step, liveness.all_or_none()(getattr(manager, step)))
+
+
 def save(
     directory: str,
     state: TrainState,
@@ -273,6 +291,7 @@ def save(
     handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
+        _end_together(checkpointer)
         try:
             saving = checkpointer.save_checkpointables_async(
                 0,

@@ -78,8 +78,8 @@ def row(model_name: str, on: Slice, plan: Plan, window: int) -> str:
         str(on.hosts),
         size(max(reads)),
         f"{ranges:,}",
-        size(host_estimate(plan, window)),
-        size(device_estimate(plan)),
+        size(host_estimate(plan, window, published(model_name))),
+        size(device_estimate(plan, window)),
         f"{duration(moved / on.network)} at {on.network * 8 / 1e9:.0f} Gbit/s",
     )
     return f"| {' | '.join(cells)} |"
