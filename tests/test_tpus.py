@@ -121,7 +121,7 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert "slice    v5p-1024: 8x8x8 chips, 128 hosts; a host holds" in out
     assert "Gbit/s, if the storage keeps up" in out
     assert cli.main(["convert", *words]) == 2
-    assert "tpu_type is a word of maxconv plan" in capsys.readouterr().err
+    assert "--tpu_type is only valid with `maxconv plan`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_compiler_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     words = ["plan", "model_name=qwen3-0.6b", f"--hf_model_path={tmp_path}"]
     assert cli.main([*words, "--tpu_type=v5p-16", "--compile"]) == 0
     out = capsys.readouterr().out
-    assert "all-to-all" in out and re.search(r"compiled \d+ cells for 8 chips", out)
+    assert "all-to-all" in out and re.search(r"compiled \d+ programs for 8 chips", out)
     assert cli.main([*words, "--compile"]) == 2
     assert "say for which slice" in capsys.readouterr().err
 

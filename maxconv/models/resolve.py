@@ -14,6 +14,7 @@ from maxconv.models.codecs import scale_rows
 from maxconv.sources import Source
 
 _EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _MOST_PADDING = 2  # times the vocabulary: beyond that, it is a mistake
 
 
@@ -42,7 +43,7 @@ class Model:
 
         `name` is that of the family's table.
         """
-        if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == "lm_head.weight"):
+        if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == _HEAD):
             return True
         number = number_after(name, DECODER_LAYERS)
         return number is not None and any(
@@ -82,17 +83,37 @@ def resolve(
     # Layers of multi-token prediction are there if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
     problems = _architecture_problems(family, name, facts)
+    chosen, contradictions = _chosen(source, family, published, name, facts, words)
+    dims = replace(published, **chosen)
+    problems += [*contradictions, *_part_problems(family, dims, published)]
+    problems = problems or list(layer_problems(dims, logical.tensors))
+    if problems:
+        raise UserError(problems)
+    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, logical.tensors))
+    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
+    if dims.tied and _HEAD in logical.tensors:
+        notices.append(f"{_HEAD} is not read: tie_word_embeddings makes it the embedding table")
+    return Model(family, dims, published, rows, logical.tensors, tuple(notices))
+
+
+def _chosen(
+    source: Source,
+    family: Family,
+    published: Dims,
+    name: str | None,
+    facts: Mapping[str, Any],
+    words: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """The sizes that MaxText or the user say, and a sentence for each that cannot be."""
     chosen: dict[str, Any] = {}
-    wanted = facts | words
+    problems: list[str] = []
+    wanted = {**facts, **words}
     for f in fields(published):
-        if not wanted.get(f"use_{_encoder(f)}", True):
-            continue
-        key, theirs = f.metadata["maxtext"], getattr(published, f.name)
+        key, theirs, n = f.metadata["maxtext"], getattr(published, f.name), unit(f.name, family)
         typed = key in words
         said = words[key] if typed else facts.get(key)
-        if said is None:
+        if said is None or not wanted.get(f"use_{_encoder(f)}", True):
             continue
-        n = unit(f.name, family)
         ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
             fits = theirs // n if n > 1 else theirs
@@ -102,30 +123,27 @@ def resolve(
                 f"{_entry(source, f)}={theirs} in config.json; "
                 f"if the checkpoint is right, say {mend}."
             )
-    dims = replace(published, **chosen)
-    predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(published))
+    return chosen, problems
+
+
+def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]:
+    """Parts that are wanted, but MaxText does not have them, or not without all layers."""
+    predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(dims))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
         ("use_audio", dims.audio, family.audio_patterns),
         ("mtp_num_layers", dims.mtp, predicts),
     ):
         if wants and not has:
-            problems.append(
+            yield (
                 f"{key}={wants}, but MaxText has no such part of {family.architectures[0]}: "
                 "take it out."
             )
     if dims.mtp and dims.layers < published.layers:
-        problems.append(
+        yield (
             f"mtp_num_layers={dims.mtp} needs all {published.layers} layers before: "
             "take base_num_decoder_layers out."
         )
-    problems = problems or list(layer_problems(dims, logical.tensors))
-    if problems:
-        raise UserError(problems)
-    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
-    scales = scale_rows(family, dims, source.config, logical.tensors)
-    rows = (*family.rows(dims), *scales)
-    return Model(family, dims, published, rows, logical.tensors, tuple(notices))
 
 
 def _check_config(source: Source, problems: Iterable[str]) -> None:
