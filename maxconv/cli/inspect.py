@@ -14,7 +14,7 @@ from maxconv.targets.place import UNFINISHED_WORDS
 from maxconv.text import size, table
 
 # What tells one of many alike: `layers.7.`, `layers_7.`; not the 0 of `wi_0`.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=layers_)\d+")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.|$)|(?<=layers_)[0-9]{1,9}")
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -67,14 +67,15 @@ def _describe_item(item: Item) -> str:
 
 
 def _describe_source(source: FileSource) -> str:
-    named = source.config.get("architectures") or ["no architecture named"]
+    stated = source.config.get("architectures")
+    named = [str(name) for name in stated] if isinstance(stated, list) else []
     sizes = [f"{key}={source.config[key]}" for key in _SIZES if key in source.config]
     files = source.files
     more = f" to {files[-1]}" if len(files) > 1 else ""
     lines = [
         f"Hugging Face checkpoint {source.root}",
         *([f"  revision {source.revision}"] if source.revision else []),
-        f"  {', '.join(named)}: {', '.join(sizes)}",
+        f"  {', '.join(named) or 'no architecture named'}: {', '.join(sizes)}",
         *([f"  {len(files)} files, {files[0]}{more}"] if files else []),
         *(f"  {notice}" for notice in source.notices),
     ]
