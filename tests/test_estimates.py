@@ -91,6 +91,8 @@ def test_what_is_held_is_within_the_estimates(
     url, directory, name = hub
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     with open_source(name, token=TOKEN) if remote else open_source(str(directory)) as source:
         source.allow(WINDOW // 2)
         plan = plan_of(source, spec, transposed)
