@@ -55,6 +55,9 @@ def finished(directory: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     held: dict[str, tuple[int, int]] = {}  # the numbers of chunks here, and in the whole leaf
     damaged: list[str] = []
     for store in _stores(epath.Path(directory) / _KEPT):
+        if not _is_sound(store):  # Orbax could not merge it with the others
+            store.rmtree()
+            continue
         journal = _journal(store)
         if journal is None:
             damaged.append(f"{store / _JOURNAL} is damaged: its leaves are converted again")
@@ -141,6 +144,14 @@ def _is_metadata(found: Any) -> bool:
     return isinstance(found.param_name, str) and all(
         isinstance(shape, tuple | list) and all(type(n) is int for n in shape) for shape in shapes
     )
+
+
+def _is_sound(store: epath.Path) -> bool:
+    """Whether every byte is there that the index of a store points to."""
+    try:
+        return not completeness.broken(store)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _whole(store: epath.Path) -> dict[str, completeness.Leaf]:
