@@ -81,7 +81,11 @@ def run(directory: Path, environ: Mapping[str, str], more: Sequence[str] = ()) -
     return logs
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.problem[:30])
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])],
+    ids=lambda case: case.problem[:30],
+)
 def test_told_differently(case: Case, tmp_path: Path) -> None:
     environ = {"OF_PROCESS_1": case.of_process_1.format(tmp_path), **case.environ}
     for log in run(tmp_path, environ):

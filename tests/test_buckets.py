@@ -119,6 +119,7 @@ def test_it_is_planned(
     assert re.search(r"(?m)^network  process 0 requests .* in ranges of up to 64.0 MiB", said)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_replaced_only_when_told(bucket: Bucket, tmp_path: Path) -> None:
     """Nor is a half one in the way, or taken for one."""
     words = ("convert", *WORDS, *ALONE, *places("out"), "--verify=none", "--max_retries=0")
@@ -199,6 +200,7 @@ def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_p
     assert bucket.names("out") == []
 
 
+@pytest.mark.slow
 def test_what_others_put_there_is_left_alone(bucket: Bucket, tmp_path: Path) -> None:
     """Also without a finished step, and beside what a conversion left that was cut off."""
     notes = tmp_path / "notes"

@@ -64,11 +64,14 @@ def trees():
     for name, of in sorted(OURS, key=lambda run: (tensors_of(run[1]), run)):
         facts, layers = model_facts(of) or {}, name.removeprefix(model_of(name))
         for dtype in ("bfloat16", *[FP8_NAME] * (name in FP8 and of == model_of(name))):
-            kept = layers if dtype == "bfloat16" else dtype
             tied = facts.get("logits_via_embedding", False)
-            kind = facts["architecture"], facts["decoder_block"], tied, of.endswith("-fp8"), kept
-            yield pytest.param(name, of, dtype, marks=pytest.mark.slow if kind in seen else [])
+            kind = facts["architecture"], facts["decoder_block"], tied, layers
+            is_slow = kind in seen or dtype != "bfloat16" or tensors_of(of) > MANY
+            yield pytest.param(name, of, dtype, marks=pytest.mark.slow if is_slow else [])
             seen.add(kind)
+
+
+MANY = 5000
 
 
 def tensors_of(model_name):
