@@ -20,7 +20,15 @@ from orbax.checkpoint import v1 as ocp
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.private.orbax_metadata import PyTreeHandler
 from maxconv.private.orbax_metadata import sharding as sharding_metadata
-from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, SHARDING, Item, load_json, reason
+from maxconv.sources.orbax import (
+    CHECKPOINT_METADATA,
+    METADATA,
+    SHARDING,
+    Item,
+    Stored,
+    load_json,
+    reason,
+)
 from maxconv.targets import orbax
 from maxconv.targets.journal import ATTEMPT
 
@@ -102,7 +110,9 @@ def _tree(item: Item, leaves: list[LeafPlan], is_numpy: bool) -> Iterator[str]:
         value: dict[str, Any] = {"value_type": "np.ndarray", "skip_deserialize": False}
         if not is_numpy:
             value["value_type"] = "jax.Array"
-            value["write_shape"] = list(item.arrays[leaf.name].chunk or ())
+            key, _ = _entry(leaf.name, value)
+            said = entries.get(key, {}).get("value_metadata", {}).get("write_shape")
+            value["write_shape"] = _write_shape(item.arrays[leaf.name], said)
         tree |= [_entry(leaf.name, value)]
     if not any(name.startswith("opt_state.") for name in other):
         nothing = {"value_type": "Dict", "skip_deserialize": True}
@@ -150,13 +160,24 @@ def _array_metadata_files(item: Item) -> list[str]:
     return [f"{ARRAYS}/process_{i}" for i in range(max(numbers, default=0) + 1)]
 
 
+def _write_shape(array: Stored, said: Any) -> list[int]:
+    """The shape of one write, as it is said to be if that can be: whole chunks of the array."""
+    chunk = list(array.chunk or ())
+    if isinstance(said, list) and len(said) == len(chunk):
+        sizes = zip(said, chunk, array.shape, strict=True)
+        if all(type(n) is int and c and n % c == 0 and 0 < n <= max(c, of) for n, c, of in sizes):
+            return said
+    return chunk
+
+
 def _array_metadata(item: Item, file: str, leaves: list[LeafPlan]) -> Iterator[str]:
     document = load_json(item.directory / file)
     found = [entry["array_metadata"] for entry in document["array_metadatas"]]
+    said = {entry["param_name"]: entry.get("write_shape") for entry in found}
     wanted = {
         leaf.name: {
             "param_name": leaf.name,
-            "write_shape": list(item.arrays[leaf.name].chunk or ()),
+            "write_shape": _write_shape(item.arrays[leaf.name], said.get(leaf.name)),
             "chunk_shape": list(item.arrays[leaf.name].inner or ()),
             "ext_metadata": None,
         }
