@@ -49,7 +49,10 @@ def is_there(directory: str) -> bool:
 
 def is_renamed(directory: str) -> bool:
     """Whether there is a finished step whose conversion was killed before it recorded that."""
-    return is_there(directory) and (epath.Path(directory) / UNFINISHED_WORDS).exists()
+    try:
+        return is_there(directory) and (epath.Path(directory) / UNFINISHED_WORDS).exists()
+    except Exception:  # it cannot be reached, which `problems` says in a sentence
+        return False
 
 
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
