@@ -27,7 +27,7 @@ def test_leaves_are_those_of_maxtext(name, tmp_path):
     assert not different
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("case", "scan"), tiny.LAYERS)
 def test_the_way_back_recovers_every_tensor(case, scan, dtype, tmp_path):
     model = tiny.write(case, tmp_path / "hf", dtype=dtype)
