@@ -268,23 +268,27 @@ def stack(parts: Sequence[Expr], axis: int) -> Expr:
 
 def substitute(expr: Expr, tensors: Mapping[str, Expr]) -> Expr:
     """A bound expression with other expressions, of the same shapes, in place of its tensors."""
-    return _mapped(expr, lambda name: tensors[name], apply)
+    return map_tensors(expr, lambda tensor: tensors[tensor.name], apply)
 
 
 def renamed(template: Expr, rename: Callable[[str], str]) -> Expr:
     """A template over tensors of other names."""
-    return _mapped(template, lambda name: Tensor(rename(name)), Apply)
+    return map_tensors(template, lambda tensor: Tensor(rename(tensor.name)))
 
 
-def _mapped(
-    expr: Expr, tensor: Callable[[str], Expr], applied: Callable[[Op | Pattern, Expr], Expr]
+def map_tensors(
+    expr: Expr,
+    to: Callable[[Tensor], Expr],
+    applied: Callable[[Op | Pattern, Expr], Expr] = Apply,
 ) -> Expr:
+    """An expression with others in place of its tensors; `applied` applies its operations again."""
+
     def parts_of(node: Concat | Combine) -> tuple[Expr, ...]:
-        return tuple(_mapped(part, tensor, applied) for part in node.parts)
+        return tuple(map_tensors(part, to, applied) for part in node.parts)
 
     match expr:
-        case Tensor(name):
-            return tensor(name)
+        case Tensor():
+            return to(expr)
         case Fill():
             return expr
         case Concat(axis):
@@ -292,19 +296,23 @@ def _mapped(
         case Combine(op):
             return Combine(op, parts_of(expr))
         case Apply(op, x):
-            return applied(op, _mapped(x, tensor, applied))
+            return applied(op, map_tensors(x, to, applied))
+
+
+def nodes(expr: Expr) -> Iterator[Expr]:
+    """An expression and all parts that it is made of, outermost first, left to right."""
+    yield expr
+    match expr:
+        case Apply(_, x):
+            yield from nodes(x)
+        case Concat(_, parts) | Combine(_, parts):
+            for part in parts:
+                yield from nodes(part)
 
 
 def tensors(expr: Expr) -> Iterator[Tensor]:
     """The tensors of an expression, left to right, with repeats."""
-    match expr:
-        case Tensor():
-            yield expr
-        case Apply(_, x):
-            yield from tensors(x)
-        case Concat(_, parts) | Combine(_, parts):
-            for part in parts:
-                yield from tensors(part)
+    return (node for node in nodes(expr) if isinstance(node, Tensor))
 
 
 def free_indices(expr: Expr) -> set[str]:

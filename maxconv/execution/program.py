@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, trace
+from maxconv.algebra import Apply, Concat, Expr, Fit, Rearrange, Shape, Slice, Tensor, nodes, trace
 from maxconv.execution.timeline import span
 from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import shards
@@ -165,10 +165,9 @@ def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Ar
 
 
 def _only_moves(expr: Expr) -> bool:
-    match expr:
-        case Apply(Rearrange() | Slice() | Fit(), x):
-            return _only_moves(x)
-        case Concat(_, parts):
-            return all(_only_moves(part) for part in parts)
-        case _:
-            return isinstance(expr, Tensor)
+    return all(
+        isinstance(node.op, Rearrange | Slice | Fit)
+        if isinstance(node, Apply)
+        else isinstance(node, Tensor | Concat)
+        for node in nodes(expr)
+    )

@@ -19,7 +19,6 @@ import numpy as np
 from safetensors import safe_open
 
 from maxconv.algebra import (
-    Apply,
     Box,
     Combine,
     Concat,
@@ -27,6 +26,7 @@ from maxconv.algebra import (
     clip,
     dims,
     full,
+    nodes,
     slices,
     trace,
     volume,
@@ -231,15 +231,7 @@ def _difference(leaf: LeafPlan, box: Box, made: np.ndarray, stored: np.ndarray) 
 
 def _has_sums(expr: Expr) -> bool:
     """Whether it has a product of matrices, whose sums libraries add up in orders of their own."""
-    match expr:
-        case Combine(op, parts):
-            return op == "matmul" or any(map(_has_sums, parts))
-        case Concat(_, parts):
-            return any(map(_has_sums, parts))
-        case Apply(_, x):
-            return _has_sums(x)
-        case _:
-            return False
+    return any(isinstance(node, Combine) and node.op == "matmul" for node in nodes(expr))
 
 
 def _is_near(made: np.ndarray, stored: np.ndarray) -> np.ndarray:

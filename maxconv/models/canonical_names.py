@@ -16,7 +16,6 @@ import numpy as np
 
 from maxconv.algebra import (
     AlgebraError,
-    Apply,
     Cast,
     Combine,
     Concat,
@@ -24,6 +23,7 @@ from maxconv.algebra import (
     Slice,
     Tensor,
     apply,
+    nodes,
     rearrange,
     stack,
     tensors,
@@ -212,15 +212,7 @@ def misfit(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> str | No
 
 
 def _is_computed(expr: Expr) -> bool:
-    match expr:
-        case Combine():
-            return True
-        case Apply(_, x):
-            return _is_computed(x)
-        case Concat(_, parts):
-            return any(map(_is_computed, parts))
-        case _:
-            return False
+    return any(isinstance(node, Combine) for node in nodes(expr))
 
 
 def renamer(names: Sequence[tuple[str, str]]) -> Callable[[str], tuple[str, str | None]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import NamedSharding
 
-from maxconv.algebra import Apply, Combine, Concat, Expr, Shape, Tensor, tensors
+from maxconv.algebra import Concat, Expr, Shape, Tensor, map_tensors, tensors
 from maxconv.planning.placement import local_devices, shards
 
 Offset = tuple[int, ...]
@@ -134,17 +134,6 @@ def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
     """An expression over "0", "1", ... and the names that these stand for."""
     names = list(dict.fromkeys(t.name for t in tensors(expr)))
 
-    def rename(node: Expr) -> Expr:
-        match node:
-            case Tensor(name, shape):
-                return Tensor(str(names.index(name)), shape)
-            case Apply(op, x):
-                return Apply(op, rename(x))
-            case Concat(axis, parts):
-                return Concat(axis, tuple(rename(part) for part in parts))
-            case Combine(op, parts):
-                return Combine(op, tuple(rename(part) for part in parts))
-            case _:
-                return node
-
-    return rename(expr), tuple(names)
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    anonymous = map_tensors(expr, lambda tensor: Tensor(numbers[tensor.name], tensor.shape))
+    return anonymous, tuple(names)
