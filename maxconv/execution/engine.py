@@ -146,7 +146,7 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
     for box in set(boxes.values()):  # devices that need the same box share its bytes
-        pieces = [(within, step.source(i, part)) for within, part in read.pieces(box)]
+        pieces = [*step.filling(i, box)]
         insides = [clip(of.box, source.tensors[of.name].shape) for _, of in pieces]
         # Aligned, so that a CPU device takes the memory as it is.
         is_short = sum(map(volume, insides)) < volume(box)

@@ -119,7 +119,19 @@ class Step:
         """What is read, and how: the same of steps that can be made of one reading."""
         return self.recipe.reads, self.sources
 
-    def source(self, read: int, box: Box) -> Read:
+    def reads_of(self, process: int) -> Iterator[tuple[CellRead, frozenset[Read]]]:
+        """For each read of the recipe, the boxes of tensors that a process reads from storage."""
+        for i, read in enumerate(self.recipe.reads):
+            lanes = (lane for part in read.parts.get(process, ()) for lane in read.lanes(part))
+            yield read, frozenset(self._source(i, lane) for lane in lanes)
+
+    def filling(self, read: int, box: Box) -> Iterator[tuple[Box, Read]]:
+        """What fills a box of a read's array as it is read: where in its buffer, and of which
+        tensor which box."""
+        for within, part in self.recipe.reads[read].pieces(box):
+            yield within, self._source(read, part)
+
+    def _source(self, read: int, box: Box) -> Read:
         """The part of a tensor that is a box of a read's array."""
         if self.recipe.lanes is None:
             (whole,), inner = self.sources[read], box
@@ -345,9 +357,7 @@ def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Cou
 def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
     """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
     total = 0
-    for i, read in enumerate(step.recipe.reads):
-        boxes = read.parts.get(process, ())
-        sources = {step.source(i, lane) for box in boxes for lane in read.lanes(box)}
+    for read, sources in step.reads_of(process):
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)
         total += elements * read.dtype.itemsize
     return total

@@ -6,14 +6,14 @@ from maxconv.sources import Source
 
 
 def between(plan: Plan, source: Source, process: int) -> int:
-    """Bytes at most that come along as parts of a tensor that are near are asked for together."""
+    """Upper bound of the bytes in gaps between boxes of a tensor that are read through."""
     total = 0
     for step in plan.readings:
-        for i, read in enumerate(step.recipe.reads):
+        for _, reads in step.reads_of(process):
             boxes: dict[str, set[Box]] = {}
-            for box in (lane for part in read.parts.get(process, ()) for lane in read.lanes(part)):
-                of = step.source(i, box)
-                boxes.setdefault(of.name, set()).add(clip(of.box, plan.tensors[of.name].shape))
+            for read in reads:
+                box = clip(read.box, plan.tensors[read.name].shape)
+                boxes.setdefault(read.name, set()).add(box)
             total += sum(
                 source.between(plan.tensors[name], sorted(of)) for name, of in boxes.items()
             )
