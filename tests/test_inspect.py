@@ -101,6 +101,16 @@ def test_orbax(tmp_path: Path, arrays, ocdbt: bool, zarr3: bool, storage: str) -
         assert describe(str(path)) == ORBAX.format(items=items, storage=storage)
 
 
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_a_path_from_another_directory(
+    tmp_path: Path, arrays, ocdbt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "out", arrays, ocdbt)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "5 tensors" in describe("../out")
+
+
 def test_the_last_step_of_a_training_run(tmp_path: Path) -> None:
     from orbax.checkpoint import v1 as ocp
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,9 @@ def find_items(path: epath.Path) -> list[epath.Path]:
 
 def open_store(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore:
     """A directory, or the OCDBT database in it, as TensorStore sees it."""
-    path = f"{directory}/"
-    files = path if "://" in path else {"driver": "file", "path": path}
+    path = os.fspath(directory)
+    # TensorStore takes no `..` in a path.
+    files = f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
     if not ocdbt:
         return ts.KvStore.open(files).result()
     spec = {"driver": "ocdbt", "base": files, "cache_pool": {"total_bytes_limit": CACHE_BYTES}}
