@@ -147,7 +147,12 @@ def _is_metadata(found: Any) -> bool:
 
 
 def _is_sound(store: epath.Path) -> bool:
-    """Whether every byte is there that the index of a store points to."""
+    """Whether every byte is there that the index of a store points to.
+
+    A process that has no part of the leaves so far has a journal, but no index and no data.
+    """
+    if not (store / "manifest.ocdbt").exists():
+        return not (store / "d").exists()
     try:
         return not completeness.broken(store)
     except (OSError, ValueError, KeyError, TypeError):
