@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -168,31 +168,34 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     if problems:
         raise UserError(problems)
 
+    shaping = _shaping(from_yml, typed, values)
+    notices += _adjust(values, typed)
+    values |= {"model_name": model_name, "overrides": overrides}
+    values |= {"notices": tuple(notices), "words": shaping}
+    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    return _of_adapter(config) if config.adapter_alone else config
+
+
+def _adjust(values: dict[str, Any], typed: Mapping[str, Any]) -> Iterator[str]:
+    """Gives checked values their final form; yields what the user should know of them."""
     parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
     if "simulated_cpu_devices_count" not in typed:
         needed = _devices(values, parallelism)  # if they are too many, the mesh says so
         values["simulated_cpu_devices_count"] = min(needed, MOST_DEVICES)
     if values["eager_load_method"] != "safetensors" and values["lazy_load_tensors"]:
-        notices.append("eager_load_method does nothing without --lazy_load_tensors=False.")
+        yield "eager_load_method does nothing without --lazy_load_tensors=False."
     if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
-        notices.append("ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText.")
+        yield "ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText."
+    empty_is_none = ("hf_access_token", "hf_lora_adapter_path", "load_parameters_path")
     values |= {
-        "model_name": model_name,
+        **{key: values[key] or None for key in empty_is_none},
         "base_output_directory": _absolute(values["base_output_directory"]),
-        "hf_access_token": values["hf_access_token"] or None,
-        "hf_lora_adapter_path": values["hf_lora_adapter_path"] or None,
-        "load_parameters_path": values["load_parameters_path"] or None,
         "skip_jax_distributed_system": values["skip_jax_distributed_system"]
         or values["enable_single_controller"],
-        "overrides": overrides,
         "parallelism": parallelism,
         "mesh_axes": tuple(values["mesh_axes"]),
-        "logical_axis_rules": _frozen_rules(rules),
-        "notices": tuple(notices),
-        "words": _shaping(from_yml, typed, values),
+        "logical_axis_rules": _frozen_rules(values["logical_axis_rules"]),
     }
-    config = Config(**{f.name: values[f.name] for f in fields(Config)})
-    return _of_adapter(config) if config.adapter_alone else config
 
 
 def _of_adapter(config: Config) -> Config:
