@@ -109,20 +109,32 @@ def verify(
     item = seen_as(item)
     leaves = [leaf for leaf in leaves_to_check(plan, mode) if leaf.name not in found]
     report.total = len(leaves)
-    problems: dict[str, str | None] = {leaf.name: None for leaf in leaves}
+    made_again = _made_again(item, leaves, engine, window, report, say)
+    known = [leaf for leaf in plan.leaves if leaf.name not in found]
+    report.witnessed, seen = _witnessed(item, known, source, mode)
+    report.problems += filter(None, {**seen, **made_again}.values())
+    return report
+
+
+def _made_again(
+    item: Item,
+    leaves: Sequence[LeafPlan],
+    engine: Engine,
+    window: int,
+    report: Report,
+    say: Callable[[Report], object],
+) -> dict[str, str]:
+    """What differs from what the engine makes, by leaf."""
+    problems: dict[str, str] = {}
     for group in groups(leaves):  # in any case all of them: the engine is reading ahead
         made = engine.make_slabs([slab for _, slab in group])
         for leaf, slab in group:
-            problem = _compared(item, leaf, slab, made.pop(0), window)
-            problems[leaf.name] = problem or problems[leaf.name]
+            if problem := _compared(item, leaf, slab, made.pop(0), window):
+                problems[leaf.name] = problem
             report.nbytes += slab.nbytes
             report.leaves += slab is leaf.slabs[-1]
             say(report)
-    known = [leaf for leaf in plan.leaves if leaf.name not in found]
-    report.witnessed, seen = _witnessed(item, known, source, mode)
-    problems = {**seen, **{name: why for name, why in problems.items() if why}}
-    report.problems += filter(None, problems.values())
-    return report
+    return problems
 
 
 def _witnessed(

@@ -60,11 +60,7 @@ def adapter_model(
     check(config_problems(adapter.config, alone=True), adapter)
     family, dims = described(name, {"mtp_num_layers": 0, **facts, **words})
     rows = list(family.rows(dims))
-    if sum(r.times for r in rows) > _MOST_TENSORS:
-        raise UserError(
-            f"{name} would have {dims.layers} layers and {dims.experts} experts, more than an "
-            "adapter can be converted for: take out what you have typed of its sizes."
-        )
+    _check_count(rows, name, dims)
     adaptable = [a for r in rows if (a := Adaptable.of(r))]
     found, problems = _found(adapter, family, adaptable)
     check(problems, adapter)
@@ -89,6 +85,14 @@ def adapter_model(
         rounds=False,
         metadata=_lora(adapter),
     )
+
+
+def _check_count(rows: Sequence[Row], name: str, dims: Dims) -> None:
+    if sum(r.times for r in rows) > _MOST_TENSORS:
+        raise UserError(
+            f"{name} would have {dims.layers} layers and {dims.experts} experts, more than an "
+            "adapter can be converted for: take out what you have typed of its sizes."
+        )
 
 
 def _found(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,16 +120,20 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[StoredTensor, .
                 f"Tensor {name!r} of {file} has {end - begin} bytes, but {code}{shape} takes "
                 f"{info.nbytes}; download the file again."
             )
-    for code, names in unknown.items():
-        problems.append(
-            f"{file} holds {code} tensors ({some(names)}), a dtype that cannot be read; "
-            f"use a checkpoint in one of {', '.join(DTYPES)}."
-        )
+    problems += _unknown_dtypes(unknown, file)
     if len(spans) == len(header):  # else what a broken entry covers is not known
         problems += _check_layout(spans, file, data, file_size)
     if problems:
         raise UserError(problems)
     return tuple(tensors)
+
+
+def _unknown_dtypes(unknown: Mapping[str, Sequence[str]], file: str) -> Iterator[str]:
+    for code, names in unknown.items():
+        yield (
+            f"{file} holds {code} tensors ({some(names)}), a dtype that cannot be read; "
+            f"use a checkpoint in one of {', '.join(DTYPES)}."
+        )
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
