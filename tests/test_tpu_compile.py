@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from headers import published, quantised
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from plans import is_local, make_plan
 
@@ -60,6 +61,16 @@ FOREIGN = re.compile(
     r"|collective-(?:permute|broadcast)|send|recv|infeed|outfeed"
     r"|custom-call(?!.*(?:ZeroCrop|AssumeGatherIndicesInBound|ConcatBitcast)))(?:-start)?\("
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncached() -> Iterator[None]:
+    """The cache of compiled programs cannot read those of a TPU that is not here."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def slow(*arguments: Any) -> Any:
