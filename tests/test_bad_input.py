@@ -143,7 +143,8 @@ def test_an_architecture_that_is_not_known(place: Place, architectures: Any) -> 
 
 @pytest.mark.parametrize("architectures", [None, [], ""])
 def test_no_architecture(place: Place, architectures: Any) -> None:
-    place.config(architectures=architectures)
+    place.config(architectures=architectures, model_type=None)
+    place.bare()
     (problem,) = place.refused()
     assert "is a model without an architecture in config.json; maxconv knows Llama" in problem
 

@@ -90,7 +90,7 @@ def test_values_keep_their_equal_signs() -> None:
 
 
 def test_output_directory() -> None:
-    assert read("base_output_directory=gs://b/c/").base_output_directory == "gs://b/c/"
+    assert read("base_output_directory=gs://b/c/").base_output_directory == "gs://b/c"
     assert read("base_output_directory=a/../b").base_output_directory == str(Path.cwd() / "b")
     assert read("base_output_directory=~/b").base_output_directory == str(Path.home() / "b")
     assert read("base_output_directory=").base_output_directory == str(Path.cwd() / "mt_output")
@@ -255,3 +255,16 @@ def test_a_model_may_say_that_its_layers_are_not_scanned() -> None:
     assert parse(words, {}).scan_layers is False
     assert parse([*words, "scan_layers=true"], {}).scan_layers is True
     assert parse(["model_name=qwen3-30b-a3b"], {}).scan_layers is True
+
+
+def test_paths_are_read_in_one_way() -> None:
+    for key in ("--hf_model_path", "hf_lora_adapter_path", "load_parameters_path"):
+        found = read(f"{key}=~/m/")
+        assert getattr(found, key.lstrip("-")) == str(Path.home() / "m")
+    for page in ("https://huggingface.co/o/n", "hf://o/n/"):
+        assert read(f"--hf_model_path={page}").hf_model_path == "hf://o/n"
+    page = "https://huggingface.co/o/n/tree/v1"
+    assert read(f"--hf_model_path={page}").hf_model_path == "hf://o/n@v1"
+    assert read("--hf_model_path=o/n/").hf_model_path == "o/n"
+    with pytest.raises(UserError, match="gs:/b/c is no path: write gs://b/c"):
+        read("base_output_directory=gs:/b/c")

@@ -1,4 +1,4 @@
-from maxconv.models.canonical_names import renamer
+from maxconv.models.stored_names import renamer
 
 NAMES = (
     ("model.layers.*.mlp.gate.", "model.layers.*.router."),

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from maxconv.config import paths
 from maxconv.config.argv import MOST_YAML, convert, did_you_mean, load_yaml, shown, split
 from maxconv.config.checks import MOST_DEVICES, is_rule, model_problems, value_problems
 from maxconv.config.options import OPTIONS
@@ -160,6 +161,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
         values |= from_yml
     rules = _merge_rules(values, typed)
     values |= typed | {"logical_axis_rules": rules}
+    named_paths = {key: values[key] for key in paths.KEYS if values[key]}
+    problems += [p for key, text in named_paths.items() if (p := paths.path_problem(key, text))]
+    values |= {key: paths.read_path(text) for key, text in named_paths.items()}
 
     model_name = None if values["model_name"] == "default" else values["model_name"]
     overrides = {key: typed[key] for key in MODEL_KEYS if key in typed}
@@ -317,8 +321,8 @@ def _shaping(
         said |= {"logical_axis_rules": values["logical_axis_rules"]}
         said |= {"override_logical_axis_rules": True}
     for key in ("hf_model_path", "hf_lora_adapter_path"):
-        if key in said and os.path.exists(said[key]):
-            said[key] = _absolute(said[key])
+        if key in said and os.path.exists(values[key]):
+            said[key] = _absolute(values[key])
     return tuple(f"{key}={_text(value)}" for key, value in said.items() if _shapes(key))
 
 

@@ -153,8 +153,8 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
         host[box] = memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
         buffer = memory.reshape(read.buffer(box))
         for (within, of), inside in zip(pieces, insides, strict=True):
-            held = buffer[slices(within)].reshape(dims(of.box))  # without the axis of lanes
-            parts.setdefault(of.name, []).append((inside, held[slices(inside, of.box)]))
+            held = buffer[(*slices(within), ...)].reshape(dims(of.box))  # without the axis of lanes
+            parts.setdefault(of.name, []).append((inside, held[(*slices(inside, of.box), ...)]))
     nbytes = sum(memory.nbytes for memory in host.values())
     for name, boxes_of in parts.items():
         with span("read", name, sum(part.nbytes for _, part in boxes_of)):

@@ -165,15 +165,15 @@ def prediction(d: DeepSeekDims) -> Iterator[Row]:
     yield row(f"{MTP.path}_projection/kernel", "embed -", both)
 
 
-# Computed, not weights; and what layers of multi-token prediction share with the decoder.
+# What layers of multi-token prediction share with the decoder.
 IGNORED = (
-    "model.layers.*.rotary_emb.inv_freq",
     "model.layers.*.embed_tokens.weight",
     "model.layers.*.shared_head.head.weight",
 )
 
 DEEPSEEK_V2 = Family(
     architectures=("DeepseekV2ForCausalLM",),
+    model_types=("deepseek_v2",),
     decoder_block="deepseek",
     rows=v2_rows,
     sizes=DeepSeekDims,
@@ -182,6 +182,7 @@ DEEPSEEK_V2 = Family(
 )
 DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
+    model_types=("deepseek_v3", "kimi_k2"),
     decoder_block="deepseek",
     rows=v3_rows,
     sizes=DeepSeekDims,
@@ -190,6 +191,7 @@ DEEPSEEK_V3 = Family(
 )
 DEEPSEEK_V32 = Family(
     architectures=("DeepseekV32ForCausalLM",),
+    model_types=("deepseek_v32",),
     decoder_block="deepseek",
     rows=v32_rows,
     sizes=IndexerDims,

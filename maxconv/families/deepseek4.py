@@ -181,6 +181,7 @@ def hash_table(d: DeepSeek4Dims) -> Row:
 
 DEEPSEEK_V4 = Family(
     architectures=("DeepseekV4ForCausalLM",),
+    model_types=("deepseek_v4",),
     decoder_block="deepseek4",
     rows=rows,
     sizes=DeepSeek4Dims,

@@ -72,6 +72,8 @@ def gemma3_rows(d: Gemma3Dims):
 
 GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM",),
+    model_types=("gemma2",),
+    ties=True,
     decoder_block="gemma2",
     rows=gemma2_rows,
     pads_vocab=True,
@@ -79,6 +81,9 @@ GEMMA2 = Family(
 )
 GEMMA3 = Family(
     architectures=("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
+    model_types=("gemma3", "gemma3_text"),
+    ties=True,
+    spare_rows=64,
     decoder_block="gemma3",
     rows=gemma3_rows,
     sizes=Gemma3Dims,

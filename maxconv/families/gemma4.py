@@ -178,6 +178,8 @@ def taken(d: SmallDims) -> Iterator[str]:
 
 GEMMA4 = Family(
     architectures=("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
+    model_types=("gemma4", "gemma4_text"),
+    ties=True,
     decoder_block="gemma4",
     rows=rows,
     sizes=Gemma4Dims,

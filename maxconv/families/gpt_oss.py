@@ -59,5 +59,9 @@ def vector(n: int):
 
 
 GPT_OSS = Family(
-    architectures=("GptOssForCausalLM",), decoder_block="gpt_oss", rows=rows, sizes=GptOssDims
+    architectures=("GptOssForCausalLM",),
+    model_types=("gpt_oss",),
+    decoder_block="gpt_oss",
+    rows=rows,
+    sizes=GptOssDims,
 )

@@ -18,8 +18,8 @@ def rows(d: Dims):
 
 LLAMA = Family(
     architectures=("LlamaForCausalLM",),
+    model_types=("llama",),
     decoder_block="llama2",
     rows=rows,
-    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
     train_with="rope_type=llama3.1",  # or pairs are not rotated: layers/attentions.py
 )

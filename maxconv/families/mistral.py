@@ -14,7 +14,7 @@ def rows(d: Dims):
 
 MISTRAL = Family(
     architectures=("MistralForCausalLM",),
+    model_types=("mistral",),
     decoder_block="mistral",
     rows=rows,
-    ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

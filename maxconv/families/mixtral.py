@@ -19,6 +19,7 @@ def rows(d: Dims):
 
 MIXTRAL = Family(
     architectures=("MixtralForCausalLM",),
+    model_types=("mixtral",),
     decoder_block="mixtral",
     rows=rows,
     sizes=MixtralDims,

@@ -21,5 +21,9 @@ def norms(d: Dims):
 
 
 OLMO3 = Family(
-    architectures=("Olmo3ForCausalLM",), decoder_block="olmo3", rows=rows, pads_vocab=True
+    architectures=("Olmo3ForCausalLM",),
+    model_types=("olmo3",),
+    decoder_block="olmo3",
+    rows=rows,
+    pads_vocab=True,
 )

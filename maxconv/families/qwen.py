@@ -42,13 +42,22 @@ def qwen3_moe_rows(d: Dims):
 
 
 QWEN2 = Family(
-    architectures=("Qwen2ForCausalLM",), decoder_block="qwen2", rows=qwen2_rows, pads_vocab=True
+    architectures=("Qwen2ForCausalLM",),
+    model_types=("qwen2",),
+    decoder_block="qwen2",
+    rows=qwen2_rows,
+    pads_vocab=True,
 )
 QWEN3 = Family(
-    architectures=("Qwen3ForCausalLM",), decoder_block="qwen3", rows=qwen3_rows, pads_vocab=True
+    architectures=("Qwen3ForCausalLM",),
+    model_types=("qwen3",),
+    decoder_block="qwen3",
+    rows=qwen3_rows,
+    pads_vocab=True,
 )
 QWEN3_MOE = Family(
     architectures=("Qwen3MoeForCausalLM",),
+    model_types=("qwen3_moe",),
     decoder_block="qwen3_moe",
     rows=qwen3_moe_rows,
     pads_vocab=True,

@@ -62,6 +62,7 @@ def in_blocks(d: Dims, n: int) -> Dims:
 
 QWEN3_5_MOE = Family(
     architectures=("Qwen3_5MoeForConditionalGeneration",),
+    model_types=("qwen3_5_moe",),
     decoder_block="qwen3_5",
     rows=rows,
     sizes=Dims,

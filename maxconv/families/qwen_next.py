@@ -105,6 +105,7 @@ def gated_attention(d: HybridDims) -> Iterator[Row]:
 
 QWEN3_NEXT = Family(
     architectures=("Qwen3NextForCausalLM",),
+    model_types=("qwen3_next",),
     decoder_block="qwen3_next",
     rows=rows,
     sizes=HybridDims,

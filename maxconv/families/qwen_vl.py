@@ -132,6 +132,7 @@ SEEING = ("model.visual.*",)
 
 QWEN3_VL = Family(
     architectures=("Qwen3VLForConditionalGeneration",),
+    model_types=("qwen3_vl",),
     decoder_block="qwen3",
     rows=vl_rows,
     sizes=QwenVisionDims,
@@ -142,6 +143,7 @@ QWEN3_VL = Family(
 )
 QWEN3_VL_MOE = Family(
     architectures=("Qwen3VLMoeForConditionalGeneration",),
+    model_types=("qwen3_vl_moe",),
     decoder_block="qwen3_moe",
     rows=vl_moe_rows,
     sizes=MoeDims,
@@ -153,6 +155,7 @@ QWEN3_VL_MOE = Family(
 )
 QWEN3_OMNI_MOE = Family(
     architectures=("Qwen3OmniMoeForConditionalGeneration",),
+    model_types=("qwen3_omni_moe",),
     decoder_block="qwen3_moe",
     rows=omni_rows,
     sizes=OmniDims,

@@ -222,6 +222,11 @@ class Family:
     Attributes:
         architectures: as `config.json` names them; the first is also what messages call it.
         decoder_block: MaxText's name.
+        model_types: as `config.json` names them, for files without architectures.
+        ties: what tie_word_embeddings is where config.json leaves it out, as in transformers'
+            configuration class.
+        spare_rows: at the end of the published embedding tables, that no token has: MaxText's
+            tables go without them.
         marked_by: an entry of config.json, not 0 there, that tells this family from one of the same
             architectures that comes after it.
         rows: the table, given the sizes.
@@ -251,6 +256,9 @@ class Family:
     decoder_block: str
     rows: Callable[[Any], Iterable[Row]]
     sizes: type[Dims] = Dims
+    model_types: tuple[str, ...] = ()
+    ties: bool = False
+    spare_rows: int = 0
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     spare: Callable[[Any], Iterable[str]] = lambda d: ()
@@ -270,19 +278,14 @@ class Family:
         """Whether a config.json, of one of the architectures, is of this family."""
         return not self.marked_by or any(stated(hf_config, [self.marked_by]).values())
 
-    def dims(self, hf_config: Mapping[str, Any], names: Iterable[str]) -> Dims:
-        """The sizes that config.json states; KeyError names the entry that is missing.
-
-        Whether the table is tied is left out of some files: then an lm_head among `names` decides.
-        """
+    def dims(self, hf_config: Mapping[str, Any]) -> Dims:
+        """The sizes that config.json states; KeyError names the entry that is missing."""
         known = {
             f.name: next(iter(stated.values()))
             for f in fields(self.sizes)
             if (stated := stated_sizes(hf_config, f))
         }
-        if "tied" not in known:
-            known["tied"] = "lm_head.weight" not in names
-        return self.complete(known)
+        return self.complete({"tied": self.ties, **known})
 
     def complete(self, known: Mapping[str, Any]) -> Dims:
         """Sizes of which some are known; KeyError names the entry of a config.json that is missing.

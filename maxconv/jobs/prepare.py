@@ -19,6 +19,7 @@ from maxconv.execution.tpu_compiler import chips
 from maxconv.jobs import resume
 from maxconv.jobs.leaves import conversion_leaves
 from maxconv.models.adapters import adapter_model
+from maxconv.models.head import differs_in_share
 from maxconv.models.resolve import Model, resolve
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
@@ -94,8 +95,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         _check_same_everywhere(source)
         window = min(gathered(_window(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
+        differs = _head_differs(config, source)
         with same_error_everywhere():
-            model, plan, notices = _planned(config, source, window)
+            model, plan, notices = _planned(config, source, window, differs)
         mine = resume.identity(config, source, plan, window)
         agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
         same = gathered(mine)[0]  # a copy of the source on another host has other times
@@ -119,9 +121,22 @@ def _check_outputs(config: Config) -> None:
         raise UserError(problems)
 
 
-def _planned(config: Config, source: Source, window: int) -> tuple[Model, Plan, tuple[str, ...]]:
+def _head_differs(config: Config, source: Source) -> bool:
+    """Whether a tied table has a head beside it that is another; each process reads a share."""
+    mine = False
+    with same_error_everywhere():
+        if not config.adapter_alone:
+            index, count = jax.process_index(), jax.process_count()
+            share = slice(index / count, (index + 1) / count)
+            mine = differs_in_share(source, model_facts(config.model_name), share)
+    return any(gathered(mine))
+
+
+def _planned(
+    config: Config, source: Source, window: int, head_differs: bool
+) -> tuple[Model, Plan, tuple[str, ...]]:
     """What the checkpoint is, how it is converted, and what the user should know of both."""
-    model = resolved(config, source)
+    model = resolved(config, source, head_differs)
     mesh = make_mesh(config, _devices(config))
     rules, axis = config.logical_axis_rules, config.scan_axis
     leaves, replicated = conversion_leaves(source, model, mesh, rules, axis, config.save_dtype)
@@ -206,12 +221,13 @@ def opened(config: Config, commit: str | None = None) -> Source:
     return AdaptedSource(base, open_part(adapter, None, config="adapter_config.json"))
 
 
-def resolved(config: Config, source: Source) -> Model:
+def resolved(config: Config, source: Source, head_differs: bool = False) -> Model:
     """Which model the checkpoint is."""
     name, facts, words = config.model_name, model_facts(config.model_name), config.overrides
     if config.adapter_alone:
         return adapter_model(source, name, facts, words, config.scan_layers)
-    return resolve(source, name, facts, words, config.save_dtype == "float8_e4m3fn")
+    keep_fp8 = config.save_dtype == "float8_e4m3fn"
+    return resolve(source, name, facts, words, keep_fp8, head_differs)
 
 
 def _with_target(job: Job, form: Format) -> Job:

@@ -27,9 +27,10 @@ from maxconv.algebra import (
 from maxconv.errors import UserError
 from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, flat
 from maxconv.models import schema
-from maxconv.models.canonical_names import renamer
-from maxconv.models.lora import check, config_problems, missing_parts, pairs, scaling
+from maxconv.models.adapter_config import config_problems, scaling
+from maxconv.models.lora import check, missing_parts, pairs
 from maxconv.models.resolve import Model, unit
+from maxconv.models.stored_names import renamer
 from maxconv.sources import Source
 
 IN, OUT = "A", "B"  # the sides of a weight are called after their parts
@@ -101,7 +102,7 @@ def _found(
     """The parts of each weight that is adapted, and what is wrong with them."""
     rename = renamer(family.names)
     weights = set().union(*(a.row.names() for a in adaptable))
-    found, problems = pairs(adapter, lambda n: rename(n)[0], weights)
+    found, problems = pairs(adapter, lambda n: rename(n)[0], weights, alone=True)
     problems += missing_parts(found)
     ranks = {parts[IN].shape[0] for parts in found.values() if IN in parts}
     stated = _rank(adapter)

@@ -5,10 +5,8 @@ Checkpoints of one architecture come under several names: `model.layers.0.mlp.up
 family lists the others. Quantised tensors are decoded by their codec.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import count, product
 
 import ml_dtypes
@@ -33,6 +31,8 @@ from maxconv.families import Family
 from maxconv.families.table import MOST_EXPERTS
 from maxconv.models.codecs import SCALE, decoded
 from maxconv.models.lora import merged
+from maxconv.models.stored_names import left_out, no_weights, unwrapped
+from maxconv.models.unread import check_readable
 from maxconv.sources import Source
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -55,13 +55,18 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     `keep_fp8`: fp8 weights are not dequantised, and their scales are tensors like others.
 
     Raises:
-        UserError: two tensors have the same canonical name, or packed ones do not fit together.
+        UserError: it is not in a form that is read, two tensors have the same canonical name, or
+            packed ones do not fit together.
     """
+    check_readable(source)
     beside = source.adapter.tensors if source.adapter else ()
-    stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in beside}
+    useless = no_weights(source.tensors)
+    out = set(beside).union(*useless.values())
+    stored = {n: Tensor(n, x.shape) for n, x in source.tensors.items() if n not in out}
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     weights, notices = decoded(stored, source.config, keep_fp8, dtypes)
-    rename = renamer(family.names)
+    rename, prefixes = unwrapped(family.names, weights)
+    notices = (*notices, *left_out(useless), *prefixes)
     found: dict[str, Expr] = {}
     used: dict[str, str] = {}
     problems = []
@@ -213,26 +218,3 @@ def misfit(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> str | No
 
 def _is_computed(expr: Expr) -> bool:
     return any(isinstance(node, Combine) for node in nodes(expr))
-
-
-def renamer(names: Sequence[tuple[str, str]]) -> Callable[[str], tuple[str, str | None]]:
-    """The function that gives a tensor's name in the table, and the pattern that was used if any.
-
-    Args:
-        names: pairs of patterns, the first that fits is used: how a name begins, and how it begins
-            in the table. A `*` stands for a part without dots, which is kept.
-    """
-    compiled = [(_regex(theirs), theirs, ours.replace("*", "{}")) for theirs, ours in names]
-
-    def rename(name: str) -> tuple[str, str | None]:
-        for regex, theirs, ours in compiled:
-            if match := regex.match(name):
-                return ours.format(*match.groups()) + name[match.end() :], theirs
-        return name, None
-
-    return rename
-
-
-@cache
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile("([^.]+)".join(re.escape(part) for part in pattern.split("*")))

@@ -4,6 +4,7 @@ A codec is a property of the source. Families never see it, and a box of a weigh
 through it to the packed bytes. Results are float32, unrounded.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,12 +140,26 @@ def scale_rows(
 
 
 def fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
-    """Blocks with a scale each, those at the ends ragged (DeepSeek-V3, inference/kernel.py)."""
+    """Blocks with a scale each, those at the ends ragged (DeepSeek-V3, inference/kernel.py); or
+    one scale for the whole, of shape (), (1,) or (1, 1)."""
     scales: Expr = scale
+    if math.prod(scale.shape) == 1:
+        return whole_fp8(weight, scale, config)
     if not len(weight.shape) == len(scale.shape) > 1:
         raise AlgebraError(f"a weight {weight.shape} with scales {scale.shape}")
     for axis, k in zip((-2, -1), _block_size(config), strict=True):
         scales = apply(Repeat(axis, k, weight.shape[axis]), scales)
+    return _product(weight, scales)
+
+
+def whole_fp8(weight: Tensor, scale: Tensor, config: Mapping[str, Any]) -> Expr:
+    """All of a tensor with the same scale, of as many ones as axes."""
+    if math.prod(scale.shape) != 1 or not weight.shape:
+        raise AlgebraError(f"a weight {weight.shape} with scales {scale.shape}")
+    ones = " ".join("1" for _ in scale.shape), " ".join("1" for _ in weight.shape)
+    scales: Expr = apply(rearrange(" -> ".join(ones)), scale)
+    for axis, n in enumerate(weight.shape):
+        scales = apply(Repeat(axis, n, n), scales)
     return _product(weight, scales)
 
 
@@ -181,7 +196,14 @@ def _product(numbers: Expr, scales: Expr) -> Expr:
 
 
 CODECS = (
-    Codec("fp8 with block scales", SCALE, ("", SCALE), fp8),
+    Codec("fp8", SCALE, ("", SCALE), fp8),
+    Codec(
+        "fp8 with a scale for each tensor",
+        "_scale",
+        ("", "_scale"),
+        whole_fp8,
+        dtypes=("float8_e4m3fn", ""),
+    ),
     Codec("MXFP4", "_blocks", ("_blocks", "_scales"), mxfp4, dtypes=("uint8", "uint8")),
     Codec("int4", "_packed", ("_packed", "_scale"), int4, others=("_shape",), dtypes=("int32", "")),
 )

@@ -3,30 +3,36 @@
 For those that stay by themselves see `adapters.py`.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale, tensors
 from maxconv.errors import UserError
-from maxconv.models import schema
+from maxconv.models.adapter_config import (
+    LONGEST_NAME,
+    alphas,
+    config_problems,
+    pattern_problems,
+    scaling,
+)
+from maxconv.models.stored_names import EMBEDDING, HEAD
 from maxconv.sources import Source
 
-_PART = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+# Names in an adapter: of one of the two parts of a module; of a whole weight. What PEFT has in
+# memory and other programs save, too, is the adapter's own name in them, such as `.default`.
+_BASE = r"(?:base_model\.model\.)?"
+_PART = re.compile(
+    rf"{_BASE}(.+)\.lora_(embedding_)?([AB])(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.weight)?"
+)
+_WHOLE = re.compile(rf"{_BASE}(.+?)(?:\.base_layer|\.modules_to_save\.[^.]+)?\.(weight|bias)")
 _OTHER = {"A": "B", "B": "A"}
 
-# PEFT takes any regular expression for a pattern of modules, and some never end. These do: names,
-# character classes, alternatives, and repetitions of single characters.
-_PATTERN = re.compile(r"\^?(?:[\w/:-]|\.|\\[.dw]|\[[\w-]+\]|(?<!\))[*+?]|[(|)])*\$?", re.ASCII)
-_LONGEST_NAME = 128  # of a module, or a pattern
-_MOST_STEPS = 1 << 32  # of matching all patterns with all modules, at worst
+Rename = Callable[[str], str]
 
 
-def merged(
-    weights: Mapping[str, Expr], adapter: Source, rename: Callable[[str], str]
-) -> dict[str, Expr]:
-    """The weights with an adapter's products added, in float32.
+def merged(weights: Mapping[str, Expr], adapter: Source, rename: Rename) -> dict[str, Expr]:
+    """The weights with an adapter's products added, in float32, and its whole weights as theirs.
 
     Args:
         weights: of the base model, by the names of the family's table.
@@ -36,15 +42,18 @@ def merged(
     Raises:
         UserError: everything in the adapter that fits nothing, or is no plain LoRA.
     """
-    check(config_problems(adapter.config), adapter)
-    found, problems = pairs(adapter, rename, weights.keys())
-    problems += missing_parts(found)
-    check([*problems, *_pattern_problems(adapter.config, len(found))], adapter)
+    whole, problems = _whole_weights(adapter, rename, weights)
+    result = {**weights, **whole}
+    found, others = pairs(adapter, rename, result.keys())
+    problems = [*config_problems(adapter.config), *problems, *others, *missing_parts(found)]
+    if not (whole or found or problems):
+        problems.append("it has no tensors, so there is nothing to merge; take it out")
+    check(problems, adapter)
+    check(pattern_problems(adapter.config, len(found)), adapter)
     alpha_of = alphas(adapter.config)
-    result = dict(weights)
     for weight, parts in found.items():
         try:
-            result[weight] = _sum(weights[weight], parts, alpha_of, adapter.config)
+            result[weight] = _sum(result[weight], parts, alpha_of, adapter.config)
         except AlgebraError as error:
             problems.append(f"{weight}: {error}")
     check(problems, adapter)
@@ -57,8 +66,52 @@ def check(problems: Iterable[str], adapter: Source) -> None:
         raise UserError(found)
 
 
+def is_part(name: str) -> bool:
+    """Whether a tensor is one of the two parts of an adapter."""
+    return _PART.fullmatch(name) is not None
+
+
+def adapted_head(expr: Expr) -> str | None:
+    """What is wrong with a head that is the embedding table, if an adapter has parts of its own."""
+    part = next((t.name for t in tensors(expr) if is_part(t.name)), None)
+    return part and _of_tied_head(part)
+
+
+def _of_tied_head(name: str) -> str:
+    return (
+        f"tensor {name} adapts lm_head, which is the embedding table (tie_word_embeddings); merge "
+        "it with PEFT first"
+    )
+
+
+def _whole_weights(
+    adapter: Source, rename: Rename, weights: Mapping[str, Expr]
+) -> tuple[dict[str, Expr], list[str]]:
+    """The weights that an adapter has whole (modules_to_save), and what fits nothing.
+
+    A head may be new: then the model's was the embedding table.
+    """
+    found: dict[str, Expr] = {}
+    problems = []
+    for name, info in adapter.tensors.items():
+        match = None if is_part(name) else _WHOLE.fullmatch(name)
+        weight = rename(f"{match[1]}.{match[2]}") if match else ""
+        base = weights.get(EMBEDDING if weight == HEAD and HEAD not in weights else weight)
+        if match is None or base is None:
+            continue  # `pairs` names it
+        if base.shape != info.shape:
+            problems.append(
+                f"tensor {name} {info.shape} fits no weight of the model: {weight} is {base.shape}"
+            )
+        if weight in found:
+            other = next(tensors(found[weight])).name
+            problems.append(f"{other} and {name} are the same tensor")
+        found[weight] = Tensor(name, info.shape)
+    return found, problems
+
+
 def pairs(
-    adapter: Source, rename: Callable[[str], str], weights: Set[str]
+    adapter: Source, rename: Rename, weights: Set[str], alone: bool = False
 ) -> tuple[dict[str, dict[str, Expr]], list[str]]:
     """The parts "A", (rank, inputs), and "B", (outputs, rank), of each weight that is adapted.
 
@@ -66,6 +119,7 @@ def pairs(
         adapter: as PEFT saves it.
         rename: from a checkpoint's name of a tensor to the table's.
         weights: what can be adapted, by the table's names.
+        alone: whole weights fit nothing.
 
     Returns:
         The parts, and a sentence for each tensor that fits nothing.
@@ -74,22 +128,38 @@ def pairs(
     problems = []
     for name, info in adapter.tensors.items():
         match = _PART.fullmatch(name)
+        if match is None and not alone and _is_whole(name, rename, weights):
+            continue
         weight = rename(f"{match[1]}.weight") if match else ""
-        if match is None or len(match[1]) > _LONGEST_NAME or weight not in weights:
+        if weight == HEAD and HEAD not in weights and EMBEDDING in weights:
+            problems.append(_of_tied_head(name))
+            continue
+        if match is None or len(match[1]) > LONGEST_NAME or weight not in weights:
             problems.append(f"tensor {name} fits no weight of the model")
             continue
         part: Expr = Tensor(name, info.shape)
         letter = match[3]
-        if match[2]:  # an embedding is adapted by the transpose, A' B'
-            part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
-        if len(info.shape) != 2 or 0 in info.shape:
+        if 0 in info.shape:
+            problems.append(
+                f"tensor {name} {info.shape} is empty, as DeepSpeed ZeRO-3 leaves it; save it "
+                "again with the parameters gathered"
+            )
+            continue
+        if len(info.shape) != 2:
             problems.append(f"tensor {name} {info.shape} is no matrix")
             continue
+        if match[2]:  # an embedding is adapted by the transpose, A' B'
+            part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
         parts = found.setdefault(weight, {})
         if letter in parts:
             problems.append(f"{next(tensors(parts[letter])).name} and {name} are the same tensor")
         parts[letter] = part
     return found, problems
+
+
+def _is_whole(name: str, rename: Rename, weights: Set[str]) -> bool:
+    match = _WHOLE.fullmatch(name)
+    return match is not None and rename(f"{match[1]}.{match[2]}") in weights
 
 
 def missing_parts(found: Mapping[str, Mapping[str, Expr]]) -> Iterator[str]:
@@ -116,81 +186,3 @@ def _module(part: Expr) -> str:
     match = _PART.fullmatch(next(tensors(part)).name)
     assert match is not None
     return match[1]
-
-
-def scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with rslora (arXiv:2312.03732)."""
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
-    """The function that gives the alpha of a module by its name.
-
-    The first pattern counts that fits the name, or its end after a dot (PEFT's get_pattern_key).
-    """
-    default = schema.entry(config, "lora_alpha", 8)
-    own = [
-        (_compiled(pattern), alpha)
-        for pattern, alpha in schema.entry(config, "alpha_pattern", {}).items()
-    ]
-
-    def alpha_of(module: str) -> float:
-        return next((alpha for pattern, alpha in own if pattern.fullmatch(module)), default)
-
-    return alpha_of
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:.*\.)?(?:{pattern})")
-
-
-def _pattern_problems(config: Mapping[str, Any], modules: int) -> Iterator[str]:
-    """Patterns that are none, or may take too long to match."""
-    patterns = schema.entry(config, "alpha_pattern", {})
-    for pattern in patterns:
-        if not _is_simple(pattern):
-            yield (
-                f"adapter_config.json: alpha_pattern has {pattern!r}, which is neither the name of "
-                "a module nor a simple regular expression; merge it with PEFT first"
-            )
-    if modules * sum(map(_most_steps, patterns)) > _MOST_STEPS:
-        yield (
-            "adapter_config.json: alpha_pattern takes too long to match; merge it with PEFT first"
-        )
-
-
-def _is_simple(pattern: str) -> bool:
-    if len(pattern) > _LONGEST_NAME or not _PATTERN.fullmatch(pattern):
-        return False
-    try:
-        _compiled(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _most_steps(pattern: str) -> int:
-    """Backtracking tries each place for a repetition, and each of two alternatives."""
-    repetitions = 1 + sum(pattern.count(c) for c in "*+?")  # one before the pattern
-    return _LONGEST_NAME**repetitions << pattern.count("|")
-
-
-def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[str]:
-    """What is no plain LoRA, or is not MaxText's if it is to stand `alone`, each in a sentence."""
-    malformed = [f"adapter_config.json: {p}" for p in schema.problems(config, schema.ADAPTER)]
-    if malformed:
-        yield from malformed
-        return
-    if (kind := schema.entry(config, "peft_type", "LORA")) != "LORA":
-        yield f"adapter_config.json: peft_type={kind} is not supported; only LORA can be converted"
-    for key in ("rank_pattern", "alpha_pattern") if alone else ():
-        if config.get(key):
-            yield (
-                f"adapter_config.json: {key} is not supported, as MaxText has one for all; give "
-                "the model as --hf_model_path, to merge the adapter"
-            )
-    for key in ("use_dora", "fan_in_fan_out"):
-        if config.get(key):
-            yield f"adapter_config.json: {key}=true is not supported; merge it with PEFT first"
-    if (bias := schema.entry(config, "bias", "none")) != "none":
-        yield f"adapter_config.json: bias={bias} is not supported; merge it with PEFT first"

@@ -6,15 +6,17 @@ from typing import Any
 
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
-from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, number_after, stated_sizes
+from maxconv.families import Dims, Family, Row, number_after, stated_sizes
 from maxconv.families.table import DECODER_LAYERS
 from maxconv.models import schema
+from maxconv.models.architecture import check_config, family_of
+from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
+from maxconv.models.head import Head, head, head_problems
+from maxconv.models.stored_names import HEAD
 from maxconv.sources import Source
 
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 _MOST_PADDING = 2  # times the vocabulary: beyond that, it is a mistake
 
 
@@ -43,7 +45,7 @@ class Model:
 
         `name` is that of the family's table.
         """
-        if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == _HEAD):
+        if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == HEAD):
             return True
         number = number_after(name, DECODER_LAYERS)
         return number is not None and any(
@@ -61,6 +63,7 @@ def resolve(
     facts: Mapping[str, Any] | None = None,
     words: Mapping[str, Any] | None = None,
     keep_fp8: bool = False,
+    head_differs: bool = False,
 ) -> Model:
     """The model of a checkpoint.
 
@@ -70,30 +73,35 @@ def resolve(
         facts: MaxText's own configuration of that model.
         words: what the user typed, which overrides both.
         keep_fp8: fp8 weights are kept, and scales beside them.
+        head_differs: the head that is stored beside a tied table has other values.
 
     Raises:
         UserError: an architecture that is not known, or every difference between config.json and
             what MaxText would build, at once.
     """
-    _check_config(source, schema.problems(source.config, schema.CONFIG))
-    family = _family(source)
-    _check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
+    family = family_of(source, facts)
+    check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
     logical = logical_tensors(source, family, keep_fp8)
-    published = _published(source, family, logical.tensors)
+    ends = head(source, family, logical.tensors, head_differs)
+    published = _published(source, family, ends)
     # Layers of multi-token prediction are there if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
     problems = _architecture_problems(family, name, facts)
     chosen, contradictions = _chosen(source, family, published, name, facts, words)
     dims = replace(published, **chosen)
     problems += [*contradictions, *_part_problems(family, dims, published)]
-    problems = problems or list(layer_problems(dims, logical.tensors))
+    problems = problems or list(layer_problems(dims, ends.tensors))
     if problems:
         raise UserError(problems)
-    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, logical.tensors))
-    notices = [*logical.notices, *_notices(dims, published), *_advice(family, name, facts)]
-    if dims.tied and _HEAD in logical.tensors:
-        notices.append(f"{_HEAD} is not read: tie_word_embeddings makes it the embedding table")
-    return Model(family, dims, published, rows, logical.tensors, tuple(notices))
+    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, ends.tensors))
+    notices = [
+        *found_as(source.config, family),
+        *logical.notices,
+        *ends.notices,
+        *_notices(dims, published),
+        *_advice(family, name, facts),
+    ]
+    return Model(family, dims, published, rows, ends.tensors, tuple(notices))
 
 
 def _chosen(
@@ -146,36 +154,14 @@ def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]
         )
 
 
-def _check_config(source: Source, problems: Iterable[str]) -> None:
-    """Raises a UserError about config.json if there are problems."""
-    if found := list(problems):
-        raise UserError(
-            [f"config.json in {source.root}: {p}; take that of the original model." for p in found]
-        )
-
-
-def _family(source: Source) -> Family:
-    named = schema.entry(source.config, "architectures", [])
-    names = [named] if isinstance(named, str) else named
-    for architecture in names:
-        for family in BY_ARCHITECTURE.get(architecture, ()):
-            if family.fits(source.config):
-                return family
-    what = ", ".join(names) or "model without an architecture in config.json"
-    raise UserError(
-        f"{source.root} is a {what}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
-        'To teach it another, see "Add a model" in its README.'
-    )
-
-
-def _published(source: Source, family: Family, tensors: Mapping[str, Expr]) -> Dims:
+def _published(source: Source, family: Family, ends: Head) -> Dims:
     """The sizes in config.json; UserError when they are not those of the tensors."""
     try:
-        dims = family.dims(source.config, tensors)
+        dims = replace(family.dims(source.config), tied=ends.tied)
     except KeyError as error:
-        _check_config(source, [f"there is no entry {error}"])
+        check_config(source, [f"there is no entry {error}"])
         raise
-    _check_config(source, _size_problems(source, dims, tensors))
+    check_config(source, _size_problems(source, dims, ends.tensors))
     return dims
 
 
@@ -189,9 +175,7 @@ def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> I
             yield f"{_entry(source, f)} has {len(value)} entries for {getattr(dims, count)} {count}"
         if (larger := f.metadata["below"]) and value >= getattr(dims, larger):
             yield f"{_entry(source, f)}={value}, but there are {getattr(dims, larger)} {larger}"
-    shape = tensors[_EMBEDDING].shape if _EMBEDDING in tensors else None
-    if shape not in (None, (dims.vocab, dims.emb)):
-        yield f"vocab_size={dims.vocab} and hidden_size={dims.emb}, but {_EMBEDDING} is {shape}"
+    yield from head_problems(dims, tensors)
 
 
 def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
@@ -248,8 +232,9 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
         return True
     match f.name:
         case "vocab":  # MaxText's own tables pad some families; the user may pad any
-            may_differ = family.pads_vocab or (typed and ours > theirs)
-            return may_differ and ours <= _MOST_PADDING * theirs
+            may_pad = family.pads_vocab or typed
+            may_cut = family.pads_vocab and (typed or theirs - ours <= family.spare_rows)
+            return (may_pad if ours > theirs else may_cut) and ours <= _MOST_PADDING * theirs
         case "layers":  # the first N, as people test
             return typed and 0 < ours < theirs
         case "mtp":

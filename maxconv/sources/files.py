@@ -17,8 +17,10 @@ from maxconv.sources.index import (
     INDEX,
     check_distinct,
     check_index,
+    check_kind,
     choose_files,
     notices,
+    of_the_model,
     weight_map,
 )
 from maxconv.sources.narrow import narrow, narrowed
@@ -49,9 +51,11 @@ class FileSource(Source, ABC):
         Raises:
             UserError: with everything that is wrong with the directory, `problems` among it.
         """
-        names, problems = self._names(), list(problems)
+        found, problems = self._names(), list(problems)
+        names = of_the_model(found)
         self._digests: dict[str, str] = {}
         with _collect(problems):
+            check_kind(self.root, names, config)
             self.config = self._object(config)
         where: dict[str, str] | None = None
         files: Sequence[str] = []
@@ -79,7 +83,7 @@ class FileSource(Source, ABC):
             name: TensorInfo(name, narrow(info.dtype), info.shape)
             for name, info in self.stored.items()
         }
-        self.notices = notices(self.root, names, headers, self.stored)
+        self.notices = notices(self.root, found, headers, self.stored)
 
     def _object(self, file: str) -> dict[str, Any]:
         raw = self._content(file)

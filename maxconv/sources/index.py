@@ -11,6 +11,7 @@ from maxconv.sources.safetensors import StoredTensor, some
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_ADAPTER = "adapter_config.json"
 _OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 _ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "items"}
 
@@ -36,6 +37,35 @@ def weight_map(index: Mapping[str, Any]) -> dict[str, str]:
 
 def _is_beside(file: str) -> bool:
     return not file.startswith("/") and ".." not in PurePosixPath(file).parts
+
+
+def of_the_model(names: set[str]) -> set[str]:
+    """The names of files that may be a model's: none that an operating system left, none below
+    other directories, and not the same weights once more under their authors' own names."""
+    own = {name for name in names if not name.startswith(".") and "/" not in name}
+    weights = {name for name in own if name.endswith(".safetensors")}
+    once_more = {name for name in weights if name.startswith("consolidated")}
+    return own - once_more if weights - once_more else own
+
+
+def check_kind(root: str, names: set[str], config: str) -> None:
+    """UserError when a directory is something else than what `config` would describe."""
+    if config in names:
+        return
+    if _ADAPTER in names:
+        raise UserError(
+            f"{root} is a LoRA adapter: give it as hf_lora_adapter_path=, and the model that it is "
+            "of as --hf_model_path="
+        )
+    if config == _ADAPTER and "config.json" in names:
+        raise UserError(
+            f"{root} is a model, not a LoRA adapter: give the directory that holds {_ADAPTER}"
+        )
+    if {"snapshots", "blobs"} <= names:
+        raise UserError(
+            f"{root} is the Hugging Face cache of a model: give one of the directories in its "
+            "snapshots/, or the name of the model"
+        )
 
 
 def choose_files(root: str, names: set[str], weight_map: Mapping[str, str] | None) -> Sequence[str]:
@@ -107,7 +137,9 @@ def notices(
             f"{len(unnamed)} tensors are not read, because {INDEX} does not name them where they "
             f"are: {some(unnamed)}."
         )
-    if unread := sorted({n for n in names if n.endswith(".safetensors")} - headers.keys()):
-        reason = INDEX if INDEX in names else SINGLE
+    weights = {n for n in names if n.endswith(".safetensors") and not n.startswith(".")}
+    if unread := sorted(weights - headers.keys()):
+        others = (name for name in (INDEX, SINGLE) if name in names)
+        reason = next(others, "files with transformers' names")
         found.append(f"{root} has {reason}, so {some(unread)} is not read.")
     return found

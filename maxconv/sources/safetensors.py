@@ -163,7 +163,7 @@ def load_object(raw: bytes, file: str, problems: list[str]) -> dict[str, Any]:
             "again."
         )
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again.") from None
     if not isinstance(value, dict):

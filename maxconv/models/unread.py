@@ -1,0 +1,124 @@
+"""What a checkpoint may be instead of plain weights, so that it cannot be read: each is named.
+
+It is recognised by the tensors: an entry `quantization_config` is often left behind in the
+config.json of weights that were dequantised.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maxconv.errors import UserError
+from maxconv.models.codecs import QUANTIZATION
+from maxconv.models.lora import is_part
+from maxconv.models.schema import entry
+from maxconv.models.stored_names import no_weights
+from maxconv.sources import Source, TensorInfo
+from maxconv.sources.safetensors import some
+
+_PLAIN = "convert a release in bfloat16 or block fp8"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A quantisation that is not read: what it is called, how names end, what to do about it."""
+
+    name: str
+    marks: tuple[str, ...]
+    mend: str
+
+
+FORMATS = (
+    Format(
+        "bitsandbytes",
+        (".SCB", ".absmax", ".quant_map", ".nested_absmax", ".quant_state.bitsandbytes__nf4"),
+        f"{_PLAIN}, or dequantise it with transformers (model.dequantize()) and save it again",
+    ),
+    Format("NVFP4", ("_scale_2", "_global_scale"), _PLAIN),
+    Format(
+        "integers with weight_zero_point (asymmetric)",
+        ("_zero_point",),
+        f"{_PLAIN}, or symmetric int4",
+    ),
+    Format("integers in the order of activations (g_idx)", ("weight_g_idx",), _PLAIN),
+    Format("HQQ", (".W_q",), _PLAIN),
+    Format("AQLM", (".codebooks",), _PLAIN),
+)
+_PACKED = Format(
+    "GPTQ or AWQ",
+    (".qweight", ".qzeros"),
+    f"{_PLAIN}, or dequantise it with GPTQModel and save it again",
+)
+
+
+def check_readable(source: Source) -> None:
+    """UserError when a checkpoint is no model, or not in a form that is read."""
+    beside = source.adapter.tensors if source.adapter else ()
+    tensors = {name: info for name, info in source.tensors.items() if name not in beside}
+    if problem := next(_problems(tensors, source.config), None):
+        raise UserError(f"{source.root} {problem}.")
+
+
+def _problems(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[str]:
+    parts = [name for name in tensors if is_part(name)]
+    if parts and len(parts) == len(tensors):
+        yield (
+            "is a LoRA adapter, not a model: give it as hf_lora_adapter_path=, and the model that "
+            "it is of as --hf_model_path="
+        )
+    if parts:
+        yield (
+            f"holds an adapter that is not merged ({parts[0]}): merge it with PEFT "
+            "(model.merge_and_unload()) and save it again"
+        )
+    if quantised := _quantised(tensors, config):
+        yield quantised
+    useless = {name for names in no_weights(tensors).values() for name in names}
+    empty = [n for n, info in tensors.items() if 0 in info.shape and n not in useless]
+    if empty:
+        yield (
+            f"has {len(empty)} tensors without values ({some(empty)}), as DeepSpeed ZeRO-3 saves "
+            "them: save it again with stage3_gather_16bit_weights_on_model_save, or after "
+            "zero_to_fp32.py"
+        )
+
+
+def _quantised(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> str | None:
+    quantization = entry(config, QUANTIZATION, {})
+    method = str(entry(quantization, "quant_method", ""))
+    for form in FORMATS:
+        if (found := _marked(tensors, form.marks)) is not None:
+            return _sentence(form.name, found, method, form.mend)
+    if (found := _marked(tensors, _PACKED.marks)) is not None:
+        name = {"gptq": "GPTQ", "awq": "AWQ"}.get(method, _PACKED.name)
+        return _sentence(name, found, "", _PACKED.mend)
+    for name, info in tensors.items():
+        if name.endswith("weight_packed") and (bits := _bits(quantization)) != 4:
+            return _sentence(f"packed integers of {bits} bits", name, method, _PLAIN)
+        weight = tensors.get(name.removesuffix("_scale"))
+        if weight is None or not name.endswith("weight_scale"):
+            continue
+        if math.prod(info.shape) != 1 or weight.dtype.kind in "iu":
+            kind = f"{weight.dtype} with weight_scale of shape {info.shape}"
+            return _sentence(kind, name, method, _PLAIN)
+    return None
+
+
+def _marked(tensors: Mapping[str, TensorInfo], marks: Sequence[str]) -> str | None:
+    return next((name for name in tensors if name.endswith(tuple(marks))), None)
+
+
+def _sentence(kind: str, tensor: str, method: str, mend: str) -> str:
+    of = f" ({method})" if method and method.lower() not in kind.lower() else ""
+    return f"is quantised as {kind}{of}, which is not read: {tensor}; {mend}"
+
+
+def _bits(quantization: Mapping[str, Any]) -> int:
+    """Bits of a weight (compressed-tensors), all groups alike."""
+    groups = entry(quantization, "config_groups", {})
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = entry(group, "weights", {}) if isinstance(group, Mapping) else {}
+        if isinstance(weights, Mapping) and type(bits := weights.get("num_bits")) is int:
+            return bits
+    return 4

@@ -1,0 +1,332 @@
+"""Checkpoints as other programs leave them: each kind over several families, against numpy."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from jobs import job_words
+from plans import make_leaf
+from safetensors.numpy import load_file, save_file
+
+from maxconv.config import parse
+from maxconv.errors import UserError
+from maxconv.execution.engine import Engine
+from maxconv.jobs.prepare import prepared
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Checkpoint:
+    """A tiny model of a family, whose tensors and config.json a test changes."""
+
+    def __init__(self, case: str, directory: Path):
+        self.case, self.directory = case, directory
+        self.hf = tiny.write(case, directory / "hf", shard_bytes=None)
+        self.tensors = load_file(self.hf / "model.safetensors")
+
+    def entries(self, **entries: Any) -> None:
+        """Entries of config.json; None takes one out."""
+        path = self.hf / "config.json"
+        config = json.loads(path.read_text()) | entries
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    def save(self, tensors: Mapping[str, np.ndarray] | None = None) -> None:
+        kept = {n: np.ascontiguousarray(x) for n, x in (tensors or self.tensors).items()}
+        save_file(kept, self.hf / "model.safetensors")
+
+    def converted(self, *more: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        """Every leaf as it is made on devices, and what the user is told."""
+        words = [*tiny.maxtext_words(self.case, tiny.CASES[self.case].scans)]
+        line = job_words(self.directory, self.hf, words, "fsdp8", more)
+        with prepared(parse(line)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
+            made = {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}
+            return made, job.notices
+
+    def refused(self, *more: str) -> str:
+        with pytest.raises(UserError) as caught:
+            self.converted(*more)
+        return "\n".join(caught.value.problems)
+
+
+def same(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    differ = [n for n in theirs if not np.array_equal(ours[n], theirs[n])]
+    assert not differ
+
+
+LOGITS = "params.params.decoder.logits_dense.kernel"
+
+
+@pytest.mark.parametrize("case", ["qwen2.5-1.5b", "qwen3-0.6b"])
+def test_a_head_beside_a_tied_table(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    c.save({**c.tensors, HEAD: c.tensors[TABLE]})
+    leaves, notices = c.converted()
+    same(leaves, plain)
+    assert any("is the embedding table" in n for n in notices)
+    other = c.tensors[TABLE].copy()
+    other[-1, -1] += 1  # one value of all
+    c.save({**c.tensors, HEAD: other})
+    assert "logits_via_embedding=True" in c.refused()
+    leaves, notices = c.converted("logits_via_embedding=False")
+    rows = other.shape[0]
+    np.testing.assert_array_equal(leaves[LOGITS][:, :rows], other.T)
+    assert any("lm_head.weight is kept" in n for n in notices)
+    head_alone = {HEAD if n == TABLE else n: x for n, x in c.tensors.items()}
+    c.save(head_alone)
+    same(c.converted()[0], plain)
+
+
+@pytest.mark.parametrize("case", ["gemma2-2b", "gemma3-4b"])
+def test_a_gemma_is_tied_where_nothing_says_so(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    table = next(n for n in c.tensors if n.endswith("embed_tokens.weight"))
+    head = HEAD if table == TABLE else "language_model.lm_head.weight"
+    c.save({**c.tensors, head: c.tensors[table]})
+    c.entries(tie_word_embeddings=None)
+    same(c.converted()[0], plain)
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "qwen3-30b-a3b"])
+def test_a_head_that_is_missing_or_of_another_height(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    c.save({n: x for n, x in c.tensors.items() if n != HEAD})
+    for said in (False, None):
+        c.entries(tie_word_embeddings=said)
+        assert "has no lm_head.weight, but tie_word_embeddings is" in c.refused()
+    c.save({**c.tensors, HEAD: np.concatenate([c.tensors[HEAD], c.tensors[HEAD][:2]])})
+    assert "but lm_head.weight is" in c.refused()
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen3-8b", "gemma3-4b"])
+def test_prefixes_that_all_names_have_or_lack(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    for prefix in ("_orig_mod.", "module.", "base.model."):
+        c.save({prefix + n: x for n, x in c.tensors.items()})
+        leaves, notices = c.converted()
+        same(leaves, plain)
+        assert any(prefix in n for n in notices)
+    c.save({n.replace("layers.0.", "layers.0._orig_mod."): x for n, x in c.tensors.items()})
+    same(c.converted()[0], plain)
+
+
+@pytest.mark.parametrize(
+    ("case", "base"), [("llama3.1-8b", "LlamaModel"), ("qwen3-0.6b", "Qwen3Model")]
+)
+def test_a_base_without_a_head(case: str, base: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    c.entries(architectures=[base], model_type=None)
+    c.save({n.removeprefix("model."): x for n, x in c.tensors.items() if n != HEAD})
+    leaves, notices = c.converted("logits_via_embedding=True")
+    assert LOGITS not in leaves
+    assert any(f"{base} is read as a" in n and "without a head" in n for n in notices)
+
+
+@pytest.mark.parametrize("case", ["mistral-7b", "qwen3-30b-a3b"])
+def test_without_architectures_the_model_type_decides(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    c.entries(architectures=None)
+    leaves, notices = c.converted()
+    same(leaves, plain)
+    assert any("model_type=" in n for n in notices)
+    c.entries(model_type=None)
+    leaves, notices = c.converted()  # then what model_name is
+    same(leaves, plain)
+    assert any("model_name makes it" in n for n in notices)
+
+
+@pytest.mark.parametrize("case", ["qwen2.5-7b", "mixtral-8x7b"])
+def test_what_is_no_weight_is_left_out(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    at = "model.layers.0.self_attn"
+    one = np.ones(1, np.float32)
+    more = (f"{at}.rotary_emb.inv_freq", "v_head.summary.weight", f"{at}.k_scale")
+    c.save({**c.tensors, **dict.fromkeys(more, one), f"{at}.q_proj.input_scale": one})
+    leaves, notices = c.converted()
+    same(leaves, plain)
+    (told,) = [n for n in notices if "no weights" in n]
+    assert all(part in told for part in ("inv_freq", "v_head", "k_scale", "input_scale"))
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "mixtral-8x7b"])
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_fp8_with_a_scale_for_each_tensor(
+    case: str, end: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    c = Checkpoint(case, tmp_path)
+    stored, plain = {}, {}
+    for i, (name, x) in enumerate(c.tensors.items()):
+        stored[name] = plain[name] = x
+        if x.ndim == 2 and ".layers." in name and "gate.weight" not in name:
+            scale = np.float32(0.25 + i / 64)
+            packed = (x.astype(np.float32) / scale).astype(FP8)
+            stored |= {name: packed, name + end: np.full(shape, scale, np.float32)}
+            stored[name.replace(".weight", ".activation_scale")] = np.float32(1).reshape(())
+            plain[name] = (packed.astype(np.float32) * scale).astype(BF16)
+    c.save(plain)
+    want, _ = c.converted()
+    c.save(stored)
+    c.entries(quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
+    same(c.converted()[0], want)
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    ("method", "stored", "said"),
+    [
+        ("gptq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "GPTQ"),
+        ("awq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "AWQ"),
+        ("bitsandbytes", {"weight": np.int8, "SCB": np.float32}, "bitsandbytes"),
+        ("modelopt", {"weight": np.uint8, "weight_scale_2": np.float32}, "NVFP4"),
+        ("compressed-tensors", {"weight": FP8, "weight_scale": np.float32}, "compressed-tensors"),
+        ("compressed-tensors", {"weight_zero_point": np.int32}, "zero_point"),
+        ("compressed-tensors", {"weight_g_idx": np.int32}, "g_idx"),
+    ],
+)
+def test_quantised_in_a_way_that_is_not_read(
+    case: str, method: str, stored: Mapping[str, Any], said: str, tmp_path: Path
+) -> None:
+    c = Checkpoint(case, tmp_path)
+    at = "model.layers.0.mlp.up_proj."
+    others = {n: x for n, x in c.tensors.items() if not n.startswith(at)}
+    c.save(others | {at + end: np.ones((4, 2)).astype(dtype) for end, dtype in stored.items()})
+    c.entries(quantization_config={"quant_method": method})
+    problem = c.refused()
+    assert said in problem and "which is not read" in problem and "\n" not in problem
+    c.save()  # weights that were dequantised, and an entry that was left
+    c.converted()
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen2.5-7b"])
+def test_what_is_no_whole_model_is_named(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    part = np.ones((2, 2), BF16)
+    c.save({"base_model.model." + name.replace("weight", "lora_A.weight"): part})
+    assert "hf_lora_adapter_path=" in c.refused()
+    c.save({**c.tensors, name.replace("weight", "lora_A.default.weight"): part})
+    assert "merge it with PEFT" in c.refused()
+    c.save({**c.tensors, name: np.zeros(0, BF16)})
+    problem = c.refused()
+    assert name in problem and "ZeRO-3" in problem
+
+
+def test_rows_of_the_table_are_cut_only_when_told(tmp_path: Path) -> None:
+    for case in ("qwen2.5-7b", "olmo3-7b"):
+        c = Checkpoint(case, tmp_path / case)
+        words = [w for w in tiny.maxtext_words(case, True) if not w.startswith("vocab_size=")]
+        rows = 160_000  # more than MaxText's models have
+        ends = {
+            n: np.zeros((rows, x.shape[1]), BF16)
+            for n, x in c.tensors.items()
+            if n in (TABLE, HEAD)
+        }
+        c.save({**c.tensors, **ends})
+        c.entries(vocab_size=rows)
+        line = job_words(tmp_path, c.hf, words, "fsdp8")
+        with pytest.raises(UserError, match=f"vocab_size={rows}"), prepared(parse(line)):
+            pass
+        with prepared(parse([*line, f"vocab_size={rows}"])):
+            pass
+
+
+@pytest.mark.parametrize("case", ["mistral-7b", "qwen3-8b"])
+def test_files_that_are_none_of_the_models(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    plain, _ = c.converted()
+    names = [*c.tensors]
+    for i in range(2):
+        part = {n: c.tensors[n] for n in names[i::2]}
+        save_file(part, c.hf / f"model-0000{i + 1}-of-00002.safetensors")
+        (c.hf / f"._model-0000{i + 1}-of-00002.safetensors").write_bytes(b"\0\5\x16\7Mac OS X")
+    (c.hf / "model.safetensors").unlink()
+    save_file({"tok_embeddings.weight": c.tensors[TABLE]}, c.hf / "consolidated.safetensors")
+    path = c.hf / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    leaves, notices = c.converted()
+    same(leaves, plain)
+    assert any("'consolidated.safetensors' is not read" in n for n in notices)
+
+
+ADAPTED = "model.layers.0.self_attn.q_proj"
+
+
+def write_adapter(directory: Path, parts: Mapping[str, np.ndarray], **entries: Any) -> str:
+    directory.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | entries
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(dict(parts), directory / "adapter_model.safetensors")
+    return f"hf_lora_adapter_path={directory}"
+
+
+def parts_of(module: str, weight: np.ndarray, own: str = "") -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    rows, columns = weight.shape
+    return {
+        f"base_model.model.{module}.lora_A{own}.weight": random.random((2, columns), np.float32),
+        f"base_model.model.{module}.lora_B{own}.weight": random.random((rows, 2), np.float32),
+    }
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "qwen3-8b"])
+def test_whole_weights_of_an_adapter_replace_the_models(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    new = {n: (c.tensors[n].astype(np.float32) * 3).astype(BF16) for n in (TABLE, HEAD)}
+    parts = parts_of(ADAPTED, c.tensors[f"{ADAPTED}.weight"], ".default")
+    b, a = (parts[f"base_model.model.{ADAPTED}.lora_{x}.default.weight"] for x in "BA")
+    added = c.tensors[f"{ADAPTED}.weight"].astype(np.float32) + 2 * (b @ a)
+    parts |= {f"base_model.model.{HEAD}": new[HEAD]}
+    at = "base_model.model.model.embed_tokens."
+    parts |= {f"{at}modules_to_save.default.weight": new[TABLE]}
+    leaves, _ = c.converted(write_adapter(tmp_path / "a", parts, modules_to_save=["lm_head"]))
+    c.save({**c.tensors, **new, f"{ADAPTED}.weight": added})
+    want, _ = c.converted()
+    for name, x in want.items():
+        np.testing.assert_allclose(leaves[name].astype("f4"), x.astype("f4"), rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen2.5-7b"])
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"use_kasa": True}, "use_kasa"),
+        ({"lora_alpha": None}, "lora_alpha is null"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_sum(
+    case: str, entries: Mapping[str, Any], said: str, tmp_path: Path
+) -> None:
+    c = Checkpoint(case, tmp_path)
+    parts = parts_of(ADAPTED, c.tensors[f"{ADAPTED}.weight"])
+    assert said in c.refused(write_adapter(tmp_path / "a", parts, **entries))
+    empty = {name: np.zeros(0, np.float32) for name in parts}
+    assert "q_proj" in c.refused(write_adapter(tmp_path / "a", empty))
+    assert "has no tensors" in c.refused(write_adapter(tmp_path / "a", {}))
+
+
+@pytest.mark.parametrize("case", ["qwen2.5-1.5b", "qwen3-0.6b"])
+def test_an_adapter_of_a_tied_head(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    adapter = write_adapter(tmp_path / "a", parts_of("lm_head", c.tensors[TABLE]))
+    for tensors in (c.tensors, {**c.tensors, HEAD: c.tensors[TABLE]}):
+        c.save(tensors)
+        problem = c.refused(adapter)
+        assert "adapts lm_head" in problem and "tie_word_embeddings" in problem
