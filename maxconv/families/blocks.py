@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from maxconv.algebra import Op, Pattern, Slice, fit, hf, rearrange, scale
-from maxconv.families.table import Dims, Row, row
+from maxconv.families.dims import Dims
+from maxconv.families.table import Row, row
 
 Ops = Sequence[Op | Pattern]
 

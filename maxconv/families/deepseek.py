@@ -20,20 +20,8 @@ from maxconv.families.blocks import (
     projection,
     routed_experts,
 )
-from maxconv.families.table import (
-    DECODER_LAYERS,
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    Dims,
-    Family,
-    Layers,
-    Row,
-    each,
-    layer_count,
-    row,
-    size,
-    uniform,
-)
+from maxconv.families.dims import DECODER_LAYERS, MOST_EXPERTS, MOST_LAYERS, Dims, layer_count, size
+from maxconv.families.table import Family, Layers, Row, each, row, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,8 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Fill, Slice, fit, hf, rearrange
 from maxconv.families.blocks import DECODER, ends, gated_mlp, norm, projection, routed_experts
-from maxconv.families.table import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    Dims,
-    Family,
-    Layers,
-    Row,
-    each,
-    row,
-    size,
-)
+from maxconv.families.dims import MOST_EXPERTS, MOST_LAYERS, Dims, size
+from maxconv.families.table import Family, Layers, Row, each, row
 
 AT, NAME = DECODER
 PARTS = ("w1", "w3", "w2")  # gate, up and down

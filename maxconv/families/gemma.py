@@ -21,7 +21,8 @@ from maxconv.families.blocks import (
     qk_norms,
     query_scale,
 )
-from maxconv.families.table import Dims, Family, cycle, each, pairs, size
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, cycle, each, pairs
 from maxconv.families.vision import VisionDims, siglip
 
 PLUS_ONE = (shift(1),)

@@ -14,8 +14,9 @@ import numpy as np
 
 from maxconv.algebra import hf, rearrange, scale
 from maxconv.families.blocks import LAYER, attention, ends, fused_kernels, gated_mlp, norm, qk_norms
+from maxconv.families.dims import MOST_LAYERS, Dims, size
 from maxconv.families.gemma import norms
-from maxconv.families.table import MOST_LAYERS, Dims, Family, Layers, Numbers, Row, each, row, size
+from maxconv.families.table import Family, Layers, Numbers, Row, each, row
 from maxconv.families.vision import VisionDims, gemma4_vit
 
 BLOCK = 6  # five layers of sliding attention, then one of full attention

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import LAYER, attention, ends, pre_norms
-from maxconv.families.table import Dims, Family, cycle, each, row, size
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, cycle, each, row
 
 CYCLE = 2  # a layer of sliding attention, then one of full attention
 

@@ -8,7 +8,8 @@ from maxconv.families.blocks import (
     pre_norms,
     query_scale,
 )
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, each, uniform
 
 
 def rows(d: Dims):

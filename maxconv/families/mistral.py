@@ -4,7 +4,8 @@ Unlike its llama, MaxText's mistral rotates the halves of a head, as transformer
 """
 
 from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, query_scale
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, each, uniform
 
 
 def rows(d: Dims):

@@ -1,7 +1,8 @@
 """OLMo 3. transformers modeling_olmo3.py; MaxText models/olmo3.py."""
 
 from maxconv.families.blocks import attention, ends, gated_mlp, norm
-from maxconv.families.table import Dims, Family, cycle, each
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, cycle, each
 
 CYCLE = 4  # three layers of sliding attention, then one of full attention
 

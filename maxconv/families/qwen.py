@@ -15,7 +15,8 @@ from maxconv.families.blocks import (
     qk_norms,
     routed_experts,
 )
-from maxconv.families.table import Dims, Family, each, size, uniform
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, each, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from maxconv.algebra import Expr, hf, rearrange
 from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
+from maxconv.families.dims import MOST_LAYERS, size
 from maxconv.families.qwen import ExpertsOnly
-from maxconv.families.table import MOST_LAYERS, Family, Layers, Row, each, row, size
+from maxconv.families.table import Family, Layers, Row, each, row
 
 ATTENTION = "decoder/{layers}/attention"
 

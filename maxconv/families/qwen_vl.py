@@ -10,18 +10,9 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import hf, rearrange
 from maxconv.families.blocks import FUSED, Root, attention, ends, fused_experts, pre_norms, qk_norms
+from maxconv.families.dims import Dims, layer_count, size
 from maxconv.families.qwen import ExpertsOnly, qwen3_moe_rows, qwen3_rows
-from maxconv.families.table import (
-    Dims,
-    Family,
-    Row,
-    each,
-    layer_count,
-    row,
-    size,
-    uniform,
-    unrolled,
-)
+from maxconv.families.table import Family, Row, each, row, uniform, unrolled
 from maxconv.families.vision import QwenVisionDims, dense, layer_norm, qwen_vision, vector
 
 

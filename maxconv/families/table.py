@@ -5,106 +5,14 @@ Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned
 `decoder/layers_0/...`. Nothing else in a family knows the difference.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
-
-_REQUIRED = object()
-
-LONGEST_AXIS = 2**31 - 1  # XLA counts the places of an axis in 32 bits
-MOST_LAYERS = 4096  # far beyond any model: what is more is a mistake, or malice
-MOST_EXPERTS = 1 << 16
-_NUMBER = re.compile("[0-9]{1,9}")  # ASCII: str.isdigit also takes superscripts, which int refuses
-
-
-def size(
-    *hf: str,
-    maxtext: str | None = None,
-    default: Any = _REQUIRED,
-    least: int = 1,
-    most: int = LONGEST_AXIS,
-    numbered: str = "",
-    each: str = "",
-    below: str = "",
-) -> Any:
-    """A field of `Dims`, and where its value comes from.
-
-    Args:
-        hf: the entries of config.json that may state it, best first. A dot leads into a nested
-            entry; the entries of a `text_config` are found without.
-        maxtext: MaxText's key of the same meaning.
-        default: when config.json does not state it, as transformers has it: a value, or a function
-            of the fields before it, by name. Without one the first entry is required.
-        least, most: the range of a number.
-        numbered: how the names of tensors begin, in the table's terms, whose next part is a number:
-            the checkpoint has as many numbers as all sizes of this prefix say together.
-        each: the field that says how many entries a list has.
-        below: a field that is larger than this one.
-    """
-    metadata = {
-        "hf": hf,
-        "maxtext": maxtext,
-        "default": default,
-        "least": least,
-        "most": most,
-        "numbered": numbered,
-        "each": each,
-        "below": below,
-    }
-    return field(metadata=metadata)
-
-
-def layer_count(*hf: str, numbered: str, least: int = 1, **others: Any) -> Any:
-    """A `size` that is a number of layers, each of which has tensors of its own."""
-    return size(*hf, numbered=numbered, least=least, most=MOST_LAYERS, **others)
-
-
-def number_after(name: str, prefix: str) -> int | None:
-    """The number that follows `prefix` in the name of a tensor, up to a dot; None if none does."""
-    if not name.startswith(prefix):
-        return None
-    part = name[len(prefix) :].partition(".")[0]
-    return int(part) if _NUMBER.fullmatch(part) else None
-
-
-DECODER_LAYERS = "model.layers."  # how the names of tensors of the decoder's layers begin
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dims:
-    """The sizes of a decoder, in MaxText's terms. Families that need more subclass it.
-
-    `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
-    `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
-    `multimodal`, `audio`: the encoders of images and of sound are wanted, too. `mtp`: layers after
-    the last, each of which predicts one token more.
-    """
-
-    emb: int = size("hidden_size", maxtext="base_emb_dim")
-    mlp: int = size("intermediate_size", maxtext="base_mlp_dim")
-    heads: int = size("num_attention_heads", maxtext="base_num_query_heads")
-    kv_heads: int = size(
-        "num_key_value_heads", maxtext="base_num_kv_heads", default=lambda d: d["heads"]
-    )
-    head_dim: int = size("head_dim", maxtext="head_dim", default=lambda d: d["emb"] // d["heads"])
-    layers: int = layer_count(
-        "num_hidden_layers", maxtext="base_num_decoder_layers", numbered=DECODER_LAYERS
-    )
-    vocab: int = size("vocab_size", maxtext="vocab_size")
-    tied: bool = size("tie_word_embeddings", maxtext="logits_via_embedding", default=True)
-    experts: int = size(
-        "num_experts", "num_local_experts", maxtext="num_experts", default=1, most=MOST_EXPERTS
-    )
-    moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
-    multimodal: bool = size(maxtext="use_multimodal", default=False)
-    audio: bool = size(maxtext="use_audio", default=False)
-    mtp: int = size(maxtext="mtp_num_layers", default=0, least=0, most=MOST_LAYERS)
-
+from maxconv.families.dims import REQUIRED, Dims, stated, stated_sizes
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
 
@@ -293,7 +201,7 @@ class Family:
         for f in fields(self.sizes):
             if f.name in known:
                 found[f.name] = known[f.name]
-            elif (default := f.metadata["default"]) is _REQUIRED:
+            elif (default := f.metadata["default"]) is REQUIRED:
                 raise KeyError(f.metadata["hf"][0])
             else:
                 found[f.name] = default(found) if callable(default) else default
@@ -308,29 +216,6 @@ class Family:
             *(() if dims.audio else self.audio_patterns),
         )
         return any(fnmatchcase(name, pattern) for pattern in unwanted)
-
-
-def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
-    """The entries of a config.json that state a field of Dims, best first."""
-    return stated(hf_config, f.metadata["hf"])
-
-
-def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Those of some entries, see `size`, that a config.json has."""
-    view = dict(hf_config)
-    for nested in ("thinker_config", "text_config"):
-        inner = view.get(nested)
-        if isinstance(inner, Mapping):
-            said = {key: value for key, value in view.items() if value is not None}
-            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
-    found = {}
-    for key in keys:
-        value: Any = view
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[key] = value
-    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import Ops, Root, attention, gated_mlp, norm, qk_norms
-from maxconv.families.table import Dims, Row, each, layer_count, row, size, unrolled
+from maxconv.families.dims import Dims, layer_count, size
+from maxconv.families.table import Row, each, row, unrolled
 
 
 @dataclass(frozen=True, kw_only=True)

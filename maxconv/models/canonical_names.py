@@ -30,7 +30,7 @@ from maxconv.algebra import (
 )
 from maxconv.errors import UserError
 from maxconv.families import Family
-from maxconv.families.table import MOST_EXPERTS
+from maxconv.families.dims import MOST_EXPERTS
 from maxconv.models.codecs import SCALE, decoded
 from maxconv.models.lora import merged
 from maxconv.sources import Source

@@ -7,7 +7,7 @@ from typing import Any
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
 from maxconv.families import BY_ARCHITECTURE, Dims, Family, Row, number_after, stated_sizes
-from maxconv.families.table import DECODER_LAYERS
+from maxconv.families.dims import DECODER_LAYERS
 from maxconv.models import schema
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows

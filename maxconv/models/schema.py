@@ -1,6 +1,6 @@
 """What the JSON files of a checkpoint may hold: for each entry that is read, what it must be.
 
-The sizes of a model are declared with its family (`families.table.size`), the other entries here.
+The sizes of a model are declared with its family (`families.dims.size`), the other entries here.
 An entry that is absent or null is no problem of these tables.
 """
 
