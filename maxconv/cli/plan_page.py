@@ -61,8 +61,8 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         _hosts(reads),
         "<h2>Who has what</h2><p>Each row is a leaf, each column a host, left to right as above. "
         "The colour shows which part of the leaf the host makes: hosts of the same colour make the "
-        "same part. A host reads the tensors of its part itself (direct), or an equal share of their "
-        "rows, which the chips then exchange over the mesh axes that are named.</p>",
+        "same part. A host reads the tensors of its part itself (direct), or an equal share of "
+        "their rows, which the chips then exchange over the mesh axes that are named.</p>",
         _who(plan),
         "<h2>Host memory, leaf by leaf</h2><p>Data that is read ahead, being computed and being "
         "written, in the order of the save.</p>",

@@ -32,7 +32,7 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     lines = [
         f"source   {source_text(job.source)}",
         f"model    {job.model.family.architectures[0]}: {_sizes(job.model.dims)}",
-        f"mesh     {mesh}; {plan.mesh.size} devices, processes: {len(reads)}",
+        f"mesh     {mesh}, {plan.mesh.size} devices, {_processes(len(reads))}",
         f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
         "",
         _leaves(plan.leaves),
@@ -49,6 +49,10 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
         *(f"note     {notice}" for notice in job.notices),
     ]
     return "\n".join(lines)
+
+
+def _processes(n: int) -> str:
+    return "1 process" if n == 1 else f"{n} processes"
 
 
 def _on_slice(job: Job, on: Slice) -> Iterator[str]:

@@ -37,8 +37,7 @@ def device_array(config: Config, devices: Sequence[Any]) -> np.ndarray:
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.num_slices not in (-1, num_slices):
         raise UserError(
-            f"num_slices={config.num_slices} differs from the {num_slices} that the devices are in; "
-            "remove it."
+            f"num_slices={config.num_slices}, but there are {num_slices} slice(s); remove it."
         )
     ici, dcn = (list(sizes.values()) for sizes in parallelism(config, len(devices), num_slices))
     split = config.allow_split_physical_axes

@@ -1,4 +1,4 @@
-"""The registry of families. A new one is a file here and a line in FAMILIES."""
+"""The registry of model families. To add one, write a file here and add it to FAMILIES."""
 
 from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from maxconv.families.deepseek4 import DEEPSEEK_V4

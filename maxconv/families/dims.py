@@ -1,4 +1,4 @@
-"""The sizes of a model: where config.json states them, and which MaxText key each one is."""
+"""The sizes of a model: their entries in config.json, and the MaxText keys they correspond to."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 REQUIRED = object()
 
-LONGEST_AXIS = 2**31 - 1  # XLA counts the places of an axis in 32 bits
-MOST_LAYERS = 4096  # far beyond any model: what is more is a mistake, or malice
+LONGEST_AXIS = 2**31 - 1  # XLA indexes an axis with 32 bits
+MOST_LAYERS = 4096  # far beyond any model: more is a mistake, or malicious
 MOST_EXPERTS = 1 << 16
 _NUMBER = re.compile("[0-9]{1,9}")  # ASCII: str.isdigit also takes superscripts, which int refuses
 
@@ -23,19 +23,20 @@ def size(
     each: str = "",
     below: str = "",
 ) -> Any:
-    """A field of `Dims`, and where its value comes from.
+    """Declares a field of `Dims`, and where its value comes from.
 
     Args:
-        hf: the entries of config.json that may state it, best first. A dot leads into a nested
-            entry; the entries of a `text_config` are found without.
-        maxtext: MaxText's key of the same meaning.
-        default: when config.json does not state it, as transformers has it: a value, or a function
-            of the fields before it, by name. Without one the first entry is required.
+        hf: the entries of config.json that may have the value, in order of preference. A dot leads
+            into a nested entry; entries of a `text_config` are found without that prefix.
+        maxtext: the MaxText key with the same meaning.
+        default: transformers' default if config.json has no value: a value, or a function of the
+            preceding fields, by name. Without a default the first entry is required.
         least, most: the range of a number.
-        numbered: how the names of tensors begin, in the table's terms, whose next part is a number:
-            the checkpoint has as many numbers as all sizes of this prefix say together.
-        each: the field that says how many entries a list has.
-        below: a field that is larger than this one.
+        numbered: for a number of layers, the prefix of their (canonical) tensor names, which a
+            layer number follows. The checkpoint must have as many layers as all sizes with this
+            prefix add up to.
+        each: the field that is the required length of a list.
+        below: a field that must be larger than this one.
     """
     metadata = {
         "hf": hf,
@@ -63,17 +64,20 @@ def number_after(name: str, prefix: str) -> int | None:
     return int(part) if _NUMBER.fullmatch(part) else None
 
 
-DECODER_LAYERS = "model.layers."  # how the names of tensors of the decoder's layers begin
+DECODER_LAYERS = "model.layers."  # prefix of the tensor names of decoder layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
     """The sizes of a decoder, in MaxText's terms. Families that need more subclass it.
 
-    `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
-    `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
-    `multimodal`, `audio`: the encoders of images and of sound are wanted, too. `mtp`: layers after
-    the last, each of which predicts one token more.
+    Attributes:
+        vocab: MaxText's, which may be padded.
+        layers: may be fewer than the checkpoint has.
+        tied: whether logits are computed with the embedding table.
+        moe_mlp: the width of an expert.
+        multimodal, audio: whether to include the vision and the audio encoder.
+        mtp: number of layers for multi-token prediction, after the others.
     """
 
     emb: int = size("hidden_size", maxtext="base_emb_dim")
@@ -98,12 +102,12 @@ class Dims:
 
 
 def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
-    """The entries of a config.json that state a field of Dims, best first."""
+    """The entries of a config.json for a field of Dims, in order of preference."""
     return stated(hf_config, f.metadata["hf"])
 
 
 def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Those of some entries, see `size`, that a config.json has."""
+    """The given entries that a config.json has, with their values; for their syntax see `size`."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
         inner = view.get(nested)

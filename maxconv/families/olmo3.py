@@ -14,7 +14,7 @@ def rows(d: Dims):
 
 
 def norms(d: Dims):
-    """After attention and MLP; those of queries and keys are over all heads at once."""
+    """The norms after attention and MLP; those of queries and keys span all heads."""
     yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb)
     yield norm("post_mlp_layer_norm", "post_feedforward_layernorm", d.emb)
     yield norm("attention/query_norm", "self_attn.q_norm", d.heads * d.head_dim)
