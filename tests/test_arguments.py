@@ -162,7 +162,7 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
         problem = output_problem("--report", str(file))
         assert problem == (
             f"--report={file} already exists and was not written by maxconv; name another file, or "
-            "or remove it first."
+            "remove it first."
         )
     file.unlink()
     file.symlink_to(tmp_path / "nothing")
