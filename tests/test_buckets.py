@@ -196,7 +196,7 @@ def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_p
     with processes(2, words, logs, DIFFERING, bucket.environ.items()) as running:
         codes = [process.wait(timeout=100) for process in running]
     assert codes == [42, 42]
-    assert "gs://bucket/hf changed while it was opened; start again" in "\n".join(said(logs))
+    assert "gs://bucket/hf changed while it was being opened; try again" in "\n".join(said(logs))
     assert bucket.names("out") == []
 
 
@@ -212,8 +212,8 @@ def test_what_others_put_there_is_left_alone(bucket: Bucket, tmp_path: Path) -> 
         done = bucket.run(*words, *more)
         assert done.returncode == 2, done.stderr
         assert done.stderr.splitlines()[-1] == (
-            "maxconv: gs://bucket/out/0 was not written by maxconv, which leaves it alone; remove "
-            "it, or name another directory."
+            "maxconv: gs://bucket/out/0 was not written by maxconv, which does not delete it; "
+            "remove it, or name another directory."
         )
     assert bucket.names("out") == ["out/0/notes.txt"]
 

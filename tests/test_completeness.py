@@ -191,5 +191,5 @@ def test_another_memory_budget_is_named(half: Place, capsys: pytest.CaptureFixtu
     now = {"the digest of the plan": "2", resume._MEMORY: "64 MiB"}
     assert resume.problem("out", was, now) == (
         "out holds another unfinished conversion: the memory for buffers (--max_host_memory_gb) "
-        "was 512 MiB and is 64 MiB; give the same arguments, or leave out --resume to start again."
+        "was 512 MiB and is 64 MiB; give the same arguments, or remove --resume to start over."
     )

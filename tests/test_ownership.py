@@ -158,8 +158,8 @@ def test_only_what_a_conversion_left_is_cleared(tmp_path: Path) -> None:
     (foreign.parent / "d").mkdir(parents=True)
     (problem,) = place.problems(str(out), 0, overwrite=True)
     assert problem == (
-        f"{out}/0.orbax-checkpoint-tmp was not written by maxconv, which leaves it alone; remove "
-        "it, or name another directory."
+        f"{out}/0.orbax-checkpoint-tmp was not written by maxconv, which does not delete it; "
+        "remove it, or name another directory."
     )
     place.leave_record(str(out), place.UNFINISHED_WORDS, {})
     assert place.problems(str(out), 0, overwrite=False) == []

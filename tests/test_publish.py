@@ -202,14 +202,29 @@ def test_an_upload_that_fails_leaves_nothing_in_the_repository(hub, alone):
 @pytest.mark.parametrize(
     ("settings", "words", "token", "told"),
     [
-        ({}, (), "", "takes a token: set HF_TOKEN, or run `hf auth login`"),
+        ({}, (), "", "needs a token; set HF_TOKEN, or run `hf auth login`"),
         ({}, (), "hf_bad", "The Hub does not accept the token"),
-        ({"writers": []}, (), TOKEN, "The token may not write to hf://org: make one that may"),
-        ({"writers": []}, (f"hf://{MODEL}",), TOKEN, f"The token may not write to hf://{MODEL}:"),
-        ({}, ("hf://others/out",), TOKEN, "The token may not write to hf://others: make one"),
+        ({"writers": []}, (), TOKEN, "The token has no write access to hf://org; create one"),
+        (
+            {"writers": []},
+            (f"hf://{MODEL}",),
+            TOKEN,
+            f"The token has no write access to hf://{MODEL};",
+        ),
+        (
+            {},
+            ("hf://others/out",),
+            TOKEN,
+            "The token has no write access to hf://others; create one",
+        ),
         ({}, ("hf://org/out/deeper",), TOKEN, "deeper is not of the form hf://org/name"),
         ({"private": [MODEL]}, (f"hf://{MODEL}", "--public"), TOKEN, "exists and is private;"),
-        ({"faults": [["/api/repos/create", "403", 1]]}, (), TOKEN, "may not write to hf://org/out"),
+        (
+            {"faults": [["/api/repos/create", "403", 1]]},
+            (),
+            TOKEN,
+            "no write access to hf://org/out",
+        ),
         ({}, (OUT, "checkpoint_storage_use_ocdbt=False"), TOKEN, "is for directories and buckets"),
         ({}, ("out", "--public"), TOKEN, "public=True is for repositories of the Hub"),
     ],
@@ -228,10 +243,12 @@ def test_what_keeps_us_from_a_repository_is_said_before_any_work(
 def test_offline_nothing_is_written(here, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert here() == 2
-    assert f"HF_HUB_OFFLINE forbids to write to {OUT}" in capsys.readouterr().err
+    assert f"HF_HUB_OFFLINE forbids writing to {OUT}" in capsys.readouterr().err
 
 
 def test_a_repository_that_keeps_files_out_is_told(hub):
     hub.settings(ignored="*/_sharding")
     done = hub.convert(*FROM_THE_HUB, f"base_output_directory={OUT}", HF_TOKEN=TOKEN)
-    assert done.returncode == 1 and "did not take 0/items/_sharding and 0 more" in done.stderr
+    assert (
+        done.returncode == 1 and "has 0/items/_sharding and 0 more files that differ" in done.stderr
+    )

@@ -117,8 +117,8 @@ def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     ElementTree.fromstring(re.sub(r"<meta[^>]*>|<!doctype html>", "", page.read_text()))
     assert len(re.findall(r"<title>host \d+: ", page.read_text())) == 256
     out = capsys.readouterr().out
-    assert "1024 devices, 256 process(es)" in out
-    assert "slice    v5p-1024: 8x8x8 chips, 128 hosts; a host holds" in out
+    assert "1024 devices, 256 processes" in out
+    assert "slice    v5p-1024: 8x8x8 chips, 128 hosts; a host uses" in out
     assert "Gbit/s, if the storage keeps up" in out
     assert cli.main(["convert", *words]) == 2
     assert "--tpu_type is only valid with `maxconv plan`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a job says while it runs and when it is done, on a terminal."""
+"""Reports a job on a terminal, while it runs and when it is done."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from maxconv.text import duration, printable, printable_lines, size
 
 
 class TerminalReporter(Reporter):
-    """Notes and progress go to stderr, results to stdout; one process speaks for all."""
+    """Notes and progress go to stderr, results to stdout; only process 0 prints."""
 
     def __init__(self) -> None:
         self._speaks = jax.process_index() == 0
@@ -38,20 +38,23 @@ class TerminalReporter(Reporter):
         if self._speaks:
             print(
                 f"verified {leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
-                f"source, and {size(witnessed)} of them once more with numpy, in "
+                f"source, {size(witnessed)} also with an independent numpy check, in "
                 f"{duration(seconds)}"
             )
 
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         if self._speaks:
             parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())
-            print(f"time, over all threads: {', '.join(parts)}; for ui.perfetto.dev: {path}")
+            print(
+                f"time, summed over threads: {', '.join(parts)}; timeline for ui.perfetto.dev: "
+                f"{path}"
+            )
 
 
 def _summary(job: Job, took: float) -> str:
     plan, read, traffic = job.plan, job.source.stats.bytes_read, job.source.traffic
     if job.there == "finished":
-        return f"saved before: {job.items}"
+        return f"already saved by an earlier run: {job.items}"
     moved = f", transferred {size(traffic.nbytes)} in {traffic.requests} requests" * bool(
         traffic.requests
     )

@@ -1,6 +1,6 @@
 """LoRA adapters (arXiv:2106.09685), merged into the weights they adapt: W + (alpha / r) B A.
 
-For those that stay by themselves see `adapters.py`.
+For adapters that are converted alone see `adapters.py`.
 """
 
 import math
@@ -16,11 +16,11 @@ from maxconv.sources import Source
 _PART = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OTHER = {"A": "B", "B": "A"}
 
-# PEFT takes any regular expression for a pattern of modules, and some never end. These do: names,
-# character classes, alternatives, and repetitions of single characters.
+# PEFT accepts any regular expression as a pattern of modules, and matching some takes forever.
+# These are safe: names, character classes, alternatives, and repetitions of single characters.
 _PATTERN = re.compile(r"\^?(?:[\w/:-]|\.|\\[.dw]|\[[\w-]+\]|(?<!\))[*+?]|[(|)])*\$?", re.ASCII)
 _LONGEST_NAME = 128  # of a module, or a pattern
-_MOST_STEPS = 1 << 32  # of matching all patterns with all modules, at worst
+_MOST_STEPS = 1 << 32  # worst case for matching all patterns against all modules
 
 
 def merged(
@@ -29,12 +29,12 @@ def merged(
     """The weights with an adapter's products added, in float32.
 
     Args:
-        weights: of the base model, by the names of the family's table.
-        adapter: as PEFT saves it: `config` is its adapter_config.json.
-        rename: from a checkpoint's name of a tensor to the table's.
+        weights: of the base model, by canonical name.
+        adapter: as saved by PEFT: its `config` is adapter_config.json.
+        rename: maps a checkpoint's name of a tensor to its canonical name.
 
     Raises:
-        UserError: everything in the adapter that fits nothing, or is no plain LoRA.
+        UserError: with every tensor that matches no weight, and everything that is not plain LoRA.
     """
     check(config_problems(adapter.config), adapter)
     found, problems = pairs(adapter, rename, weights.keys())
@@ -60,15 +60,15 @@ def check(problems: Iterable[str], adapter: Source) -> None:
 def pairs(
     adapter: Source, rename: Callable[[str], str], weights: Set[str]
 ) -> tuple[dict[str, dict[str, Expr]], list[str]]:
-    """The parts "A", (rank, inputs), and "B", (outputs, rank), of each weight that is adapted.
+    """The factors "A", (rank, inputs), and "B", (outputs, rank), of each adapted weight.
 
     Args:
-        adapter: as PEFT saves it.
-        rename: from a checkpoint's name of a tensor to the table's.
-        weights: what can be adapted, by the table's names.
+        adapter: as saved by PEFT.
+        rename: maps a checkpoint's name of a tensor to its canonical name.
+        weights: canonical names of the weights that can be adapted.
 
     Returns:
-        The parts, and a sentence for each tensor that fits nothing.
+        The factors by weight, and a sentence for each tensor that matches no weight.
     """
     found: dict[str, dict[str, Expr]] = {}
     problems = []
@@ -76,14 +76,14 @@ def pairs(
         match = _PART.fullmatch(name)
         weight = rename(f"{match[1]}.weight") if match else ""
         if match is None or len(match[1]) > _LONGEST_NAME or weight not in weights:
-            problems.append(f"tensor {name} fits no weight of the model")
+            problems.append(f"tensor {name} matches no weight of the model")
             continue
         part: Expr = Tensor(name, info.shape)
         letter = match[3]
         if match[2]:  # an embedding is adapted by the transpose, A' B'
             part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
         if len(info.shape) != 2 or 0 in info.shape:
-            problems.append(f"tensor {name} {info.shape} is no matrix")
+            problems.append(f"tensor {name} {info.shape} is not a matrix")
             continue
         parts = found.setdefault(weight, {})
         if letter in parts:
@@ -93,7 +93,7 @@ def pairs(
 
 
 def missing_parts(found: Mapping[str, Mapping[str, Expr]]) -> Iterator[str]:
-    """A sentence for each weight that has only one of the two parts."""
+    """A sentence for each weight that has only one of the two factors."""
     for weight, parts in found.items():
         yield from (f"{weight}: there is no lora_{part}" for part in _OTHER if part not in parts)
 
@@ -112,7 +112,7 @@ def _sum(
 
 
 def _module(part: Expr) -> str:
-    """The module that PEFT knows by this name, which its patterns are for."""
+    """PEFT's name of the module, which its patterns match."""
     match = _PART.fullmatch(next(tensors(part)).name)
     assert match is not None
     return match[1]
@@ -124,9 +124,10 @@ def scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
-    """The function that gives the alpha of a module by its name.
+    """A function that returns the alpha of a module by its name.
 
-    The first pattern counts that fits the name, or its end after a dot (PEFT's get_pattern_key).
+    The first pattern counts that matches the name or the end of it after a dot, as in PEFT's
+    get_pattern_key.
     """
     default = schema.entry(config, "lora_alpha", 8)
     own = [
@@ -145,7 +146,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _pattern_problems(config: Mapping[str, Any], modules: int) -> Iterator[str]:
-    """Patterns that are none, or may take too long to match."""
+    """Sentences about patterns that are invalid or may take too long to match."""
     patterns = schema.entry(config, "alpha_pattern", {})
     for pattern in patterns:
         if not _is_simple(pattern):
@@ -170,13 +171,13 @@ def _is_simple(pattern: str) -> bool:
 
 
 def _most_steps(pattern: str) -> int:
-    """Backtracking tries each place for a repetition, and each of two alternatives."""
+    """Upper bound of a match's steps: all positions per repetition, both alternatives per |."""
     repetitions = 1 + sum(pattern.count(c) for c in "*+?")  # one before the pattern
     return _LONGEST_NAME**repetitions << pattern.count("|")
 
 
 def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[str]:
-    """What is no plain LoRA, or is not MaxText's if it is to stand `alone`, each in a sentence."""
+    """A sentence for everything that is not plain LoRA, or that MaxText lacks if it is `alone`."""
     malformed = [f"adapter_config.json: {p}" for p in schema.problems(config, schema.ADAPTER)]
     if malformed:
         yield from malformed
@@ -186,8 +187,8 @@ def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[
     for key in ("rank_pattern", "alpha_pattern") if alone else ():
         if config.get(key):
             yield (
-                f"adapter_config.json: {key} is not supported, as MaxText has one for all; give "
-                "the model as --hf_model_path, to merge the adapter"
+                f"adapter_config.json: {key} is not supported for an adapter alone, as MaxText has "
+                "one value for all modules; add --hf_model_path= to merge the adapter"
             )
     for key in ("use_dora", "fan_in_fan_out"):
         if config.get(key):

@@ -1,9 +1,9 @@
-"""A repository of the Hugging Face Hub as the place where a checkpoint goes, in one commit.
+"""Publishes a checkpoint to a repository on the Hugging Face Hub, in one commit.
 
 Orbax writes to a directory on disk. Process 0 uploads the data files of its OCDBT stores from there
-while others are written, and puts holes where their values were: the nodes between them stay, for
-Orbax merges the stores at the end, and reads nothing else of them. Nothing shows in the repository
-until all is uploaded; then one commit has everything.
+while others are being written, and punches holes where their values were. The nodes between them
+remain, because Orbax reads these when it merges the stores at the end. Nothing is visible in the
+repository until everything is uploaded; then one commit adds it.
 """
 
 import os
@@ -34,34 +34,34 @@ from maxconv.targets.sparse_files import MODE, NEW, HollowItem, make_hollow
 T = TypeVar("T")
 
 SCHEME = "hf://"
-LARGE = 1 << 20  # bytes of a file that is uploaded before the end
+LARGE = 1 << 20  # bytes: larger files are uploaded before the end
 AT_ONCE = 8  # files
-INTERVAL = 0.2  # seconds between two looks at what Orbax has written
-_STORES = f"{place.STEP}*/items*/ocdbt.process_*"  # under their last names, and those before
+INTERVAL = 0.2  # seconds between two checks for files that Orbax has finished
+_STORES = f"{place.STEP}*/items*/ocdbt.process_*"  # with their final or temporary names
 _ITEMS = f"{place.STEP}/items"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DATA_FILE = re.compile(r"[0-9a-f]{32}")
-RETRIES = 5  # of what is asked before anything is written
+RETRIES = 5  # of requests before anything is written
 
 
 def is_repository(where: str) -> bool:
-    """Whether a base_output_directory is one of the Hub."""
+    """Whether a base_output_directory is a repository on the Hub."""
     return where.startswith(SCHEME)
 
 
 def scratch(place: str) -> str:
-    """The directory on disk, the same in each run, where Orbax writes what goes to a repository."""
+    """The directory on disk where a checkpoint for a repository is staged; the same in each run."""
     return os.path.join(constants.HF_HOME, "maxconv", repository_name(place).replace("/", "--"))
 
 
 def problems(place: str, overwrite: bool, public: bool, token: str | None) -> list[str]:
-    """What stands in the way of a commit there, in sentences; asks the Hub, changes nothing."""
+    """Everything that prevents a commit there, in sentences; changes nothing on the Hub."""
     if not re.fullmatch(r"[\w-][\w.-]*/\w[\w.-]*", repository_name(place)):
-        return [f"{place} is not of the form hf://org/name, which is all that can be written to."]
+        return [f"{place} is not of the form hf://org/name."]
     if constants.HF_HUB_OFFLINE:
-        return [f"HF_HUB_OFFLINE forbids to write to {place}: unset it, or name a directory."]
+        return [f"HF_HUB_OFFLINE forbids writing to {place}; unset it, or name a directory."]
     if (token := find_token(token)) is None:
-        return [f"To write to {place} takes a token: set HF_TOKEN, or run `hf auth login`."]
+        return [f"Writing to {place} needs a token; set HF_TOKEN, or run `hf auth login`."]
     try:
         api, name = HfApi(token=token), repository_name(place)
         return ask(name, RETRIES, lambda: list(_problems(api, name, overwrite, public)))
@@ -83,7 +83,7 @@ def _problems(api: HfApi, name: str, overwrite: bool, public: bool) -> Iterator[
     _ask_to_write(api, name)
     if info.private and public:
         yield (
-            f"{SCHEME}{name} exists and is private; make it public in its settings, or leave out "
+            f"{SCHEME}{name} exists and is private; make it public in its settings, or remove "
             "--public."
         )
     if not overwrite and _step_files(info):
@@ -94,7 +94,7 @@ def _problems(api: HfApi, name: str, overwrite: bool, public: bool) -> Iterator[
 
 
 def _no_place(me: Mapping[str, Any], org: str) -> str | None:
-    """Why this user cannot make a repository, as far as it can be told before."""
+    """Why this user cannot create a repository, as far as that is known in advance."""
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return _may_not_write(f"{SCHEME}{org}")
     mine = [me.get("name"), *(o["name"] for o in me.get("orgs", ()) if _writes_in(o))]
@@ -106,7 +106,7 @@ def _writes_in(org: Mapping[str, Any]) -> bool:
 
 
 def _ask_to_write(api: HfApi, name: str) -> None:
-    """Asks how the Hub wants a file, which it tells those who may write."""
+    """Checks write access, with a request for the upload mode of a file."""
     api.preupload_lfs_files(name, [CommitOperationAdd(f"{place.STEP}/_", b"{}")])
 
 
@@ -116,10 +116,7 @@ def _step_files(info: Any) -> set[str]:
 
 
 class Publication:
-    """The checkpoint on its way to a repository. Process 0 makes one; others only wait for room.
-
-    `limit`: bytes of data files that a process may have on disk before it makes another slab.
-    """
+    """Uploads a checkpoint to a repository. Process 0 does; others only use `wait_for_room`."""
 
     def __init__(self, place: str, token: str | None, max_retries: int, public: bool):
         self.place, self.scratch = place, Path(scratch(place))
@@ -133,15 +130,15 @@ class Publication:
         self.made: str | None = None  # the id of the commit
 
     def begin(self) -> list[str]:
-        """Makes the repository and starts to upload; returns what the user should be told."""
+        """Creates the repository and starts uploading; returns notices for the user."""
         disable_progress_bars()
-        logging.set_verbosity_error()  # its warnings have signed addresses in them
+        logging.set_verbosity_error()  # its warnings contain signed URLs
         is_public = self._persistently(self._create)
         self._thread.start()
         return [f"{self.place} is public."] if is_public and not self._public else []
 
     def _create(self) -> bool:
-        """Makes the repository if there is none; whether it is public."""
+        """Creates the repository if it does not exist; returns whether it is public."""
         self._api.create_repo(self.name, private=not self._public, exist_ok=True)
         _ask_to_write(self._api, self.name)
         return not self._api.model_info(self.name).private
@@ -154,15 +151,15 @@ class Publication:
             time.sleep(INTERVAL)
 
     def check(self) -> None:
-        """Raises what ended the uploads, if anything did."""
+        """Raises the error that stopped the uploads, if any."""
         if self._error is not None:
             raise self._error
 
     def commit(self) -> None:
-        """Uploads the rest, and makes the commit. Orbax must be done.
+        """Uploads the rest, and makes the commit. Orbax must have finished.
 
         Raises:
-            ConversionError: what is in the repository then is not what was sent.
+            ConversionError: the repository does not contain what was sent.
         """
         self._done.set()
         self._thread.join()
@@ -185,12 +182,12 @@ class Publication:
         self.made = made.oid
 
     def whole(self, item: Item, commit: str) -> Item:
-        """What Orbax wrote, as it is in the repository at a commit: values are read there."""
+        """The checkpoint at a commit of the repository, from which values are fetched."""
         files = HubSource(self.name, commit, self._token, self._retries, config=None)
         return HollowItem.of(item, lambda file, *what: files.fetch(f"{_ITEMS}/{file}", *what))
 
     def close(self) -> None:
-        """Stops, and removes what is on disk."""
+        """Stops uploading, and removes the staged files."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -203,8 +200,8 @@ class Publication:
         there = {file.rfilename: file.size for file in info.siblings or ()}
         if wrong := sorted(file for file, size in sizes.items() if there.get(file) != size):
             raise ConversionError(
-                f"{self.place} did not take {wrong[0]} and {len(wrong) - 1} more as they were "
-                "sent; look for a .gitignore there, and convert again."
+                f"{self.place} has {wrong[0]} and {len(wrong) - 1} more files that differ "
+                "from what was sent; check its .gitignore, and convert again."
             )
 
     def _files(self) -> list[Path]:
@@ -217,11 +214,11 @@ class Publication:
                 self._upload_finished()
         except Exception as error:
             self._error = error
-            if jax.process_count() > 1:  # this one may be waiting for others, that wait for room
+            if jax.process_count() > 1:  # the main thread may wait for others that wait for room
                 liveness.fail(error)
 
     def _upload_finished(self) -> None:
-        """Uploads the large files that are finished, and makes them hollow."""
+        """Uploads the large files that are finished, and then punches holes into them."""
         for store in map(epath.Path, self.scratch.glob(_STORES)):
             files = [epath.Path(file) for file, _ in _data_files(store)]
             try:
@@ -233,7 +230,7 @@ class Publication:
                 for file in ready:
                     make_hollow(file, spans[file])
             except (OSError, ValueError):
-                # Its first version is not written, or Orbax gave the directory its last name.
+                # The first version is not written yet, or Orbax has renamed the directory.
                 if (store / "manifest.ocdbt").exists():
                     raise
 
@@ -242,7 +239,7 @@ class Publication:
         additions = [
             CommitOperationAdd(path, os.fspath(file))
             for path, file in zip(paths, files, strict=True)
-            if path not in self._operations  # it was uploaded, but not made hollow
+            if path not in self._operations  # else it is uploaded, only without holes so far
         ]
         if not additions:
             return
@@ -251,19 +248,19 @@ class Publication:
             upload = partial(self._api.preupload_lfs_files, self.name, additions)
             self._persistently(upload, nbytes)
         except Exception as error:
-            if not files[0].exists():  # Orbax gave its directory another name
+            if not files[0].exists():  # Orbax has renamed its directory
                 raise FileNotFoundError(str(error)) from None
             raise
         for addition in additions:
             if not is_uploaded(addition):
                 raise ConversionError(
-                    f"{self.place} does not take {addition.path_in_repo} as a large file; see "
+                    f"{self.place} does not accept {addition.path_in_repo} as a large file; check "
                     "its .gitattributes."
                 )
             self._operations[addition.path_in_repo] = addition
 
     def _persistently(self, action: Callable[[], T], nbytes: int = 0) -> T:
-        """Does something that may fail for a while; `nbytes` that it uploads take their time."""
+        """Makes a request with retries; `nbytes`: bytes that it uploads, for its timeout."""
         try:
             return ask(self.name, self._retries, action, nbytes)
         except Exception as error:
@@ -275,13 +272,13 @@ def repository_name(place: str) -> str:
 
 
 def _path(root: Path, file: epath.PathLike) -> str:
-    """The name in the repository of a file, whose directories may not have their last names."""
+    """The path of a file in the repository; its directories may still have temporary names."""
     *directories, name = Path(file).relative_to(root).parts
     return "/".join((*(d.partition(_TEMPORARY)[0] for d in directories), name))
 
 
 def _data_files(store: epath.PathLike) -> Iterator[tuple[str, int]]:
-    """The large files of a store that are not uploaded, with their sizes."""
+    """The large files of a store that are not uploaded yet, with their sizes."""
     try:
         with os.scandir(os.path.join(store, "d")) as entries:
             for entry in entries:
@@ -289,7 +286,7 @@ def _data_files(store: epath.PathLike) -> Iterator[tuple[str, int]]:
                 is_waiting = about.st_mode & 0o777 != MODE and about.st_size >= LARGE
                 if is_waiting and _DATA_FILE.fullmatch(entry.name):
                     yield entry.path, about.st_size
-    except FileNotFoundError:  # it has none yet, or a new name
+    except FileNotFoundError:  # there are none yet, or the store was renamed
         pass
 
 
@@ -299,25 +296,25 @@ def _waiting(root: Path, process: int) -> int:
 
 
 def _answer(error: BaseException | None) -> HfHubHTTPError | None:
-    """What the Hub answered, if that is what an error came of."""
+    """The Hub's answer that caused an error, if any."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return error
 
 
 def _refused(error: Exception, name: str, token: str | None) -> Exception:
-    """What keeps us from writing, in a sentence, if we know."""
+    """A known error of writing as a sentence; an unknown one unchanged."""
     answer = _answer(error)
     if answer is not None and answer.response.status_code == 403:
         return UserError(_may_not_write(f"{SCHEME}{name}"))
     said = told(answer or error, name, None, token)
     if said is error and isinstance(error, RuntimeError):
-        return RetryableError(f"The Hub did not take all of {name} ({error}): try again.")
+        return RetryableError(f"The upload to {name} failed ({error}); try again.")
     return said
 
 
 def _may_not_write(place: str) -> str:
     return (
-        f"The token may not write to {place}: make one that may at "
-        f"{constants.ENDPOINT}/settings/tokens, or name a place of yours."
+        f"The token has no write access to {place}; create one that has at "
+        f"{constants.ENDPOINT}/settings/tokens, or name a repository of your own."
     )

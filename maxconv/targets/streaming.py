@@ -1,9 +1,9 @@
-"""Saving leaves that do not exist yet: a streaming Orbax save in the layout of MaxText.
+"""A streaming Orbax save in MaxText's layout: leaves are computed while it runs.
 
-A `LazyTensor` stands in the tree for an array. Orbax writes its metadata at once and asks for the
-array when there is room in the window, so a save never holds the model. What is written is what
-Orbax writes for ordinary arrays, apart from how OCDBT spreads them over its data files. This takes
-private parts of Orbax, so it is done with the releases in `maxconv.private.TESTED` alone.
+A `LazyTensor` represents an array in the tree. Orbax writes its metadata at once and requests the
+array when there is room in the window, so a save never holds the whole model. The result is what
+Orbax writes for ordinary arrays, except for how OCDBT distributes them over its data files. This
+uses private parts of Orbax, so it is only done with the releases in `maxconv.private.TESTED`.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
 from maxconv.targets.orbax import TrainState
 
-_ROWS = 4  # in which concurrent writes are drawn, in a timeline
+_ROWS = 4  # rows for concurrent writes in a timeline
 
 
 class _Window:
@@ -67,7 +67,7 @@ class _Window:
 
 
 class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
-    """Orbax's handler of arrays, fed with lazy ones: makes each when the window has room."""
+    """Orbax's array handler for lazy arrays: makes each when the window has room."""
 
     window: int
     progress: Progress
@@ -99,7 +99,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
-        with liveness.all_or_none():  # Orbax would wait for the others first, and they for this one
+        with (
+            liveness.all_or_none()
+        ):  # on an error Orbax would wait for processes that wait for this one
             await self._make_and_write(values, infos, args)
 
     async def _make_and_write(
@@ -159,7 +161,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     def _to_host(
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlices:
-        """What this process writes of a part, where it belongs in the whole."""
+        """Makes a part; returns what this process writes of it, positioned in the whole array."""
         self.ready()
         array = part.load()
         held = replica_slices.get_replica_slices(
@@ -179,9 +181,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     def _moved(
         self, held: replica_slices.ReplicaSlice, shape: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlice:
-        """A shard's slice in host memory, where it belongs in the whole.
+        """A shard's slice in host memory, positioned in the whole array.
 
-        Cut on the host: on the devices that would be a program to compile for each replica.
+        Sliced on the host: on devices each replica would need a compiled program.
         """
         array = np.asarray(held.unsliced_data)
         if (cut := held.slice_args) is not None:
@@ -211,7 +213,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 def _groups(
     values: Sequence[LazyTensor], left_out: Container[int]
 ) -> Sequence[Sequence[tuple[int, Part]]]:
-    """The parts of leaves, each with its leaf's position, in order; those of a group together."""
+    """The parts of leaves, each with the index of its leaf, in order and grouped."""
     found: dict[object, list[tuple[int, Part]]] = {}
     for i, value in enumerate(values):
         for k, (in_whole, part) in enumerate(value.parts if i not in left_out else ()):
@@ -221,7 +223,7 @@ def _groups(
 
 
 def _alone() -> Progress:
-    """Of a save in which nobody waits for Orbax to begin before collectives of their own."""
+    """The progress for a save that does not wait for Orbax to begin first."""
     progress = Progress()
     progress.begun.set()
     return progress
@@ -259,13 +261,13 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
 
 
 class _AbstractLazyTensor:
-    """What a LazyTensor would be loaded as; Orbax wants one, nothing is loaded so."""
+    """The abstract type of LazyTensor, which Orbax requires; nothing is loaded as it."""
 
     _maxconv_lazy_tensor: bool
 
 
 def _tree_handler(**own: Any) -> type:
-    """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
+    """Orbax's tree handler with support for lazy leaves; it records itself as the stock one."""
     leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
 
     class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
@@ -282,10 +284,9 @@ def _tree_handler(**own: Any) -> type:
 
 
 def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
-    """Makes an error of a commit end all processes, in the thread where it happens.
+    """Makes an error during the commit end all processes, in the thread where it occurs.
 
-    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
-    for this one to commit.
+    Orbax' thread would first wait at a barrier for processes that wait for this one to commit.
     """
     manager: Any = checkpointer._manager
     for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
@@ -302,7 +303,7 @@ def save(
     custom_metadata: Mapping[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """As `maxconv.targets.orbax.save` says."""
+    """See `maxconv.targets.orbax.save`."""
     ctx.memory.write_concurrent_bytes = window
     handlers = ocp.handlers.local_registry()
     handler = _tree_handler(window=window, progress=progress, kept=kept, ready=staticmethod(ready))

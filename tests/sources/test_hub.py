@@ -84,8 +84,8 @@ def test_an_address_is_asked_for_once_and_again_when_it_is_out_of_date(hub):
 @pytest.mark.parametrize(
     ("settings", "path", "environ", "code", "said"),
     [
-        ({"gated": [MODEL]}, MODEL, {}, 2, "is gated: ask for access at"),
-        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", {}, 2, "is gated: ask for access at"),
+        ({"gated": [MODEL]}, MODEL, {}, 2, "is gated; request access at"),
+        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", {}, 2, "is gated; request access at"),
         ({"gated": [MODEL]}, MODEL, {"HF_TOKEN": TOKEN}, 2, "this token has no access"),
         ({}, "org/other", {"HF_TOKEN": TOKEN}, 2, "not on the Hub, or private and not for this"),
         ({"private": [MODEL]}, MODEL, {}, 2, "not on the Hub, or private: check it, or set HF"),
@@ -138,14 +138,14 @@ def test_the_api_is_asked_again_like_files(hub):
     assert well.returncode == done.returncode == 0 and done.stdout == well.stdout != ""
     hub.settings(faults=[["/api/*/auth-check", "503", 99]])
     done = hub.run("-c", IMPATIENT.replace("(sys.argv[1])", "(sys.argv[1], max_retries=1)"), MODEL)
-    said = f"The Hub could not be asked about {MODEL}: the server answered 503, 2 times; try again"
+    said = f"A request to the Hub about {MODEL} failed: the server answered 503, 2 times; try again"
     assert done.stdout.startswith(f"RetryableError {said}")
 
 
 def test_an_answer_that_makes_no_sense_is_bad_input(hub):
     hub.settings(faults=[["/api/models/org/qwen", "200", 9]])  # an object without entries
     done = hub.run("-c", IMPATIENT, MODEL)
-    said = f"UserError The answer about {MODEL} makes no sense"
+    said = f"UserError The answer about {MODEL} is malformed"
     assert done.stdout.startswith(said) and f"is there a Hub at {hub.url}?" in done.stdout
 
 
@@ -163,7 +163,7 @@ def test_redirects_are_followed_to_an_end(hub):
     other = f"{hub.url.replace('127.0.0.1', 'localhost')}/store/{MODEL}/model-00001-of-0000{files}"
     hub.settings(faults=[["/store/*/model-00002-*", f"to:302:{other}.safetensors", 1]])
     done = hub.run("-c", IMPATIENT, MODEL)
-    assert "00002-of" in done.stdout and "the server sent another range" not in done.stdout
+    assert "00002-of" in done.stdout and "the server sent a different range" not in done.stdout
     circle = "/store/org/qwen/model-00002-of-00005.safetensors"
     hub.settings(faults=[[circle, f"to:307:{circle}", 999]])
     done = hub.run("-c", IMPATIENT, MODEL)

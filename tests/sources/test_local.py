@@ -342,7 +342,9 @@ def test_files_beside_the_single_one_are_noticed(tmp_path):
 
 
 def test_missing_directory(tmp_path):
-    assert problems(tmp_path / "no") == (f"{tmp_path}/no does not exist; download it first.",)
+    assert problems(tmp_path / "no") == (
+        f"{tmp_path}/no does not exist; check the path, or download it first.",
+    )
 
 
 def test_a_file_is_given(tmp_path):
@@ -352,7 +354,7 @@ def test_a_file_is_given(tmp_path):
 
 def test_empty_directory(tmp_path):
     assert problems(tmp_path) == (
-        f"config.json in {tmp_path} does not exist; download it first.",
+        f"config.json in {tmp_path} does not exist; check the path, or download it first.",
         f"{tmp_path} has no .safetensors files; give the directory of a checkpoint.",
     )
 
@@ -418,7 +420,7 @@ def test_index_without_a_file_for_a_tensor(tmp_path, name):
 def test_index_names_a_file_that_is_missing(tmp_path):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b="two.safetensors")
     assert problems(tmp_path) == (
-        f"two.safetensors in {tmp_path} does not exist; download it first.",
+        f"two.safetensors in {tmp_path} does not exist; check the path, or download it first.",
     )
 
 
@@ -447,7 +449,7 @@ def test_unfinished_downloads(tmp_path):
     cache.mkdir(parents=True)
     (cache / "x.incomplete").touch()
     assert problems(tmp_path) == (
-        f"{tmp_path} holds downloads that were not finished ('x.incomplete'); run `hf download` "
+        f"{tmp_path} holds unfinished downloads ('x.incomplete'); run `hf download` "
         "again, or delete them.",
     )
 
@@ -461,10 +463,16 @@ def test_all_problems_of_all_files_at_once(tmp_path):
     (tmp_path / "config.json").unlink()
     found = problems(tmp_path)
     assert len(found) == 5
-    assert found[0] == f"config.json in {tmp_path} does not exist; download it first."
+    assert (
+        found[0]
+        == f"config.json in {tmp_path} does not exist; check the path, or download it first."
+    )
     assert found[1] == f"four.safetensors in {tmp_path} cannot be read: it is a directory."
     assert found[2].startswith("one.safetensors is truncated: its header describes ")
-    assert found[3] == f"three.safetensors in {tmp_path} does not exist; download it first."
+    assert (
+        found[3]
+        == f"three.safetensors in {tmp_path} does not exist; check the path, or download it first."
+    )
     assert found[4].startswith("two.safetensors is a Git LFS pointer")
 
 
@@ -588,12 +596,12 @@ def test_files_that_may_not_be_read():
         (directory / SINGLE).chmod(0)
         with not_root():
             assert problems(directory) == (
-                f"{SINGLE} in {directory} may not be read by this user; change its permissions.",
+                f"{SINGLE} in {directory} is not readable by this user; change its permissions.",
             )
         directory.chmod(0)
         with not_root():
             assert problems(directory) == (
-                f"{directory} may not be read by this user; change its permissions.",
+                f"{directory} is not readable by this user; change its permissions.",
             )
         directory.chmod(0o755)
 
