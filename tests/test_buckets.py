@@ -203,6 +203,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_path: Path) -> None:
     words, logs = [*WORDS, *places("out")], tmp_path / "logs"
     with processes(2, words, logs, DIFFERING, bucket.environ.items()) as running:
