@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import tiny
 from buckets import Bucket, serving
@@ -58,7 +59,8 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> No
     assert stored(bucket.get("out", tmp_path / "got")) == converted(tmp_path)
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
 def test_from_the_hub_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> None:
     (tmp_path / "home").mkdir()
     with hub_in(tmp_path / "home") as hub:
@@ -162,13 +164,23 @@ with ocp.training.Checkpointer("gs://bucket/out") as checkpointer:
     ],
 )
 def test_where_nothing_can_be_written_is_said_before(
-    bucket: Bucket, tmp_path: Path, place: str, fault: str | None, said: str
+    bucket: Bucket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    fault: str | None,
+    said: str,
 ) -> None:
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("gs").clear_instance_cache()  # which know another server
     bucket.settings(faults=[[fault, "403", 9]] if fault else [])
     source = f"--hf_model_path={tmp_path / 'hf'}"
-    done = bucket.run("convert", *WORDS, *ALONE, source, f"base_output_directory={place}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr.splitlines()[-1]
+    assert cli.main(["convert", *WORDS, *ALONE, source, f"base_output_directory={place}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err.splitlines()[-1]
+    fsspec.get_filesystem_class("gs").clear_instance_cache()
     assert all("/maxconv." in name for name in bucket.names("out"))  # could not be deleted
 
 
@@ -191,6 +203,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_saw_different_objects_do_not_begin(bucket: Bucket, tmp_path: Path) -> None:
     words, logs = [*WORDS, *places("out")], tmp_path / "logs"
     with processes(2, words, logs, DIFFERING, bucket.environ.items()) as running:

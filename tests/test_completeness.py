@@ -83,7 +83,7 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("how", ["rm", "mv", "file"])
+@pytest.mark.parametrize("how", ["rm", pytest.param("mv", marks=pytest.mark.slow), "file"])
 def test_files_that_vanish_end_the_conversion(tmp_path: Path, how: str) -> None:
     place = Place(tmp_path)
     command = [sys.executable, "-c", VANISH, how, str(place.out), *place.words]

@@ -94,6 +94,7 @@ def test_two_processes_from_the_hub_to_a_directory(hub, alone, tmp_path):
     assert main == f"/api/models/{MODEL}" and commit.startswith(f"{main}/revision/")
 
 
+@pytest.mark.slow
 def test_two_processes(hub, alone, tmp_path):
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", "--public"]
     with processes(2, words, tmp_path / "logs", environ=hub.environ(HF_TOKEN=TOKEN)) as running:

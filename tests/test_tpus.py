@@ -63,6 +63,7 @@ def test_chips_are_those_of_libtpu(name: str, topology: str) -> None:
     assert [c.id for c in meshes[0].flat] == [c.id for c in meshes[1].flat]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_is_the_one_for_real_devices() -> None:
     words = "ici_fsdp_parallelism=8 ici_tensor_parallelism=4"

@@ -82,8 +82,9 @@ def test_parts_that_are_near_are_asked_for_together(bucket: Bucket, tmp_path: Pa
 @pytest.mark.parametrize(
     "kind",
     [
-        *("429:1", "500", "503", "reset", "cut", "whole", "other"),
+        *("429:1", "503", "reset", "cut", "whole", "other"),
         *("mute:2", "forever", "continue", "trickle"),
+        pytest.param("500", marks=pytest.mark.slow),
     ],
 )
 def test_what_may_pass_is_tried_again(bucket: Bucket, tmp_path: Path, kind: str) -> None:

@@ -8,6 +8,7 @@ import tiny
 from hubs import TOKEN, hub_in
 from jobs import job_words
 
+from maxconv import cli
 from maxconv.sources.hub import find_token
 from maxconv.sources.remote import GAP, SPAN, spans
 
@@ -82,26 +83,47 @@ def test_an_address_is_asked_for_once_and_again_when_it_is_out_of_date(hub):
 
 
 @pytest.mark.parametrize(
-    ("settings", "path", "environ", "code", "said"),
+    ("settings", "path", "token", "said"),
     [
-        ({"gated": [MODEL]}, MODEL, {}, 2, "is gated; request access at"),
-        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", {}, 2, "is gated; request access at"),
-        ({"gated": [MODEL]}, MODEL, {"HF_TOKEN": TOKEN}, 2, "this token has no access"),
-        ({}, "org/other", {"HF_TOKEN": TOKEN}, 2, "not on the Hub, or private and not for this"),
-        ({"private": [MODEL]}, MODEL, {}, 2, "not on the Hub, or private: check it, or set HF"),
-        ({}, MODEL, {"HF_TOKEN": "hf_bad"}, 2, "The Hub does not accept the token"),
-        ({"faults": [["/api/*", "403", 9]]}, MODEL, {}, 2, f"The token may not read {MODEL}"),
-        ({}, f"hf://{MODEL}@v9", {}, 2, "has no revision v9"),
-        ({}, f"hf://datasets/{MODEL}", {}, 2, "is not of the form hf://org/name"),
-        ({}, MODEL, {"HF_HUB_OFFLINE": "1"}, 2, "is not in the Hugging Face cache"),
-        ({"faults": [["/store/*", "503", 99]]}, MODEL, {}, 42, "the server answered 503, 2 times"),
+        ({"gated": [MODEL]}, MODEL, "", "is gated; request access at"),
+        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", "", "is gated; request access at"),
+        ({"gated": [MODEL]}, MODEL, TOKEN, "this token has no access"),
+        ({}, "org/other", TOKEN, "not on the Hub, or private and not for this"),
+        ({"private": [MODEL]}, MODEL, "", "not on the Hub, or private: check it, or set HF"),
+        ({}, MODEL, "hf_bad", "The Hub does not accept the token"),
+        ({"faults": [["/api/*", "403", 9]]}, MODEL, "", f"The token may not read {MODEL}"),
+        ({}, f"hf://{MODEL}@v9", "", "has no revision v9"),
+        ({}, f"hf://datasets/{MODEL}", "", "is not of the form hf://org/name"),
     ],
 )
-def test_what_keeps_us_from_a_model_is_said(hub, tmp_path, settings, path, environ, code, said):
+def test_what_keeps_us_from_a_model_is_said(
+    hub, tmp_path, monkeypatch, capsys, settings, path, token, said
+):
     hub.settings(**({"allowed": []} | settings))
-    done = convert(hub, tmp_path, path, "--max_retries=1", **environ)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HF_AUTH_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    words = job_words(tmp_path, path, tiny.maxtext_words(CASE, True), "fsdp8")
+    assert cli.main(["convert", *words, "--verify=none", "--max_retries=1"]) == 2
+    out, err = capsys.readouterr()
+    assert said in err.splitlines()[-1] and not out and TOKEN not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "environ", "code", "said"),
+    [
+        ({}, {"HF_HUB_OFFLINE": "1"}, 2, "is not in the Hugging Face cache"),
+        ({"faults": [["/store/*", "503", 99]]}, {}, 42, "the server answered 503, 2 times"),
+    ],
+)
+def test_as_a_person_sees_it(hub, tmp_path, settings, environ, code, said):
+    hub.settings(**({"allowed": []} | settings))
+    done = convert(hub, tmp_path, MODEL, "--max_retries=1", **environ)
     assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr.splitlines()[-1] and TOKEN not in done.stderr
+    assert said in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
