@@ -253,8 +253,8 @@ def _hub_target(job: Job, form: Format) -> Target:
             problems = place.scratch_problems(scratch, _scratch_nbytes(job))
     if problems:
         raise UserError(problems)
-    retries = config.max_retries
-    going = Publication(repository, config.hf_access_token, retries, config.public)
+    retries, public = config.max_retries, config.public
+    going = Publication(repository, config.hf_access_token, retries, public, config.overwrite)
     return HubTarget(going, form, job.window)
 
 
