@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from maxconv.errors import RetryableError, exit_code, failure_text
+from maxconv.text import say
 
 BEAT = 1  # seconds between two signs of life
 SILENCE = 15  # seconds without one after which a process counts as gone
@@ -163,7 +164,7 @@ def _tell(said: str) -> None:
     with suppress(OSError, ValueError):  # nobody may be reading: that keeps no process alive
         sys.stdout.flush()  # what was said so far comes first
         ending = f"\n{NOTHING_SAVED}" if _unsaved else ""
-        print(f"{start}{said}{ending}", file=sys.stderr, flush=True)
+        say(f"{start}{said}{ending}", sys.stderr)
 
 
 class _Ring:
@@ -219,10 +220,7 @@ class _Ring:
         first = json.loads(word)
         if self._process == 0 and first["process"]:
             with suppress(OSError, ValueError):
-                print(
-                    f"maxconv: ended by process {first['process']}, which says why",
-                    file=sys.stderr,
-                )
+                say(f"maxconv: ended by process {first['process']}, which says why", sys.stderr)
         self.exit(first["code"], _HEAR)
 
     def _run(self) -> None:

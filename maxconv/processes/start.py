@@ -1,7 +1,6 @@
 """Starts JAX: the platform, the simulated devices and the other processes, before any array."""
 
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from maxconv.config import Config
 from maxconv.errors import RetryableError, UserError
 from maxconv.processes import coordinator, liveness
 from maxconv.processes.agreement import agree
-from maxconv.text import duration
+from maxconv.text import duration, note
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
@@ -175,11 +174,9 @@ def _patience(to: Processes, seconds: int) -> Iterator[None]:
     """Says whom this process waits for; ends it, with the usual mistake, when nobody comes."""
     others = f"{to.n - 1} other process(es)" if to.mine == 0 else "process 0"
     where = f"at {to.address}" if to.mine else f"to come to {to.address}"
-    print(
-        f"note: process {to.mine} of {to.n} waits for {others} {where}; started on one worker "
-        "only? Start it on all: gcloud takes --worker=all",
-        file=sys.stderr,
-        flush=True,
+    note(
+        f"process {to.mine} of {to.n} waits for {others} {where}; started on one worker only? "
+        "Start it on all: gcloud takes --worker=all"
     )
 
     def give_up() -> None:
