@@ -36,7 +36,7 @@ from maxconv.processes import liveness
 from maxconv.targets import journal
 from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
-from maxconv.targets.orbax import TrainState
+from maxconv.targets.orbax import TrainState, end_together
 
 _ROWS = 4  # in which concurrent writes are drawn, in a timeline
 
@@ -263,17 +263,6 @@ def _tree_handler(**own: Any) -> type:
     return TreeHandler
 
 
-def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
-    """Makes an error of a commit end all processes, in the thread where it happens.
-
-    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
-    for this one to commit.
-    """
-    manager: Any = checkpointer._manager
-    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
-        setattr(manager, step, liveness.all_or_none()(getattr(manager, step)))
-
-
 def save(
     directory: str,
     state: TrainState,
@@ -291,7 +280,7 @@ def save(
     handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
-        _end_together(checkpointer)
+        end_together(checkpointer)
         try:
             saving = checkpointer.save_checkpointables_async(
                 0,
