@@ -53,7 +53,8 @@ class Ownership:
     def acquire(self) -> None:
         """Takes the lock, if need be from an owner that is dead, and keeps it renewed.
 
-        Takes up to `STALE` seconds when it cannot be told at once whether the owner is alive.
+        Takes up to `STALE` seconds when it cannot be told at once whether the owner is alive, and
+        two beats when the lock names none.
 
         Raises:
             UserError: another conversion has it.
@@ -85,7 +86,10 @@ class Ownership:
 
     def _wait_until_dead(self, seen: Seen) -> None:
         """Returns when the owner of a lock is dead or has released it; else raises UserError."""
-        alive, until = _is_alive(seen.owner), time.monotonic() + STALE
+        # One that names nobody was cut off while it was written, which its owner mends at its next
+        # beat; should it come to write only later, it finds that the lock is not its own.
+        bound = STALE if "token" in seen.owner else 2 * BEAT
+        alive, until = _is_alive(seen.owner), time.monotonic() + bound
         while alive is None and time.monotonic() < until:
             time.sleep(_POLL)
             now = self._lock.get()
