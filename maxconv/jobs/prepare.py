@@ -97,7 +97,8 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
         mine = resume.identity(config, source, plan, window)
-        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
+        if jax.process_count() > 1:
+            agree({"the plan": plan.digest}, "start them in the same environment")
         same = gathered(mine)[0]  # a copy of the source on another host has other times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
