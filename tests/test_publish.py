@@ -12,6 +12,8 @@ from jobs import CPU, MESHES
 from test_processes import processes, said, stored
 
 from maxconv import cli
+from maxconv.errors import ConversionError
+from maxconv.targets import publication
 
 CASE, MODEL, OUT = "qwen3-30b-a3b", "org/qwen", "hf://org/out"
 WORDS = [*tiny.maxtext_words(CASE, True), *MESHES["fsdp4_tp2"], "hardware=cpu"]
@@ -56,7 +58,9 @@ def commits(hub):
 
 
 def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
-    faults = [["/blobs/*", "503", 1], ["/blobs/*", "reset", 1], ["/api/*/commit/main", "503", 1]]
+    commit = "/api/*/commit/main"
+    faults = [["/blobs/*", "503", 1], ["/blobs/*", "reset", 1], [commit, "503", 1]]
+    faults += [[commit, "412", 1]]  # somebody else's commit came between
     hub.settings(private=[MODEL], faults=faults)
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", f"hf_access_token={TOKEN}"]
     done = hub.convert(*words, "--verify=full")
@@ -64,7 +68,7 @@ def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
     assert "a token on a command line shows" in done.stderr and "is public" not in done.stderr
     assert "verified" in done.stdout and "hf download org/out --local-dir DIR" in done.stdout
     assert same(hub, alone)
-    assert [entry["status"] for entry in commits(hub)] == [503, 200]
+    assert [entry["status"] for entry in commits(hub)] == [503, 412, 200]
     uploads = [entry for entry in hub.log if entry["path"].startswith("/blobs/")]
     assert {entry["host"].partition(":")[0] for entry in uploads} == {"localhost"}
     assert json.loads((published(hub) / "maxconv.json").read_text())["maxconv"]
@@ -198,6 +202,51 @@ def test_an_upload_that_fails_leaves_nothing_in_the_repository(hub, alone):
     now = {path.name for path in published(hub).rglob("d/*")}
     assert now.isdisjoint(path.name for path in before if path.parent.name == "d")
     assert stored(published(hub)).keys() != stored(alone / "out").keys()
+
+
+MEANWHILE = """
+import os, sys
+from pathlib import Path
+from maxconv import cli
+from maxconv.targets.publication import Publication
+
+commit = Publication.commit
+
+def later(self):
+    (step := Path(os.environ["REPOSITORY"], "0")).mkdir()
+    (step / "notes.txt").write_text("of mine")
+    commit(self)
+
+Publication.commit = later
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+def test_what_came_meanwhile_is_left_alone(hub, here, monkeypatch, capsys):
+    words = [*WORDS, *CPU, f"--hf_model_path={hub.root / MODEL}", "--verify=none", "--overwrite"]
+    words += [f"base_output_directory={OUT}"]
+    done = hub.run("-c", MEANWHILE, *words, HF_TOKEN=TOKEN, REPOSITORY=str(published(hub)))
+    assert done.returncode == 1, done.stderr
+    assert f"{OUT}/0/notes.txt and 0 more files came" in done.stderr
+    assert (published(hub) / "0/notes.txt").exists() and not commits(hub)
+
+    monkeypatch.setattr("maxconv.targets.publication.problems", lambda *_: [])  # it was not there
+    assert here() == 2
+    assert f"{OUT}/0 exists; add --overwrite" in capsys.readouterr().err
+    assert (published(hub) / "0/notes.txt").exists() and not commits(hub)
+
+
+def test_what_no_index_explains_ends_the_wait_for_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(publication, "PATIENCE", 0.5)
+    going = publication.Publication(OUT, TOKEN, 0, public=False, overwrite=False)
+    data = going.scratch / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_1/d"
+    data.mkdir(parents=True)
+    (data / ("0" * 32)).write_bytes(b"x" * publication.LARGE)
+    going.wait_for_room(0, 0)
+    going.wait_for_room(1, publication.LARGE)
+    with pytest.raises(ConversionError, match="0{32} cannot be uploaded, as the index beside it"):
+        going.wait_for_room(1, 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from maxconv.text import size
+from maxconv.text import say, size
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,7 +37,7 @@ def run(directory: str) -> None:
     began = time.monotonic()
     source, target = Path(directory, "hf"), Path(directory, "maxtext")
     nbytes = write_checkpoint(source)
-    print(
+    say(
         f"Made a small Llama in {source}: {size(nbytes)} of random bfloat16 weights in "
         f"{len(list(source.glob('*.safetensors')))} files.\n"
         "Converting it for training on a mesh of fsdp=4 x tensor=2, 8 simulated CPU devices:"
@@ -55,7 +55,7 @@ def run(directory: str) -> None:
     config = start(arguments)
     job = convert.run(config, TerminalReporter())
     kernel = next(leaf for leaf in job.plan.leaves if "wi_0" in leaf.name)
-    print(
+    say(
         f"\nDone in {time.monotonic() - began:.0f} s. The {job.model.dims.layers} layers are "
         f"stacked as MaxText scans them; {kernel.name} is {kernel.shape}, sharded "
         f"{kernel.sharding.spec},\nso that each device has {size(kernel.shard_nbytes)} of its "

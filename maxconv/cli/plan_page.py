@@ -1,7 +1,7 @@
 """A plan as one HTML page with diagrams: `maxconv plan --report=plan.html`."""
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import groupby
 
 from maxconv.algebra import Box
@@ -11,7 +11,7 @@ from maxconv.planning.estimates import device_estimate, held_nbytes, host_estima
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.tpus import Slice
-from maxconv.text import MARK, duration, size
+from maxconv.text import MARK, duration, printable, size
 
 _LEAVES = 12  # drawn: the largest
 _WIDTH = 880
@@ -75,6 +75,11 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
     head = f'<!doctype html><html lang="en">{meta}{title}<style>{_STYLE}</style>'
     return "\n".join([head, *body, "</html>\n"])
+
+
+def escape(text: str) -> str:
+    """Text in HTML, as `printable` has it: a page with half a surrogate pair cannot be written."""
+    return html.escape(printable(text))
 
 
 def _of(nbytes: int | None) -> str:

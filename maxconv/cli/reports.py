@@ -12,7 +12,7 @@ from maxconv.jobs.prepare import Job
 from maxconv.jobs.reporter import Reporter
 from maxconv.targets import place
 from maxconv.targets.publication import is_repository, repository_name
-from maxconv.text import duration, printable, printable_lines, size
+from maxconv.text import duration, note, say, size
 
 
 class TerminalReporter(Reporter):
@@ -23,7 +23,7 @@ class TerminalReporter(Reporter):
 
     def note(self, text: str) -> None:
         if self._speaks:
-            print(f"note: {printable(text)}", file=sys.stderr)
+            note(text)
 
     def progress(
         self, label: str, done: Callable[[], tuple[int, int]]
@@ -32,11 +32,11 @@ class TerminalReporter(Reporter):
 
     def saved(self, job: Job, seconds: float) -> None:
         if self._speaks:
-            print(printable_lines(_summary(job, seconds)), flush=True)
+            say(_summary(job, seconds))
 
     def verified(self, job: Job, leaves: int, witnessed: int, seconds: float) -> None:
         if self._speaks:
-            print(
+            say(
                 f"verified {leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
                 f"source, {size(witnessed)} also with an independent numpy check, in "
                 f"{duration(seconds)}"
@@ -45,7 +45,7 @@ class TerminalReporter(Reporter):
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         if self._speaks:
             parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())
-            print(
+            say(
                 f"time, summed over threads: {', '.join(parts)}; timeline for ui.perfetto.dev: "
                 f"{path}"
             )

@@ -98,7 +98,8 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window)
         mine = resume.identity(config, source, plan, window)
-        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
+        if jax.process_count() > 1:
+            agree({"the plan": plan.digest}, "start them in the same environment")
         same = gathered(mine)[0]  # local copies differ in their modification times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
@@ -257,8 +258,8 @@ def _hub_target(job: Job, form: Format) -> Target:
             problems = place.scratch_problems(scratch, _scratch_nbytes(job))
     if problems:
         raise UserError(problems)
-    retries = config.max_retries
-    going = Publication(repository, config.hf_access_token, retries, config.public)
+    retries, public = config.max_retries, config.public
+    going = Publication(repository, config.hf_access_token, retries, public, config.overwrite)
     return HubTarget(going, form, job.window)
 
 

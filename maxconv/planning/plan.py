@@ -4,6 +4,8 @@ It is made from leaves, each an expression over the tensors of a source, and mem
 not depend on where these come from: a model to convert, or a checkpoint to read.
 """
 
+import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,6 +122,21 @@ class Plan:
     def blanks(self) -> set[tuple[Shape, np.dtype, NamedSharding]]:
         """Shape, dtype and sharding of slabs that are written cell by cell; each is a program."""
         return {(r.shape, r.dtype, r.sharding) for r in self.recipes if not r.is_whole}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that processes must do alike: what differs are programs that wait for each other
+        in vain, or abort."""
+        devices = [(d.id, d.process_index) for d in self.mesh.devices.flat]
+        digest = hashlib.sha256(repr((self.mesh.shape, devices)).encode())
+        numbers = {recipe: i for i, recipe in enumerate(self.recipes)}
+        for recipe in numbers:
+            digest.update(repr(recipe).encode())
+        for leaf, slab in itertools.chain.from_iterable(self.groups):
+            digest.update(repr((leaf.name, leaf.shape, slab.shape, slab.offset)).encode())
+            for step in slab.steps:
+                digest.update(repr((numbers[step.recipe], step.offset, step.sources)).encode())
+        return digest.hexdigest()[:12]
 
     @property
     def output_nbytes(self) -> int:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from maxconv.errors import RetryableError, exit_code, failure_text
+from maxconv.text import say
 
 BEAT = 1  # seconds between two heartbeats
 SILENCE = 15  # seconds without a heartbeat after which a process is considered gone
@@ -163,7 +164,7 @@ def _tell(said: str) -> None:
     with suppress(OSError, ValueError):  # a closed output must not keep the process alive
         sys.stdout.flush()  # earlier output comes first
         ending = f"\n{NOTHING_SAVED}" if _unsaved else ""
-        print(f"{start}{said}{ending}", file=sys.stderr, flush=True)
+        say(f"{start}{said}{ending}", sys.stderr)
 
 
 class _Ring:
@@ -219,9 +220,9 @@ class _Ring:
         first = json.loads(word)
         if self._process == 0 and first["process"]:
             with suppress(OSError, ValueError):
-                print(
+                say(
                     f"maxconv: ended by process {first['process']}, whose output has the cause",
-                    file=sys.stderr,
+                    sys.stderr,
                 )
         self.exit(first["code"], _HEAR)
 

@@ -1,7 +1,6 @@
 """Starts JAX: the platform, the simulated devices and the other processes, before any array."""
 
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from maxconv.errors import RetryableError, UserError
 from maxconv.processes import coordinator, liveness, roll_call
 from maxconv.processes.agreement import agree
 from maxconv.processes.roll_call import Processes
+from maxconv.text import note
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
@@ -78,11 +78,7 @@ def refuse(arguments: Sequence[str], error: Exception) -> None:
         return  # nobody can tell whom to tell
     if to is not None:
         seconds = min(_WAITS, config.jax_distributed_initialization_timeout)
-        print(
-            f"note: process {to.mine} of {to.n} tells {to.others} {to.where} that it cannot go on",
-            file=sys.stderr,
-            flush=True,
-        )
+        note(f"process {to.mine} of {to.n} tells {to.others} {to.where} that it cannot go on")
         roll_call.meet(to, seconds, refused=error)
 
 
@@ -186,11 +182,9 @@ def _connect(config: Config, platform: str) -> None:
     if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
         return
     timeout = config.jax_distributed_initialization_timeout
-    print(
-        f"note: process {to.mine} of {to.n} waits for {to.others} {to.where}; started on one "
-        "worker only? Start it on all: gcloud takes --worker=all",
-        file=sys.stderr,
-        flush=True,
+    note(
+        f"process {to.mine} of {to.n} waits for {to.others} {to.where}; started on one worker "
+        "only? Start it on all: gcloud takes --worker=all"
     )
     roll_call.meet(to, timeout)
     if platform == "cpu":

@@ -9,6 +9,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import private
+from maxconv.processes import liveness
 from maxconv.targets.base import Progress
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
@@ -96,6 +97,18 @@ def save(
         from maxconv.targets.partial_save import save as chosen
     custom = {"scan_layers": scan_layers, **metadata}
     chosen(directory, state, window, progress, ctx or context(), kept, custom, ready)
+
+
+def end_together(checkpointer: ocp.training.Checkpointer) -> None:
+    """Makes an error of a commit end all processes, in the thread where it happens.
+
+    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
+    for this one to commit. A release that has these steps under other names is left as it is.
+    """
+    manager: Any = getattr(checkpointer, "_manager", None)
+    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
+        if (function := getattr(manager, step, None)) is not None:
+            setattr(manager, step, liveness.all_or_none()(function))
 
 
 def streams() -> bool:

@@ -53,7 +53,8 @@ class Ownership:
     def acquire(self) -> None:
         """Takes the lock, possibly from an owner that is dead, and keeps renewing it.
 
-        Takes up to `STALE` seconds if it is not known whether the owner is alive.
+        Takes up to `STALE` seconds if it is not known whether the owner is alive, and two beats if
+        the lock names none.
 
         Raises:
             UserError: another conversion holds it.
@@ -85,7 +86,10 @@ class Ownership:
 
     def _wait_until_dead(self, seen: Seen) -> None:
         """Returns once the owner of a lock is dead or has released it; UserError if it is alive."""
-        alive, until = _is_alive(seen.owner), time.monotonic() + STALE
+        # A lock that names nobody was cut off while it was written. If its owner lives, its next
+        # beat completes it; if that comes later still, the owner finds that the lock is taken.
+        bound = STALE if "token" in seen.owner else 2 * BEAT
+        alive, until = _is_alive(seen.owner), time.monotonic() + bound
         while alive is None and time.monotonic() < until:
             time.sleep(_POLL)
             now = self._lock.get()

@@ -22,7 +22,7 @@ from maxconv.processes.agreement import once
 from maxconv.targets import place
 from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor
-from maxconv.targets.orbax import TrainState
+from maxconv.targets.orbax import TrainState, end_together
 
 _MERGED = f"{place.UNFINISHED}.merged"  # where pieces are merged; not a checkpoint yet
 _KEY, _ITEMS = "state", "items"  # names of the tree in `ocp.partial` and in MaxText
@@ -72,6 +72,7 @@ def _save_at_once(
 ) -> None:
     made = jax.tree.map(lambda leaf: _made(leaf, progress, ready), state)
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
+        end_together(checkpointer)
         checkpointer.save_checkpointables(
             0, {_ITEMS: made}, force=True, custom_metadata=dict(custom_metadata)
         )

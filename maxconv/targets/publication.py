@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item
 from maxconv.targets import place
 from maxconv.targets.sparse_files import MODE, NEW, HollowItem, make_hollow
+from maxconv.text import duration
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ SCHEME = "hf://"
 LARGE = 1 << 20  # bytes: larger files are uploaded before the end
 AT_ONCE = 8  # files
 INTERVAL = 0.2  # seconds between two checks for files that Orbax has finished
+PATIENCE = 300  # seconds for the index of a store to refer to everything in its data files
 _STORES = f"{place.STEP}*/items*/ocdbt.process_*"  # with their final or temporary names
 _ITEMS = f"{place.STEP}/items"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -87,10 +89,14 @@ def _problems(api: HfApi, name: str, overwrite: bool, public: bool) -> Iterator[
             "--public."
         )
     if not overwrite and _step_files(info):
-        yield (
-            f"{SCHEME}{name}/{place.STEP} exists; add --overwrite to replace it, or name another "
-            "repository."
-        )
+        yield _exists(name)
+
+
+def _exists(name: str) -> str:
+    return (
+        f"{SCHEME}{name}/{place.STEP} exists; add --overwrite to replace it, or name another "
+        "repository."
+    )
 
 
 def _no_place(me: Mapping[str, Any], org: str) -> str | None:
@@ -116,11 +122,17 @@ def _step_files(info: Any) -> set[str]:
 
 
 class Publication:
-    """Uploads a checkpoint to a repository. Process 0 does; others only use `wait_for_room`."""
+    """Uploads a checkpoint to a repository. Process 0 does; others only use `wait_for_room`.
 
-    def __init__(self, place: str, token: str | None, max_retries: int, public: bool):
+    `overwrite`: whether it may replace a checkpoint that is there when it begins.
+    """
+
+    def __init__(
+        self, place: str, token: str | None, max_retries: int, public: bool, overwrite: bool
+    ):
         self.place, self.scratch = place, Path(scratch(place))
         self.name, self._public, self._retries = repository_name(place), public, max_retries
+        self._overwrite, self._replaced = overwrite, set[str]()
         self._token = find_token(token)
         self._api = HfApi(token=self._token)
         self._operations: dict[str, CommitOperationAdd] = {}
@@ -141,14 +153,32 @@ class Publication:
         """Creates the repository if it does not exist; returns whether it is public."""
         self._api.create_repo(self.name, private=not self._public, exist_ok=True)
         _ask_to_write(self._api, self.name)
-        return not self._api.model_info(self.name).private
+        info = self._api.model_info(self.name)
+        self._replaced = _step_files(info)
+        if self._replaced and not self._overwrite:  # it came since it was looked at before
+            raise UserError(_exists(self.name))
+        return not info.private
 
     def wait_for_room(self, process: int, limit: int) -> None:
-        """Waits until a process has no more than `limit` bytes of data files on disk."""
-        self.check()
-        while _waiting(self.scratch, process) > limit:
+        """Waits until a process has no more than `limit` bytes of data files on disk.
+
+        Raises:
+            ConversionError: what is there cannot be uploaded, and nothing has changed for long.
+        """
+        seen, since = dict[str, int](), time.monotonic()
+        while sum((waiting := _waiting(self.scratch, process)).values()) > limit:
             self.check()
+            if waiting != seen:
+                seen, since = waiting, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                if not any(map(_uploadable, _stores(self.scratch, process))):
+                    raise ConversionError(
+                        f"{next(iter(waiting))} cannot be uploaded: after {duration(PATIENCE)} the "
+                        "index of its store does not refer to all of it; convert again."
+                    )
+                since = time.monotonic()  # the uploads are slow; they have bounds of their own
             time.sleep(INTERVAL)
+        self.check()
 
     def check(self) -> None:
         """Raises the error that stopped the uploads, if any."""
@@ -159,7 +189,8 @@ class Publication:
         """Uploads the rest, and makes the commit. Orbax must have finished.
 
         Raises:
-            ConversionError: the repository does not contain what was sent.
+            ConversionError: files were added to the repository that this conversion may not
+                delete; or the repository does not contain what was sent.
         """
         self._done.set()
         self._thread.join()
@@ -170,16 +201,38 @@ class Publication:
                 self._operations[path] = CommitOperationAdd(path, str(file))
         additions = list(self._operations.values())
         sizes = {a.path_in_repo: nbytes(a) for a in additions}
-        old = _step_files(self._persistently(lambda: self._api.model_info(self.name)))
-        deletions = [CommitOperationDelete(file) for file in sorted(old - sizes.keys())]
-        message = f"MaxText checkpoint, {len(sizes)} files, by maxconv"
-        made = self._persistently(
-            lambda: self._api.create_commit(
-                self.name, [*deletions, *additions], commit_message=message
-            )
-        )
-        self._look(made.oid, sizes)
-        self.made = made.oid
+        self.made = self._persistently(lambda: self._commit(additions, sizes.keys()))
+        self._look(self.made, sizes)
+
+    def _commit(self, additions: list[CommitOperationAdd], files: Set[str]) -> str:
+        """Replaces what was there at the beginning in one commit, and returns its id.
+
+        Each attempt is for the repository as it was looked at, or the Hub refuses it (412).
+        """
+        message = f"MaxText checkpoint, {len(files)} files, by maxconv"
+        for attempt in range(RETRIES):
+            info = self._api.model_info(self.name)
+            there = _step_files(info)
+            if info.sha and files <= there:  # made, but the answer was lost: names are random
+                return info.sha
+            if came := sorted(there - self._replaced):
+                raise ConversionError(
+                    f"{SCHEME}{self.name}/{came[0]} and {len(came) - 1} more files were added by "
+                    "someone else during the conversion, so the checkpoint was not committed; use "
+                    "another repository, or remove these files and convert again."
+                )
+            deletions = [CommitOperationDelete(file) for file in sorted(there - files)]
+            try:
+                return self._api.create_commit(
+                    self.name,
+                    [*deletions, *additions],
+                    commit_message=message,
+                    parent_commit=info.sha,
+                ).oid
+            except HfHubHTTPError as error:
+                if error.response.status_code != 412 or attempt == RETRIES - 1:
+                    raise
+        raise AssertionError("every attempt returns or raises")
 
     def whole(self, item: Item, commit: str) -> Item:
         """The checkpoint at a commit of the repository, from which values are fetched."""
@@ -218,19 +271,16 @@ class Publication:
                 liveness.fail(error)
 
     def _upload_finished(self) -> None:
-        """Uploads the large files that are finished, and then punches holes into them."""
-        for store in map(epath.Path, self.scratch.glob(_STORES)):
-            files = [epath.Path(file) for file, _ in _data_files(store)]
+        """Uploads the large files that are finished, and makes them hollow."""
+        for store in _stores(self.scratch):
             try:
-                values = value_spans(store) if files else {}
-                spans = {file: sorted(values.get(f"d/{file.name}", ())) for file in files}
-                ready = [file for file in files if not any(unexplained(file, spans[file]))]
-                for i in range(0, len(ready), AT_ONCE):
-                    self._upload(ready[i : i + AT_ONCE])
-                for file in ready:
-                    make_hollow(file, spans[file])
-            except (OSError, ValueError):
-                # The first version is not written yet, or Orbax has renamed the directory.
+                ready = _uploadable(store)
+                files = [*ready]
+                for i in range(0, len(files), AT_ONCE):
+                    self._upload(files[i : i + AT_ONCE])
+                for file, spans in ready.items():
+                    make_hollow(file, spans)
+            except (OSError, ValueError):  # Orbax gave the directory its last name
                 if (store / "manifest.ocdbt").exists():
                     raise
 
@@ -290,9 +340,34 @@ def _data_files(store: epath.PathLike) -> Iterator[tuple[str, int]]:
         pass
 
 
-def _waiting(root: Path, process: int) -> int:
-    stores = [s for s in root.glob(_STORES) if s.name == f"ocdbt.process_{process}"]
-    return sum(size for store in stores for _, size in _data_files(store))
+def _stores(root: Path, process: int | None = None) -> list[epath.Path]:
+    """The OCDBT stores of one process, or of all."""
+    stores = sorted(root.glob(_STORES))
+    return [
+        epath.Path(store)
+        for store in stores
+        if process is None or store.name == f"ocdbt.process_{process}"
+    ]
+
+
+def _waiting(root: Path, process: int) -> dict[str, int]:
+    """The data files of a process that are to be uploaded and made hollow, with their sizes."""
+    return {file: size for s in _stores(root, process) for file, size in _data_files(s)}
+
+
+def _uploadable(store: epath.Path) -> dict[epath.Path, list[tuple[int, int]]]:
+    """The data files of a store to be uploaded of which every byte is known, and where their values
+    lie: others are still being written."""
+    files = [epath.Path(file) for file, _ in _data_files(store)]
+    try:
+        values = value_spans(store) if files else {}
+        spans = {file: sorted(values.get(f"d/{file.name}", ())) for file in files}
+        return {file: spans[file] for file in files if not any(unexplained(file, spans[file]))}
+    except (OSError, ValueError):
+        # Its first version is not written, or Orbax gave the directory its last name.
+        if (store / "manifest.ocdbt").exists():
+            raise
+        return {}
 
 
 def _answer(error: BaseException | None) -> HfHubHTTPError | None:

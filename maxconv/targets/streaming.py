@@ -36,7 +36,7 @@ from maxconv.processes import liveness
 from maxconv.targets import journal
 from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
-from maxconv.targets.orbax import TrainState
+from maxconv.targets.orbax import TrainState, end_together
 
 _ROWS = 4  # rows for concurrent writes in a timeline
 
@@ -283,16 +283,6 @@ def _tree_handler(**own: Any) -> type:
     return TreeHandler
 
 
-def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
-    """Makes an error during the commit end all processes, in the thread where it occurs.
-
-    Orbax' thread would first wait at a barrier for processes that wait for this one to commit.
-    """
-    manager: Any = checkpointer._manager
-    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
-        setattr(manager, step, liveness.all_or_none()(getattr(manager, step)))
-
-
 def save(
     directory: str,
     state: TrainState,
@@ -310,7 +300,7 @@ def save(
     handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
-        _end_together(checkpointer)
+        end_together(checkpointer)
         try:
             saving = checkpointer.save_checkpointables_async(
                 0,
