@@ -120,8 +120,8 @@ OPTIONS: Mapping[str, Option] = {
     "tpu_type": Option(
         str,
         None,
-        "plan for this type of slice, such as v5p-64, or v6e-8:ct6e-standard-4t with a machine type; "
-        "no TPU is needed",
+        "plan for this type of slice, such as v5p-64, or v6e-8:ct6e-standard-4t with a machine "
+        "type; no TPU is needed",
         commands=(PLAN,),
     ),
     "report": Option(str, None, "HTML file to write the plan to, with diagrams", commands=(PLAN,)),
