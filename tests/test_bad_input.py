@@ -125,7 +125,7 @@ def test_what_is_no_name_on_the_hub(place: Place) -> None:
 def test_no_source(place: Place) -> None:
     place.words = [*BARE]
     (problem,) = place.refused()
-    assert "--hf_model_path=DIR" in problem
+    assert "--hf_model_path=" in problem
 
 
 def test_no_config(place: Place) -> None:
@@ -142,8 +142,8 @@ def test_an_architecture_that_is_not_known(place: Place, architectures: Any) -> 
     place.config(architectures=architectures)
     (problem,) = place.refused()
     assert problem == (
-        f"{place.hf} is a GPT2LMHeadModel; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
-        'To teach it another, see "Add a model" in its README.'
+        f"{place.hf} is a GPT2LMHeadModel, which is not supported; supported architectures are "
+        f"{', '.join(BY_ARCHITECTURE)}. To add one, see `maxconv help models`."
     )
 
 
@@ -151,7 +151,8 @@ def test_an_architecture_that_is_not_known(place: Place, architectures: Any) -> 
 def test_no_architecture(place: Place, architectures: Any) -> None:
     place.config(architectures=architectures)
     (problem,) = place.refused()
-    assert "is a model without an architecture in config.json; maxconv knows Llama" in problem
+    assert "is a model without an architecture in config.json, which is not supported" in problem
+    assert "supported architectures are Llama" in problem
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_a_config_that_makes_no_sense(
 ) -> None:
     place.config(**entries)
     place.bare()
-    mend = "take that of the original model."
+    mend = "use that of the original model."
     assert place.refused() == [f"config.json in {place.hf}: {text}; {mend}" for text in expected]
 
 
@@ -273,7 +274,7 @@ def test_an_unreadable_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
         ("model_name=llama9", "model_name=llama9 is not supported."),
         ("ici_fsdp_parallelism=3", "does not fit the 8 devices"),
         ("ici_tensor_parallelism=3", "does not fit the 8 devices"),
-        ("num_slices=2", "num_slices=2, but the devices are in 1"),
+        ("num_slices=2", "num_slices=2, but there are 1 slice"),
     ],
 )
 def test_a_wrong_word(place: Place, word: str, problem: str) -> None:
@@ -349,7 +350,7 @@ def test_a_file_in_the_way(place: Place) -> None:
     place.out.write_text("")
     for path in (place.out, place.out / "below" / "it"):
         (problem,) = place.refused(f"base_output_directory={path}")
-        assert problem == f"{place.out} is a file; base_output_directory must be a directory."
+        assert problem == f"{place.out} is a file, but base_output_directory must be a directory."
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs Linux")
@@ -376,8 +377,8 @@ def test_no_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 20, 1 << 19, 1 << 19))
     (problem,) = place.refused()
     assert problem == (
-        f"{place.directory} has 512.0 KiB free, but the checkpoint takes 1.1 MiB; make room, or "
-        "name another directory."
+        f"{place.directory} has 512.0 KiB free, but the checkpoint needs 1.1 MiB; free some "
+        "space, or name another directory."
     )
 
 
@@ -390,7 +391,7 @@ def test_what_is_overwritten_makes_room(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name / "_METADATA").write_bytes(bytes(1 << 20))
     assert problems(str(tmp_path), 900_000, overwrite=True) == []
     (problem,) = problems(str(tmp_path), 1_100_000, overwrite=True)
-    assert problem.startswith(f"{tmp_path} has 2.0 MiB free, but the checkpoint takes 2.1 MiB;")
+    assert problem.startswith(f"{tmp_path} has 2.0 MiB free, but the checkpoint needs 2.1 MiB;")
 
 
 def test_no_room_on_a_real_disk(place: Place, tmp_path: Path) -> None:
@@ -401,7 +402,7 @@ def test_no_room_on_a_real_disk(place: Place, tmp_path: Path) -> None:
         pytest.skip("a disk cannot be mounted here")
     try:
         (problem,) = place.refused(f"base_output_directory={disk}")
-        assert problem.startswith(f"{disk} has 1.0 MiB free, but the checkpoint takes 1.1 MiB;")
+        assert problem.startswith(f"{disk} has 1.0 MiB free, but the checkpoint needs 1.1 MiB;")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         (problem,) = place.refused(f"base_output_directory={disk}/out")
         assert problem.startswith(f"{disk} cannot be written to (Read-only file system);")
@@ -415,7 +416,7 @@ def test_what_transformers_would_read(place: Place, monkeypatch: pytest.MonkeyPa
     (problem,) = place.refused(*words)
     assert problem == (
         "--eager_load_method=transformers needs torch: pip install 'maxconv[transformers]', or "
-        "leave it out to read the safetensors themselves."
+        "remove the option to read the safetensors files directly."
     )
 
 

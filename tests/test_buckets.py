@@ -157,10 +157,22 @@ with ocp.training.Checkpointer("gs://bucket/out") as checkpointer:
 @pytest.mark.parametrize(
     ("place", "fault", "said"),
     [
-        ("gs://nobucket/out", None, "There is no bucket gs://nobucket: check its name, or create"),
-        ("gs://bucket/out", "/storage/v1/b/bucket", "do storage.buckets.get: give it roles/storag"),
-        ("gs://bucket/out", "/upload/*", "do storage.objects.create: give it roles/storage.object"),
-        ("gs://bucket/out", "*/o/out/maxconv.*", "do storage.objects.delete: give it roles/storag"),
+        ("gs://nobucket/out", None, "There is no bucket gs://nobucket; check its name, or create"),
+        (
+            "gs://bucket/out",
+            "/storage/v1/b/bucket",
+            "lacks storage.buckets.get on gs://bucket; grant it roles/storag",
+        ),
+        (
+            "gs://bucket/out",
+            "/upload/*",
+            "lacks storage.objects.create on gs://bucket; grant it roles/s",
+        ),
+        (
+            "gs://bucket/out",
+            "*/o/out/maxconv.*",
+            "lacks storage.objects.delete on gs://bucket; grant it roles/s",
+        ),
     ],
 )
 def test_where_nothing_can_be_written_is_said_before(
@@ -188,7 +200,10 @@ def test_an_object_that_changes_ends_the_conversion(bucket: Bucket) -> None:
     bucket.settings(faults=[["*/o/hf/model-00003-*", "replace", 1, 3]])
     done = bucket.run("convert", *WORDS, *ALONE, *places("out"))
     assert done.returncode == 1
-    assert "was replaced or removed while it was read; nothing may change" in done.stderr
+    assert (
+        "was replaced or removed while it was being read; a checkpoint must not change"
+        in done.stderr
+    )
     assert "out/0/commit_success.txt" not in bucket.names()
 
 

@@ -89,7 +89,7 @@ def test_files_that_vanish_end_the_conversion(tmp_path: Path, how: str) -> None:
     command = [sys.executable, "-c", VANISH, how, str(place.out), *place.words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "saved" not in done.stdout
-    assert f"{place.out} lost files while they were written: convert again." in done.stderr
+    assert f"{place.out} lost files during the conversion; run it again." in done.stderr
     assert place.has_none() if place.out.exists() else how != "file"
     place.converts("--resume")
 

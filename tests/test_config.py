@@ -167,7 +167,7 @@ def test_all_problems_at_once() -> None:
         ("--unheard_of value", "--unheard_of is not a flag"),
         ("=5", "'=5'"),
         ("model_name=qwen3-1.7", "did you mean qwen3-1.7b?"),
-        ("model_name=gpt3-175b", "Supported are llama3.1-8b, "),
+        ("model_name=gpt3-175b", "`maxconv families`"),
         ("fused_mlp=true", "not supported"),
         ("ici_pipeline_parallelism=2", "not supported"),
         ("eager_load_method=pytorch", "is not one of safetensors, transformers"),

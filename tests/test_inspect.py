@@ -165,7 +165,7 @@ def test_neither(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         describe(str(tmp_path / "nowhere"))
     (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
-    with pytest.raises(UserError, match="0.orbax-checkpoint-tmp, a save that was not finished"):
+    with pytest.raises(UserError, match="0.orbax-checkpoint-tmp, an unfinished save"):
         describe(str(tmp_path))
 
 

@@ -136,7 +136,7 @@ def test_an_adapter_alone_is_what_merging_adds(case, adapter, scan, tmp_path):
     [
         ({"use_dora": True}, {}, "use_dora=true is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, {}, "rank_pattern is not supported"),
-        ({"r": 8}, {}, "r=8, but tensors have 4"),
+        ({"r": 8}, {}, "r=8, but the tensors have rank 4"),
         ({}, {"base_model.model.lm_head.weight": (2, 2)}, "lm_head.weight matches no weight"),
         ({}, {"model.embed_tokens.lora_embedding_A": (4, 256)}, "embed_tokens.* matches no weight"),
         ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": (4, 42)}, "layers.9.* matches no weight"),

@@ -138,7 +138,7 @@ def test_sizes_of_fp8_blocks(size: Any, tmp_path, planned: Planned) -> None:
     quantization = json.loads((model / "config.json").read_text())["quantization_config"]
     change(model / "config.json", quantization_config=quantization | {"weight_block_size": size})
     (problem,) = planned.refused(f"--hf_model_path={model}")
-    assert "weight_block_size=" in problem and "is not two whole numbers from 1 on" in problem
+    assert "weight_block_size=" in problem and "is not two positive whole numbers" in problem
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -308,7 +308,7 @@ def test_no_experts_without_end(tmp_path, planned: Planned) -> None:
         tensors | {"model.layers.0.mlp.experts.gate_up_proj": empty}, model / "model.safetensors"
     )
     (problem,) = planned.refused(f"--hf_model_path={model}")
-    assert problem.endswith("is not of all experts.")
+    assert problem.endswith("is not a tensor of all experts.")
 
 
 def test_numbers_are_those_of_a_float32() -> None:

@@ -115,7 +115,7 @@ def test_plan_text(tmp_path: Path) -> None:
     assert "mesh     fsdp=4 x tensor=2, 8 devices, 1 process\n" in text
     assert "decoder/layers_{0..2}/mlp/wi_0/kernel" in text
     assert "(fsdp, tensor)" in text
-    assert "0 B (0.0 %) more than the tensors used" in text
+    assert "0 B (0.0 %) more than needed" in text
 
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,17 +152,20 @@ def test_hosts_are_those_of_googles_machine_types(name, hosts, gib, gbits) -> No
     ("name", "said"),
     [
         ("v5p", "expected one like v5p-64"),
-        ("v9-8", "Known are v5litepod, v5p, v6e"),
-        ("v5p-7", "N is one of 8, 16, 32, 64"),
-        ("v5p-4", "N is one of 8, 16, 32, 64"),
+        ("v9-8", "Known types: v5litepod-N, v5p-N, v6e-N"),
+        ("v5p-7", "v5p-N exists for N in 8, 16, 32, 64"),
+        ("v5p-4", "v5p-N exists for N in 8, 16, 32, 64"),
         ("v5p-24", "512, 1024, 2048, 4096, 8192.$"),
-        ("v6e-2", "N is one of 1, 4, 8, 16"),
+        ("v6e-2", "v6e-N exists for N in 1, 4, 8, 16"),
         ("v6e-512", "64, 128, 256.$"),
         ("v6e-" + "9" * 5000, "expected one like v5p-64"),
         ("v6e-²", "expected one like v5p-64"),
         ("v5e-", "expected one like v5p-64"),
-        ("v5e-8:ct6e-standard-4t", "v5litepod-8 can be made of ct5lp-hightpu-4t or ct5lp-hightpu-"),
-        ("v5e-16:ct5lp-hightpu-8t", "v5litepod-16 can be made of ct5lp-hightpu-4t.$"),
+        (
+            "v5e-8:ct6e-standard-4t",
+            "machine type of v5litepod-8 is ct5lp-hightpu-4t or ct5lp-hightpu-",
+        ),
+        ("v5e-16:ct5lp-hightpu-8t", "machine type of v5litepod-16 is ct5lp-hightpu-4t.$"),
     ],
 )
 def test_no_such_slice(name: str, said: str) -> None:
@@ -172,7 +175,9 @@ def test_no_such_slice(name: str, said: str) -> None:
 
 
 def test_more_slices_than_there_are() -> None:
-    with pytest.raises(UserError, match="num_slices=100000: .* 16384 chips, which are 512 slices"):
+    with pytest.raises(
+        UserError, match="num_slices=100000 is too large; .* 16384 chips, which are 512 slices"
+    ):
         slice_of("v5p-64").chips(100_000)
 
 

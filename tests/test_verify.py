@@ -247,7 +247,7 @@ def test_a_broken_metadata_file(case: Case) -> None:
 
 
 def test_no_checkpoint(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint of MaxText"):
+    with pytest.raises(UserError, match="is not a MaxText checkpoint"):
         case.verify(at=tmp_path)
 
 

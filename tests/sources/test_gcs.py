@@ -160,7 +160,7 @@ def test_sizes_that_a_listing_states_are_checked(bucket: Bucket, size: str | Non
     """Nothing is allocated for what a server merely says."""
     listing = {"items": [{"name": "hf/config.json", "size": size, "generation": "1"}]}
     bucket.settings(listing=listing)
-    with pytest.raises(UserError, match="malformed|more than the 100,000,000"):
+    with pytest.raises(UserError, match="malformed|more than the limit of 100,000,000"):
         open_source("gs://bucket/hf")
 
 
@@ -185,12 +185,16 @@ def test_an_object_that_changes_ends_the_reading(bucket: Bucket, kind: str) -> N
 @pytest.mark.parametrize(
     ("place", "fault", "said"),
     [
-        ("gs://nobucket/hf", None, "There is no bucket gs://nobucket: check its name"),
-        ("gs://bucket/none", None, "gs://bucket/none holds no objects: give the directory of a"),
+        ("gs://nobucket/hf", None, "There is no bucket gs://nobucket; check its name"),
+        ("gs://bucket/none", None, "gs://bucket/none holds no objects; give the directory of a"),
         ("gs://bucket/hf/config.json", None, "gs://bucket/hf/config.json holds no objects"),
-        ("gs:///hf", None, "gs:///hf names no bucket: it should be gs://BUCKET/DIRECTORY"),
-        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.list, storage.objects.get: give it"),
-        ("gs://bucket/hf", ["*/o", "401", 9], "is not public, and there are no Google credentials"),
+        ("gs:///hf", None, "gs:///hf names no bucket; expected gs://BUCKET/DIRECTORY"),
+        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.get on gs://bucket; grant it"),
+        (
+            "gs://bucket/hf",
+            ["*/o", "401", 9],
+            "is not public, and no Google credentials were found",
+        ),
         ("gs://bucket/hf", [DATA, "403", 99], "The account here lacks stor"),
     ],
 )

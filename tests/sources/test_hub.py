@@ -88,10 +88,15 @@ def test_an_address_is_asked_for_once_and_again_when_it_is_out_of_date(hub):
         ({"gated": [MODEL]}, MODEL, "", "is gated; request access at"),
         ({"gated": [MODEL]}, f"hf://{MODEL}@v9", "", "is gated; request access at"),
         ({"gated": [MODEL]}, MODEL, TOKEN, "this token has no access"),
-        ({}, "org/other", TOKEN, "not on the Hub, or private and not for this"),
-        ({"private": [MODEL]}, MODEL, "", "not on the Hub, or private: check it, or set HF"),
+        ({}, "org/other", TOKEN, "not on the Hub, or is private and this token has no access"),
+        (
+            {"private": [MODEL]},
+            MODEL,
+            "",
+            "not on the Hub, or is private; check the name, or set HF",
+        ),
         ({}, MODEL, "hf_bad", "The Hub does not accept the token"),
-        ({"faults": [["/api/*", "403", 9]]}, MODEL, "", f"The token may not read {MODEL}"),
+        ({"faults": [["/api/*", "403", 9]]}, MODEL, "", f"The token has no read access to {MODEL}"),
         ({}, f"hf://{MODEL}@v9", "", "has no revision v9"),
         ({}, f"hf://datasets/{MODEL}", "", "is not of the form hf://org/name"),
     ],
@@ -168,7 +173,7 @@ def test_an_answer_that_makes_no_sense_is_bad_input(hub):
     hub.settings(faults=[["/api/models/org/qwen", "200", 9]])  # an object without entries
     done = hub.run("-c", IMPATIENT, MODEL)
     said = f"UserError The answer about {MODEL} is malformed"
-    assert done.stdout.startswith(said) and f"is there a Hub at {hub.url}?" in done.stdout
+    assert done.stdout.startswith(said) and f"check that HF_ENDPOINT, {hub.url}, is" in done.stdout
 
 
 def test_a_model_that_was_renamed_is_read(hub):
@@ -236,7 +241,7 @@ def test_a_file_that_changes_at_a_commit_ends_the_reading(hub, tmp_path):
     shards = len(list((hub.root / MODEL).glob("*.safetensors")))
     hub.settings(faults=[["/store/*.safetensors", "403", 1, shards]])
     done = hub.run("-c", REPLACED, MODEL, str(hub.root / MODEL))
-    assert f"in hf://{MODEL} was replaced or removed while it was read" in done.stderr
+    assert f"in hf://{MODEL} was replaced or removed while it was being read" in done.stderr
 
 
 def test_the_cache_of_hugging_face_serves_offline(hub, tmp_path):

@@ -257,7 +257,7 @@ def test_file_gone_while_it_is_read(tmp_path):
     (tmp_path / SINGLE).unlink()
     with pytest.raises(FileNotFoundError) as caught:
         read_whole(source, "a")
-    assert "while tensor 'a' was read from model.safetensors" in caught.value.__notes__[0]
+    assert "while reading tensor 'a' from model.safetensors" in caught.value.__notes__[0]
 
 
 def test_threads():
@@ -328,7 +328,8 @@ def test_what_is_left_out_is_noticed(tmp_path):
     assert set(source.tensors) == {"a", "c"}
     assert source.stored["a"].file == "one.safetensors"
     assert source.notices == [
-        f"2 tensors are not read, because {INDEX} does not name them where they are: 'b', 'a'.",
+        f"2 tensors are not read, because {INDEX} does not list them in the files "
+        "that hold them: 'b', 'a'.",
         f"{tmp_path} has {INDEX}, so 'consolidated.safetensors' is not read.",
     ]
 
@@ -371,8 +372,8 @@ def test_other_formats(tmp_path, name):
 def test_orbax_checkpoint(tmp_path):
     (write(tmp_path) / "_CHECKPOINT_METADATA").touch()
     assert problems(tmp_path) == (
-        f"{tmp_path} holds an Orbax checkpoint, which is what maxconv writes; give the Hugging "
-        "Face checkpoint to convert.",
+        f"{tmp_path} is an Orbax checkpoint, the output of a conversion; give the Hugging Face "
+        "checkpoint to convert.",
     )
 
 
@@ -408,7 +409,9 @@ def test_index_without_a_weight_map(tmp_path, text):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../one.safetensors", "a/../../b"])
 def test_index_that_leads_out_of_the_directory(tmp_path, name):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
-    assert problems(tmp_path) == (f"{INDEX} names '{name}'; it may name files beside it only.",)
+    assert problems(tmp_path) == (
+        f"{INDEX} names '{name}'; it may only name files in its own directory.",
+    )
 
 
 @pytest.mark.parametrize("name", [3, None, [], {"a": 1}, ["a.safetensors"]])
@@ -428,19 +431,19 @@ def test_index_disagrees_with_the_files(tmp_path):
     write(tmp_path, one={"a": A}, two={"b": B})
     write_index(tmp_path, a="two.safetensors", b="two.safetensors", c="one.safetensors")
     assert problems(tmp_path) == (
-        f"{INDEX} puts 'a' in two.safetensors, which does not hold them ('one.safetensors' does); "
+        f"{INDEX} lists 'a' in two.safetensors, which does not hold them ('one.safetensors' does); "
         "download both again.",
-        f"{INDEX} puts 'c' in one.safetensors, which does not hold them; download both again.",
+        f"{INDEX} lists 'c' in one.safetensors, which does not hold them; download both again.",
     )
 
 
 def test_same_tensor_in_two_files(tmp_path):
     write(tmp_path, one={"a": A, "b": B}, two={"b": B, "a": A}, three={"a": A})
     assert problems(tmp_path) == (
-        f"one.safetensors and three.safetensors both hold 'a'; delete one of the files, or add the "
-        f"{INDEX} that says which to read.",
+        f"one.safetensors and three.safetensors both hold 'a'; delete one of the files, or add a "
+        f"{INDEX} that selects one.",
         f"one.safetensors and two.safetensors both hold 'a', 'b'; delete one of the files, or add "
-        f"the {INDEX} that says which to read.",
+        f"a {INDEX} that selects one.",
     )
 
 
@@ -514,8 +517,8 @@ def test_files_without_tensors_have_a_size_that_is_read(tmp_path, name):
     path = write_index(write(tmp_path, one={"a": A}), a="one.safetensors") / name
     os.truncate(path, 1 << 40)
     assert problems(tmp_path)[0] == (
-        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the 100,000,000 that are "
-        "read of a JSON file; download it again."
+        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the limit of "
+        "100,000,000 for a JSON file; download it again."
     )
 
 
