@@ -167,6 +167,8 @@ def families(arguments: Sequence[str]) -> None:
 def demo(arguments: Sequence[str]) -> None:
     from maxconv.cli.demo import run
 
+    if len(arguments) > 1:
+        raise UserError("Give one directory: maxconv demo DIR.")
     run(arguments[0] if arguments else "maxconv_demo")
 
 

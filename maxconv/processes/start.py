@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from glob import glob
 from importlib import metadata
@@ -12,7 +12,7 @@ import maxconv
 from maxconv.config import Config, parse
 from maxconv.config.argv import split
 from maxconv.config.options import OPTIONS
-from maxconv.errors import RetryableError, UserError
+from maxconv.errors import ConversionError, RetryableError, UserError
 from maxconv.processes import coordinator, liveness, roll_call
 from maxconv.processes.agreement import agree
 from maxconv.processes.roll_call import Processes
@@ -79,7 +79,8 @@ def refuse(arguments: Sequence[str], error: Exception) -> None:
     if to is not None:
         seconds = min(_WAITS, config.jax_distributed_initialization_timeout)
         note(f"process {to.mine} of {to.n} tells {to.others} {to.where} that it cannot go on")
-        roll_call.meet(to, seconds, refused=error)
+        with suppress(ConversionError):  # this process has its own to report
+            roll_call.meet(to, seconds, refused=error)
 
 
 def _platform(config: Config) -> str:
