@@ -190,7 +190,7 @@ def test_the_compiler_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     out = capsys.readouterr().out
     assert "all-to-all" in out and re.search(r"compiled \d+ programs for 8 chips", out)
     assert cli.main([*words, "--compile"]) == 2
-    assert "say for which slice" in capsys.readouterr().err
+    assert "--compile needs the type of slice" in capsys.readouterr().err
 
 
 def test_a_part_of_a_model_that_no_disk_here_holds(tmp_path: Path) -> None:
