@@ -1,18 +1,18 @@
-"""Errors, and how they are told to a person."""
+"""Errors, and how they are printed."""
 
 import traceback
 from collections.abc import Sequence
 
 from maxconv.text import printable, printable_lines
 
-_MANY = 20  # problems that are worth reading one by one
+_MANY = 20  # problems that are printed
 
 
 class ConversionError(Exception):
-    """What a person is told in sentences, without a traceback.
+    """An error that is reported to the user in plain sentences, without a traceback.
 
-    Each problem is one sentence that names the thing and says what to do; all problems that were
-    found are reported at once. The process ends with `exit_code`.
+    Each problem is one sentence that names its subject and says what to do; all problems that were
+    found are reported together. The process exits with `exit_code`.
     """
 
     exit_code = 1
@@ -29,27 +29,29 @@ class UserError(ConversionError):
 
 
 class RetryableError(ConversionError):
-    """The same command may well succeed later: a host was taken away, a server had enough."""
+    """The same command may succeed later: a host was preempted, or a server was overloaded."""
 
-    exit_code = 42  # on which xpk starts a workload again
+    exit_code = 42  # on which xpk restarts a workload
 
 
 class VerificationError(ConversionError):
-    """A checkpoint is not what its source makes; each problem is a sentence about one leaf."""
+    """A checkpoint differs from its source; each problem is a sentence about one leaf."""
 
     def __init__(self, checkpoint: str, problems: Sequence[str]):
-        super().__init__((f"{checkpoint} is wrong; do not train from it.", *problems))
+        super().__init__(
+            (f"{checkpoint} differs from its source; do not train from it.", *problems)
+        )
 
 
 def cause(error: BaseException) -> BaseException:
-    """The error that began it, of a group that tasks and threads passed on."""
+    """The first of the errors in an exception group, as tasks and threads pass them on."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after an error."""
+    """The exit code of a process after an error."""
     error = cause(error)
     if isinstance(error, ConnectionError | TimeoutError):
         return RetryableError.exit_code
@@ -57,17 +59,19 @@ def exit_code(error: BaseException) -> int:
 
 
 def problems_text(problems: Sequence[str]) -> str:
-    """Problems, one a line; a long list is cut, and so is a long problem."""
-    lines = [f"maxconv: {printable(p.rstrip('.'))}." for p in problems[:_MANY]]
+    """Problems, one per line; a long list is truncated, and so is a long problem."""
+    sentences = (p if p.endswith("?") else f"{p.rstrip('.')}." for p in problems[:_MANY])
+    lines = [f"maxconv: {printable(sentence)}" for sentence in sentences]
     if len(problems) > _MANY:
         lines.append(f"maxconv: and {len(problems) - _MANY} more like these.")
     return "\n".join(lines)
 
 
 def failure_text(error: BaseException) -> str:
-    """What went wrong in the middle of a conversion: its cause, without those who passed it on.
+    """The cause of a failure in the middle of a conversion, as text.
 
-    With a traceback, unless it is the system's: then where in the program it was says nothing.
+    With a traceback, except for errors of the operating system or of TensorStore: there the place
+    in the program does not help.
     """
     error = cause(error)
     if isinstance(error, ConversionError):

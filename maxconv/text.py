@@ -1,6 +1,8 @@
 """Text for people: what comes from files and servers made harmless; sizes, durations, tables."""
 
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 MARK = "written by maxconv"  # in files that a later run may overwrite
 LONGEST = 2000  # characters of a sentence
@@ -30,6 +32,19 @@ def printable_lines(text: str, limit: int = LONGEST) -> str:
     """The same of each line of a text, which keeps its line breaks; `limit` is that of a line."""
     lines = text.split("\n", _MOST_LINES)
     return "\n".join(printable(line, limit) for line in lines)
+
+
+def say(text: str, out: TextIO | None = None) -> None:
+    """Prints lines, made printable, at once; on stdout if `out` says nothing else.
+
+    Only this and `note` print, so that no text needs a thought about where it comes from.
+    """
+    print(printable_lines(text.removesuffix("\n")), file=out or sys.stdout, flush=True)
+
+
+def note(sentence: str) -> None:
+    """Tells the user on stderr something that keeps nothing from going on."""
+    print(f"note: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def size(nbytes: float) -> str:

@@ -1,6 +1,6 @@
 """`python -m maxconv.to_maxtext`: a drop-in for MaxText's checkpoint_conversion.to_maxtext.
 
-The same words, the same result; see the README for what is better.
+It takes the same arguments and gives the same result; the README says what is better.
 """
 
 import os
@@ -49,8 +49,8 @@ def main(
     """Converts a checkpoint.
 
     Args:
-        args: a program's name, then MaxText's words: `base.yml key=value ...`. A word that says
-            what an argument below says wins.
+        args: a program's name, then MaxText's arguments: `base.yml key=value ...`. They override
+            the parameters below.
         lazy_load_tensors: make each leaf when it is written, or all before the save.
         eager_load_method: "safetensors".
         hf_model_path: directory of the checkpoint; else that of MaxText's table for model_name.
@@ -59,7 +59,7 @@ def main(
         simulated_cpu_devices_count: with hardware=cpu; else as many as the mesh needs, or 16.
 
     Raises:
-        UserError: the words or the files are wrong; nothing was written.
+        UserError: the arguments or the files are wrong; nothing was written.
         VerificationError: what was written is not what it should be.
     """
     flags = {

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,36 @@ import tiny
 from jobs import job_words
 from plans import make_leaf
 
+from maxconv.algebra import evaluate
 from maxconv.config import parse
 from maxconv.execution.engine import Engine
-from maxconv.jobs.prepare import prepared
+from maxconv.jobs.prepare import Job, prepared
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data/maxtext_leaves.json").read_text()
 )
 
 
-def compare(name: str, directory: Path) -> tuple[str, list[str]]:
+def by_engine(job: Job) -> dict[str, Any]:
+    """Every leaf as a conversion makes it: by compiled programs, on the devices."""
+    with Engine(job.plan, job.source, window=1 << 20) as engine:
+        leaves = {leaf.name: make_leaf(engine, leaf) for leaf in job.plan.leaves}
+        assert engine.programs.compiled == len(job.plan.recipes) + len(job.plan.blanks)
+    return leaves
+
+
+def by_numpy(job: Job) -> dict[str, Any]:
+    """Every leaf as its expression says."""
+    needed = {name for leaf in job.plan.leaves for name in leaf.leaf.tensors}
+    arrays = {name: job.source.tensor(name) for name in needed}
+    return {
+        leaf.name: evaluate(leaf.leaf.expr, arrays).astype(leaf.dtype) for leaf in job.plan.leaves
+    }
+
+
+def compare(
+    name: str, directory: Path, made_by: Callable[[Job], dict[str, Any]] = by_engine
+) -> tuple[str, list[str]]:
     """The architecture of a recorded run, and the leaves that maxconv makes otherwise, or not."""
     recorded = RECORDED[name]
     case, key, dtype = recorded["case"], "--hf_model_path", recorded["source_dtype"]
@@ -49,9 +70,7 @@ def compare(name: str, directory: Path) -> tuple[str, list[str]]:
     mesh = "fsdp8" if " scan" in name else "fsdp4_tp2"
     words = [*recorded["words"], f"--save_dtype={recorded['save_dtype']}"]
     with prepared(parse(job_words(directory, model, words, mesh, key=key))) as job:
-        with Engine(job.plan, job.source, window=1 << 20) as engine:
-            ours = {leaf.name: make_leaf(engine, leaf) for leaf in job.plan.leaves}
-            assert engine.programs.compiled == len(job.plan.recipes) + len(job.plan.blanks)
+        ours = made_by(job)
         architecture = job.model.family.architectures[0]
     theirs = {_ours_of(n): leaf for n, leaf in recorded["leaves"].items() if n != "step"}
     both = ours.keys() & theirs.keys()

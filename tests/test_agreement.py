@@ -22,6 +22,9 @@ if "COPY_OF_PROCESS_1" in os.environ and sys.argv[-1] == "--process_id=1":
     from maxconv.jobs import prepare
     opened = prepare.open_source
     prepare.open_source = lambda path, *a, **k: opened(os.environ["COPY_OF_PROCESS_1"], *a, **k)
+if "STEP_OF_PROCESS_1" in os.environ and sys.argv[-1] == "--process_id=1":
+    from maxconv.jobs import prepare
+    prepare.STEP_MOST = int(os.environ["STEP_OF_PROCESS_1"])
 if sys.argv[-1] == "--process_id=1":
     own = os.environ.get("OF_PROCESS_1", "").split()
     command = os.environ.get("COMMAND_OF_PROCESS_1", command)
@@ -39,6 +42,14 @@ class Case:
 
 
 CASES = [
+    Case(  # told the same, and planned otherwise all the same
+        "",
+        "the plan is [0-9a-f]+ on process 0 and [0-9a-f]+ on process 1; start them in the same env",
+        {"STEP_OF_PROCESS_1": "1000"},
+    ),
+    Case(
+        "--no_such_option=1", "(Process 1 cannot go on: |^maxconv: )--no_such_option is not a flag"
+    ),
     Case(
         "--save_dtype=float32 scan_layers=false checkpoint_storage_use_zarr3=false",
         "scan_layers is True on process 0 and False on process 1.*"
@@ -83,7 +94,7 @@ def run(directory: Path, environ: Mapping[str, str], more: Sequence[str] = ()) -
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])],
+    [*CASES[:3], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[3:])],
     ids=lambda case: case.problem[:30],
 )
 def test_told_differently(case: Case, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_configs_that_read_one_another(tmp_path: Path) -> None:
         ("param_scan_axis=" + "9" * 5000, "is not a whole number"),
         ("ici_fsdp_parallelism=99999999999", "is more than 2147483647"),
         ("jax_distributed_initialization_timeout=99999999999", "is more than 604800"),
-        ("base_output_directory=a\0b", "is not a text"),
+        ("base_output_directory=a\0b", "is not a string"),
     ],
 )
 def test_values_without_measure(argument: str, said: str) -> None:
@@ -112,14 +112,14 @@ def test_what_was_recorded_is_taken_if_it_shapes_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [
-        (None, "not a list of texts"),
-        ({"a": 1}, "not a list of texts"),
-        (["scan_layers=true", 5], "not a list of texts"),
-        (["scan_layers=true"] * 100_000, "not a list of texts"),
+        (None, "not a list of strings"),
+        ({"a": 1}, "not a list of strings"),
+        (["scan_layers=true", 5], "not a list of strings"),
+        (["scan_layers=true"] * 100_000, "not a list of strings"),
         (["scan_layers=perhaps"], "checkpoint: scan_layers=perhaps is not true or false"),
         (["vocab_size=many"], "vocab_size=many is not a whole number"),
         ([f"mesh_axes={BOMB}"], "is not a YAML list"),
-        (["hf_model_path=a\0b"], "is not a text"),
+        (["hf_model_path=a\0b"], "is not a string"),
     ],
 )
 def test_what_was_recorded_has_types(theirs: object, said: str) -> None:
@@ -161,13 +161,13 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
         file.write_text(content)
         problem = output_problem("--report", str(file))
         assert problem == (
-            f"--report={file} is there already, and maxconv did not write it; name another file, "
-            "or remove it first."
+            f"--report={file} already exists and was not written by maxconv; name another file, or "
+            "remove it first."
         )
     file.unlink()
     file.symlink_to(tmp_path / "nothing")
-    assert "is there already" in (output_problem("--trace", str(file)) or "")
-    assert "is there already" in (output_problem("--trace", str(tmp_path)) or "")
-    assert "is there already" in (output_problem("--trace", "/dev/null") or "")
+    assert "already exists" in (output_problem("--trace", str(file)) or "")
+    assert "already exists" in (output_problem("--trace", str(tmp_path)) or "")
+    assert "already exists" in (output_problem("--trace", "/dev/null") or "")
     assert "there is no directory" in (output_problem("--trace", f"{tmp_path}/a/b.json") or "")
     assert "/proc" in (output_problem("--trace", "/proc/trace.json") or "")

@@ -135,12 +135,12 @@ def test_a_lazy_tensor_is_like_an_array() -> None:
 
 
 def test_a_lazy_tensor_must_be_what_it_says() -> None:
-    with pytest.raises(ValueError, match=r"a\.b is declared as \(2, 3\) float32, but came as \(3,"):
+    with pytest.raises(ValueError, match=r"a\.b is declared as \(2, 3\) float32, but is \(3,"):
         np.asarray(lazy(lambda: np.zeros((3, 2), np.float32)))
-    with pytest.raises(ValueError, match="but came as .* int32"):
+    with pytest.raises(ValueError, match="but is .* int32"):
         np.asarray(lazy(lambda: np.zeros((2, 3), np.int32)))
     elsewhere = jax.device_put(np.zeros((2, 3), np.float32), jax.devices()[1])
-    with pytest.raises(ValueError, match="a.b came as SingleDevice"):
+    with pytest.raises(ValueError, match="a.b has SingleDevice"):
         np.asarray(lazy(lambda: elsewhere))
     with pytest.raises(ZeroDivisionError):
         np.asarray(lazy(lambda: 1 / 0))

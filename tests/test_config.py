@@ -107,7 +107,7 @@ def test_environment() -> None:
 def test_overrides() -> None:
     line = "model_name=qwen3-0.6b base_emb_dim=64 logits_via_embedding=true"
     assert problem(line) == (
-        "base_emb_dim=64 differs from qwen3-0.6b's 1024: take it out, or add "
+        "base_emb_dim=64 differs from 1024, that of qwen3-0.6b; remove it, or add "
         "override_model_config=True"
     )
     config = read(f"{line} override_model_config=True")
@@ -147,9 +147,9 @@ def test_keys_without_meaning_are_one_notice() -> None:
 
 def test_all_problems_at_once() -> None:
     assert problems("scan_layer=true --lazy-load=1 scan_layers=maybe junk param_scan_axis=x") == (
-        "--lazy-load is not a flag: did you mean --lazy_load_tensors?",
+        "--lazy-load is not a flag; did you mean --lazy_load_tensors?",
         "'junk' is not of the form key=value or --flag=value",
-        "scan_layer is not a key of MaxText: did you mean scan_layers?",
+        "scan_layer is not a key of MaxText; did you mean scan_layers?",
         "scan_layers=maybe is not true or false",
         "param_scan_axis=x is not a whole number",
     )
@@ -167,14 +167,14 @@ def test_all_problems_at_once() -> None:
         ("--unheard_of value", "--unheard_of is not a flag"),
         ("=5", "'=5'"),
         ("model_name=qwen3-1.7", "did you mean qwen3-1.7b?"),
-        ("model_name=gpt3-175b", "Supported are llama3.1-8b, "),
-        ("fused_mlp=true", "not supported yet"),
-        ("ici_pipeline_parallelism=2", "not supported yet"),
+        ("model_name=gpt3-175b", "`maxconv families`"),
+        ("fused_mlp=true", "not supported"),
+        ("ici_pipeline_parallelism=2", "not supported"),
         ("eager_load_method=pytorch", "is not one of safetensors, transformers"),
         ("save_dtype=float16", "not one of bfloat16, float32, float8_e4m3fn"),
         ("--save_dtype=half", "not one of bfloat16, float32"),
         ("--verify=some", "none, sample, full"),
-        ("hardware=gpu", "not supported yet"),
+        ("hardware=gpu", "not supported"),
         ("ici_fsdp_parallelism=0", "neither positive nor -1"),
         ("simulated_cpu_devices_count=0", "less than 1"),
         ("base_emb_dim=0", "less than 1"),

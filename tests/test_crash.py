@@ -158,7 +158,7 @@ def test_the_source_is_truncated_meanwhile(place: Place) -> None:
     assert code == 1
     failed, nothing = said.splitlines()
     assert failed.startswith("maxconv: failed: model-0000")
-    assert "was truncated while it was read (tensor 'model." in failed
+    assert "was truncated while it was being read (tensor 'model." in failed
     assert nothing == "maxconv: nothing was saved"
     assert place.has_none()
     tiny.write(CASE, place.hf)

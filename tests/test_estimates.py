@@ -1,5 +1,7 @@
 """What a plan says of memory bounds what a conversion holds, measured while it runs."""
 
+import json
+import shutil
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 from hubs import TOKEN, hub_in
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jobs import CPU
 from safetensors.numpy import save_file
 
 from maxconv.algebra import Tensor, apply, rearrange
+from maxconv.cli import demo
 from maxconv.execution.engine import Engine
 from maxconv.planning.estimates import device_estimate, reading_estimate
 from maxconv.planning.plan import Leaf, Plan, make_plan
@@ -99,3 +103,56 @@ def test_what_is_held_is_within_the_estimates(
         device, host = run(plan, source)
         assert device <= device_estimate(plan, WINDOW)
         assert host <= reading_estimate(plan, WINDOW, source) + (4 << 20)  # Python's own
+
+
+WHOLE = """
+import json, sys
+from pathlib import Path
+from maxconv.cli.commands import start
+from maxconv.execution.malloc import keep_freed
+from maxconv.execution.memory import host_memory
+from maxconv.jobs import convert, prepare
+from maxconv.planning.estimates import device_estimate, host_estimate
+
+keep_freed()
+prepare._window = lambda config: int(sys.argv[1])
+config, save, began = start(sys.argv[2:]), convert._save, []
+
+def measured(*arguments):
+    began.append(host_memory())
+    save(*arguments)
+
+convert._save = measured
+job = convert.run(config)
+status = Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
+estimates = [of(job.plan, job.window, *more) for of, more in
+             ((host_estimate, [job.source]), (device_estimate, []))]
+print(json.dumps([peak - began[0], *estimates, job.plan.output_nbytes]))
+"""
+LIBRARIES = 96 << 20  # bytes that compiling programs, and Orbax, take while it runs; measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["ici_fsdp_parallelism=8", "ici_tensor_parallelism=8"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_whole_conversion_is_within_the_estimates(
+    mesh: str, remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing included. Simulated devices have their memory in the host's."""
+    sizes = {"num_hidden_layers": 12, "vocab_size": 32_000, "hidden_size": 1024}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 2816}
+    for name, size in {**sizes, **heads}.items():
+        monkeypatch.setitem(demo.CONFIG, name, size)
+    with hub_in(tmp_path) as hub:
+        demo.write_checkpoint(model := hub.root / "org/llama")
+        where = "hf://org/llama" if remote else str(model)
+        words = [*CPU, mesh, f"--hf_model_path={where}", "--verify=none"]
+        words.append(f"base_output_directory={tmp_path / 'out'}")
+        done = hub.run("-c", WHOLE, str(64 << 20), *words, HF_TOKEN=TOKEN)
+        shutil.rmtree(model)
+    assert done.returncode == 0, done.stderr
+    grown, host, device, whole = json.loads(done.stdout.splitlines()[-1])
+    bound = host + 8 * device + LIBRARIES
+    assert grown <= bound, (grown >> 20, host >> 20, device >> 20)
+    assert bound < whole or remote, (bound >> 20, whole >> 20)  # else it would say nothing

@@ -43,8 +43,8 @@ ORBAX = """\
 Orbax checkpoint {items}
   step 0, {storage}
   scan_layers=False
-  saved from the mesh x=4 y=2
-  opt_state: Dict, no tensor
+  saved from mesh x=4 y=2
+  opt_state: Dict, without arrays
 
 step                         ()            int64     8 B                        chunk ()
 params.params.bias           (7,)          float32   28 B   P()                 chunk (7,)
@@ -160,12 +160,12 @@ def test_names_fold_only_when_all_numbers_combine() -> None:
 
 
 def test_neither(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no checkpoint: neither a Hugging Face directory"):
+    with pytest.raises(UserError, match="is not a checkpoint: it has neither Hugging Face files"):
         describe(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         describe(str(tmp_path / "nowhere"))
     (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
-    with pytest.raises(UserError, match="0.orbax-checkpoint-tmp, a save that was not finished"):
+    with pytest.raises(UserError, match="0.orbax-checkpoint-tmp, an unfinished save"):
         describe(str(tmp_path))
 
 

@@ -80,7 +80,7 @@ def test_the_result_is_that_of_merged_weights(config, base, tmp_path):
     ("config", "more", "said"),
     [
         ({"use_dora": True}, {}, "use_dora=true is not supported"),
-        ({}, {"base_model.model.lm_head.weight": (2, 2)}, "lm_head.weight .*fits no weight"),
+        ({}, {"base_model.model.lm_head.weight": (2, 2)}, "lm_head.weight .*matches no weight"),
         ({}, {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": (4, 42)}, "layers.9"),
         ({}, {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (4, 42)}, "no lora_B"),
         ({}, {"model.layers.0.self_attn.q_proj.lora_A.weight": (4, 41)}, "are the same tensor"),
@@ -136,10 +136,10 @@ def test_an_adapter_alone_is_what_merging_adds(case, adapter, scan, tmp_path):
     [
         ({"use_dora": True}, {}, "use_dora=true is not supported"),
         ({"rank_pattern": {"q_proj": 2}}, {}, "rank_pattern is not supported"),
-        ({"r": 8}, {}, "r=8, but tensors have 4"),
-        ({}, {"base_model.model.lm_head.weight": (2, 2)}, "lm_head.weight .*fits no weight"),
-        ({}, {"model.embed_tokens.lora_embedding_A": (4, 256)}, "embed_tokens.* fits no weight"),
-        ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": (4, 42)}, "layers.9.* fits no weight"),
+        ({"r": 8}, {}, "r=8, but the tensors have rank 4"),
+        ({}, {"base_model.model.lm_head.weight": (2, 2)}, "lm_head.weight .*matches no weight"),
+        ({}, {"model.embed_tokens.lora_embedding_A": (4, 256)}, "embed_tokens.* matches no weight"),
+        ({}, {"model.layers.9.mlp.up_proj.lora_A.weight": (4, 42)}, "layers.9.* matches no weight"),
         ({}, {"model.layers.0.mlp.up_proj.lora_A.weight": (4, 42)}, "there is no lora_B"),
     ],
 )

@@ -83,7 +83,7 @@ def test_verify_names_a_file_that_is_gone_empty_or_cut(case: Case, file: str) ->
     for content in (None, b"", raw[: len(raw) // 2], b"{}", b"[]"):
         path.unlink() if content is None else path.write_bytes(content)
         if file == "items/_METADATA" and content is None:  # there is no checkpoint
-            with pytest.raises(UserError, match="holds no checkpoint"):
+            with pytest.raises(UserError, match="is not a MaxText checkpoint"):
                 case.verify("sample")
         else:
             found = case.verify("sample").problems
@@ -98,7 +98,7 @@ def test_other_metadata_than_maxtext_should_find(case: Case) -> None:
     path.write_text(path.read_text().replace('"scan_layers": true', '"scan_layers": false'))
     assert list(problems(case).values()) == [
         "_CHECKPOINT_METADATA is damaged: custom_metadata, scan_layers is False, "
-        "and should be True."
+        "but should be True."
     ]
 
 

@@ -55,7 +55,7 @@ def test_killed_before_it_was_recorded(tmp_path: Path, capsys: pytest.CaptureFix
     record.rename(out / "maxconv.unfinished.json")
     made = os.stat(out / "0/items").st_ctime_ns
     assert cli.main(["convert", *words]) == 0
-    assert f"saved before: {out}/0/items" in capsys.readouterr().out
+    assert f"already saved by an earlier run: {out}/0/items" in capsys.readouterr().out
     assert sorted(os.listdir(out)) == ["0", "maxconv.json"]
     assert os.stat(out / "0/items").st_ctime_ns == made
     assert cli.main(["convert", *words]) == 2  # without that, a finished one is never replaced

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def lock(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ownership, "STALE", 4)
     if request.param == "file":
         yield str(tmp_path / "out" / "maxconv.lock")
-        return
+    else:
+        yield request.getfixturevalue("bucket_lock")
+
+
+@pytest.fixture
+def bucket_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import fsspec
 
     with serving(tmp_path / "gcs") as bucket:
@@ -101,15 +107,49 @@ def test_an_owner_elsewhere_is_followed_when_it_is_silent(
 def test_a_broken_lock_is_one_without_an_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(ownership, "STALE", 0.5)
+    monkeypatch.setattr(ownership, "BEAT", 0.5)
     monkeypatch.setattr(ownership, "_SETTLE", 0)
     path = tmp_path / "maxconv.lock"
     path.write_text(text)
-    mine = Ownership(str(path), "out")
+    mine, began = Ownership(str(path), "out"), time.monotonic()
     mine.acquire()
+    assert time.monotonic() - began < ownership.STALE / 2
     assert json.loads(path.read_text()) == mine._owner
     mine.release()
     assert not path.exists()
+
+
+def test_a_lock_that_is_being_written_has_an_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is empty for a moment; whoever comes too late to write to it does not have it."""
+    monkeypatch.setattr(ownership, "BEAT", 0.5)
+    path = tmp_path / "maxconv.lock"
+    first, second = Ownership(str(path), "out"), Ownership(str(path), "out")
+    path.write_text("")
+    mended = threading.Timer(0.5, path.write_text, [json.dumps(first._owner)])
+    mended.start()
+    with pytest.raises(UserError, match="is being written to by another conversion"):
+        second.acquire()
+    path.unlink()
+    taken = json.dumps(second._owner)
+    monkeypatch.setattr(json, "dumps", lambda owner: path.unlink() or path.write_text(taken) and "")
+    assert first._lock.put(first._owner, over=None) is None
+    assert path.read_text() == taken
+
+
+def test_what_another_has_by_now_is_not_released(bucket_lock: str) -> None:
+    """In a bucket that is certain: the generation that is deleted is the one that was seen."""
+    first, second = Ownership(bucket_lock, "out"), Ownership(bucket_lock, "out")
+    first.acquire()
+    first._released.set()
+    first._thread.join()
+    seen = first._lock.get()
+    assert seen is not None and second._lock.put(second._owner, over=seen.version)
+    first._lock.get = lambda: seen  # as it was just before
+    first.release()
+    now = second._lock.get()
+    assert now is not None and second._is_ours(now) and not first.is_mine
 
 
 def test_of_many_one_takes_over(lock: str) -> None:
@@ -158,8 +198,8 @@ def test_only_what_a_conversion_left_is_cleared(tmp_path: Path) -> None:
     (foreign.parent / "d").mkdir(parents=True)
     (problem,) = place.problems(str(out), 0, overwrite=True)
     assert problem == (
-        f"{out}/0.orbax-checkpoint-tmp was not written by maxconv, which leaves it alone; remove "
-        "it, or name another directory."
+        f"{out}/0.orbax-checkpoint-tmp was not written by maxconv, which does not delete it; "
+        "remove it, or name another directory."
     )
     place.leave_record(str(out), place.UNFINISHED_WORDS, {})
     assert place.problems(str(out), 0, overwrite=False) == []

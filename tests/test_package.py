@@ -25,10 +25,11 @@ def test_configs_are_in_the_wheel_and_found_there(tmp_path):
     assert {"maxconv/py.typed", "maxconv/configs/base.yml", "maxconv/configs/models.yml"} < {*names}
     assert all(n.startswith("maxconv") for n in names) and any("LICENSE" in n for n in names)
 
-    venv.create(tmp_path / "clean", with_pip=True)
+    venv.create(tmp_path / "clean")
     python = tmp_path / "clean/bin/python"
     # Words are read without JAX: of the dependencies, these are enough to see that data is found.
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", str(wheel), "pyyaml", "numpy"]
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    install += [str(wheel), "pyyaml", "numpy"]
     subprocess.run(install, check=True, timeout=300)
     found = subprocess.run(
         [python, "-I", "-c", CHECK],

@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny
+from buckets import serving
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jobs import tiny_job
+from jobs import MESHES, tiny_job
 from orbax.checkpoint import v1 as ocp
 from test_checkpoint import files, lazy_save, stored
+from test_processes import processes, said
 
 from maxconv import private
 from maxconv.planning.slabs import Slab
@@ -116,3 +119,33 @@ def test_it_is_said(another_orbax: None) -> None:
 
 def test_nothing_is_said_of_a_tested_orbax() -> None:
     assert orbax.notices() == ()
+
+
+BUCKET_FAILS = """
+import os, sys
+from orbax.checkpoint._src.path import atomicity
+from maxconv import cli, private
+
+private.TESTED["orbax-checkpoint"] = ("0.1.0", "0.1.1")
+if os.environ.get("FAILS"):
+    async def finalize(self, *args, **kwargs):
+        raise OSError(28, "No space left on device", "bucket")
+    atomicity.CommitFileTemporaryPath.finalize = finalize
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("fails", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_processes_and_a_bucket(tmp_path: Path, fails: bool) -> None:
+    """An error of the commit, which is in the background of one of them, ends both."""
+    words = [*tiny.maxtext_words("llama3.1-8b", True), *MESHES["fsdp8"], "hardware=cpu"]
+    words += [f"--hf_model_path={tiny.write('llama3.1-8b', tmp_path / 'hf')}"]
+    words += ["base_output_directory=gs://bucket/out"]
+    with serving(tmp_path / "gcs") as bucket:
+        environ = {**bucket.environ, "FAILS": "1" * fails}
+        with processes(2, words, tmp_path / "logs", BUCKET_FAILS, environ) as running:
+            codes = [process.wait(timeout=100) for process in running]
+        logs = "\n".join(said(tmp_path / "logs"))
+        assert codes == ([1, 1] if fails else [0, 0]), logs
+        is_committed = "out/0/commit_success.txt" in bucket.names("out/")
+    assert is_committed != fails and logs.count("No space left on device") == fails

@@ -69,7 +69,7 @@ def stored(out: Path):
     ("n", "case", "mesh", "scan"),
     [
         (2, "qwen3-8b", "fsdp4_tp2", True),
-        (4, "mistral-7b", "fsdp8", False),
+        pytest.param(4, "mistral-7b", "fsdp8", False, marks=pytest.mark.slow),
         pytest.param(2, "gemma3-4b+vision", "fsdp8", True, marks=pytest.mark.slow),
         pytest.param(4, "gemma3-4b+vision", "fsdp4_tp2", True, marks=pytest.mark.slow),
     ],

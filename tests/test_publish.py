@@ -12,6 +12,8 @@ from jobs import CPU, MESHES
 from test_processes import processes, said, stored
 
 from maxconv import cli
+from maxconv.errors import ConversionError
+from maxconv.targets import publication
 
 CASE, MODEL, OUT = "qwen3-30b-a3b", "org/qwen", "hf://org/out"
 WORDS = [*tiny.maxtext_words(CASE, True), *MESHES["fsdp4_tp2"], "hardware=cpu"]
@@ -56,15 +58,19 @@ def commits(hub):
 
 
 def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
-    faults = [["/blobs/*", "503", 1], ["/blobs/*", "reset", 1], ["/api/*/commit/main", "503", 1]]
+    commit = "/api/*/commit/main"
+    faults = [["/blobs/*", "503", 1], ["/blobs/*", "reset", 1], [commit, "503", 1]]
+    faults += [[commit, "412", 1]]  # somebody else's commit came between
     hub.settings(private=[MODEL], faults=faults)
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", f"hf_access_token={TOKEN}"]
     done = hub.convert(*words, "--verify=full")
     assert done.returncode == 0, done.stderr
-    assert "a token on a command line shows" in done.stderr and "is public" not in done.stderr
+    assert (
+        "a token on the command line is visible" in done.stderr and "is public" not in done.stderr
+    )
     assert "verified" in done.stdout and "hf download org/out --local-dir DIR" in done.stdout
     assert same(hub, alone)
-    assert [entry["status"] for entry in commits(hub)] == [503, 200]
+    assert [entry["status"] for entry in commits(hub)] == [503, 412, 200]
     uploads = [entry for entry in hub.log if entry["path"].startswith("/blobs/")]
     assert {entry["host"].partition(":")[0] for entry in uploads} == {"localhost"}
     assert json.loads((published(hub) / "maxconv.json").read_text())["maxconv"]
@@ -74,7 +80,7 @@ def test_from_the_hub_to_the_hub(hub, alone, tmp_path):
     hub.assert_secret(done.stdout, done.stderr, plan.stdout, plan.stderr)
     assert not list((tmp_path / "home/maxconv").iterdir())
     again = hub.run("-m", "maxconv.cli", "verify", OUT, HF_TOKEN=TOKEN)
-    assert again.returncode == 2 and "can be verified where it is downloaded" in again.stderr
+    assert again.returncode == 2 and "download it first: `hf download" in again.stderr
     shown = hub.run("-m", "maxconv.cli", "inspect", f"hf://{MODEL}", HF_TOKEN=TOKEN)
     assert shown.returncode == 0 and "Qwen3MoeForCausalLM" in shown.stdout, shown.stderr
     # What is private is so for others, too.
@@ -94,6 +100,7 @@ def test_two_processes_from_the_hub_to_a_directory(hub, alone, tmp_path):
     assert main == f"/api/models/{MODEL}" and commit.startswith(f"{main}/revision/")
 
 
+@pytest.mark.slow
 def test_two_processes(hub, alone, tmp_path):
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", "--public"]
     with processes(2, words, tmp_path / "logs", environ=hub.environ(HF_TOKEN=TOKEN)) as running:
@@ -199,19 +206,82 @@ def test_an_upload_that_fails_leaves_nothing_in_the_repository(hub, alone):
     assert stored(published(hub)).keys() != stored(alone / "out").keys()
 
 
+MEANWHILE = """
+import os, sys
+from pathlib import Path
+from maxconv import cli
+from maxconv.targets.publication import Publication
+
+commit = Publication.commit
+
+def later(self):
+    (step := Path(os.environ["REPOSITORY"], "0")).mkdir()
+    (step / "notes.txt").write_text("of mine")
+    commit(self)
+
+Publication.commit = later
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+def test_what_came_meanwhile_is_left_alone(hub, here, monkeypatch, capsys):
+    words = [*WORDS, *CPU, f"--hf_model_path={hub.root / MODEL}", "--verify=none", "--overwrite"]
+    words += [f"base_output_directory={OUT}"]
+    done = hub.run("-c", MEANWHILE, *words, HF_TOKEN=TOKEN, REPOSITORY=str(published(hub)))
+    assert done.returncode == 1, done.stderr
+    assert f"{OUT}/0/notes.txt and 0 more files were added" in done.stderr
+    assert (published(hub) / "0/notes.txt").exists() and not commits(hub)
+
+    monkeypatch.setattr("maxconv.targets.publication.problems", lambda *_: [])  # it was not there
+    assert here() == 2
+    assert f"{OUT}/0 exists; add --overwrite" in capsys.readouterr().err
+    assert (published(hub) / "0/notes.txt").exists() and not commits(hub)
+
+
+def test_what_no_index_explains_ends_the_wait_for_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    monkeypatch.setattr(publication, "PATIENCE", 0.5)
+    going = publication.Publication(OUT, TOKEN, 0, public=False, overwrite=False)
+    data = going.scratch / "0.orbax-checkpoint-tmp/items.orbax-checkpoint-tmp/ocdbt.process_1/d"
+    data.mkdir(parents=True)
+    (data / ("0" * 32)).write_bytes(b"x" * publication.LARGE)
+    going.wait_for_room(0, 0)
+    going.wait_for_room(1, publication.LARGE)
+    with pytest.raises(
+        ConversionError,
+        match="0{32} cannot be uploaded: after .* the index of its store does not refer",
+    ):
+        going.wait_for_room(1, 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "words", "token", "told"),
     [
-        ({}, (), "", "takes a token: set HF_TOKEN, or run `hf auth login`"),
+        ({}, (), "", "needs a token; set HF_TOKEN, or run `hf auth login`"),
         ({}, (), "hf_bad", "The Hub does not accept the token"),
-        ({"writers": []}, (), TOKEN, "The token may not write to hf://org: make one that may"),
-        ({"writers": []}, (f"hf://{MODEL}",), TOKEN, f"The token may not write to hf://{MODEL}:"),
-        ({}, ("hf://others/out",), TOKEN, "The token may not write to hf://others: make one"),
+        ({"writers": []}, (), TOKEN, "The token has no write access to hf://org; create one"),
+        (
+            {"writers": []},
+            (f"hf://{MODEL}",),
+            TOKEN,
+            f"The token has no write access to hf://{MODEL};",
+        ),
+        (
+            {},
+            ("hf://others/out",),
+            TOKEN,
+            "The token has no write access to hf://others; create one",
+        ),
         ({}, ("hf://org/out/deeper",), TOKEN, "deeper is not of the form hf://org/name"),
         ({"private": [MODEL]}, (f"hf://{MODEL}", "--public"), TOKEN, "exists and is private;"),
-        ({"faults": [["/api/repos/create", "403", 1]]}, (), TOKEN, "may not write to hf://org/out"),
-        ({}, (OUT, "checkpoint_storage_use_ocdbt=False"), TOKEN, "is for directories and buckets"),
-        ({}, ("out", "--public"), TOKEN, "public=True is for repositories of the Hub"),
+        (
+            {"faults": [["/api/repos/create", "403", 1]]},
+            (),
+            TOKEN,
+            "no write access to hf://org/out",
+        ),
+        ({}, (OUT, "checkpoint_storage_use_ocdbt=False"), TOKEN, "is not supported on the Hub"),
+        ({}, ("out", "--public"), TOKEN, "public=True is only for the Hub"),
     ],
 )
 def test_what_keeps_us_from_a_repository_is_said_before_any_work(
@@ -228,10 +298,12 @@ def test_what_keeps_us_from_a_repository_is_said_before_any_work(
 def test_offline_nothing_is_written(here, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert here() == 2
-    assert f"HF_HUB_OFFLINE forbids to write to {OUT}" in capsys.readouterr().err
+    assert f"HF_HUB_OFFLINE forbids writing to {OUT}" in capsys.readouterr().err
 
 
 def test_a_repository_that_keeps_files_out_is_told(hub):
     hub.settings(ignored="*/_sharding")
     done = hub.convert(*FROM_THE_HUB, f"base_output_directory={OUT}", HF_TOKEN=TOKEN)
-    assert done.returncode == 1 and "did not take 0/items/_sharding and 0 more" in done.stderr
+    assert (
+        done.returncode == 1 and "has 0/items/_sharding and 0 more files that differ" in done.stderr
+    )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,21 @@ def test_the_example_of_a_family_is_the_real_one():
     guide = (ROOT / "maxconv/guide/models.md").read_text()
     (example,) = re.findall(r"This is all of Mixtral:\n\n```python\n(.*?)```", guide, re.DOTALL)
     assert example in (ROOT / "maxconv/families/mixtral.py").read_text()
+
+
+def test_the_versions_of_the_guide_are_those_that_ci_installs() -> None:
+    """Of every library that has a range; tests/test_private.py compares the ranges."""
+    page = (ROOT / "maxconv/guide/design.md").read_text()
+    table = {
+        name: ends for name, *ends in re.findall(r"(?m)^\| (\w\S+) \| (\d\S+) \| (\S+) \|$", page)
+    }
+    oldest, newest = (
+        dict(re.findall(r"(?m)^(\S+)==(\S+)$", (ROOT / f"tests/versions/{end}.txt").read_text()))
+        for end in ("oldest", "newest")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [re.split("[<>]", line)[0] for line in project["dependencies"] if ",<" in line]
+    assert table == {name: [oldest[name], newest[name]] for name in ranges}
 
 
 def test_the_first_commands_are_those_that_ci_runs() -> None:

@@ -112,10 +112,10 @@ def test_plan_text(tmp_path: Path) -> None:
     with tiny_job(tmp_path, "qwen3-8b", scan=False) as job:
         text = plan_text(job)
     assert re.search(r"^source   .*/hf, 36 tensors, ", text, re.M)
-    assert "mesh     fsdp=4 x tensor=2, 8 devices, 1 process(es)\n" in text
+    assert "mesh     fsdp=4 x tensor=2, 8 devices, 1 process\n" in text
     assert "decoder/layers_{0..2}/mlp/wi_0/kernel" in text
     assert "(fsdp, tensor)" in text
-    assert "0 B (0.0 %) more than the tensors used" in text
+    assert "0 B (0.0 %) more than needed" in text
 
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:

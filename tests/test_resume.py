@@ -71,7 +71,7 @@ def test_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = [
         (
             place.words,
-            f"{file.name} was {before.st_size} bytes of .* and is {before.st_size} bytes",
+            f"{file.name} was {before.st_size} bytes, modified .* and is {before.st_size} bytes",
         ),
         ([*place.words, "scan_layers=false"], "scan_layers was .* and is"),
         ([*place.words, "--save_dtype=float32"], "save_dtype was not given and is float32"),

@@ -112,31 +112,31 @@ def test_mesh_shapes_of_slices() -> None:
             "ici_fsdp_parallelism=4 ici_tensor_parallelism=4",
             1,
             "ici_fsdp_parallelism=4 ici_tensor_parallelism=4: the product does not fit the 8 "
-            "devices (of a slice); what fits is ici_tensor_parallelism=4 ici_fsdp_parallelism=2.",
+            "devices (of a slice); ici_tensor_parallelism=4 ici_fsdp_parallelism=2 would fit.",
         ),
         (
             "ici_tensor_parallelism=3",
             1,
             "ici_fsdp_parallelism=-1 ici_tensor_parallelism=3: the product does not fit the 8 "
-            "devices (of a slice); what fits is ici_fsdp_parallelism=8 alone.",
+            "devices (of a slice); ici_fsdp_parallelism=8 alone would fit.",
         ),
         (
             "ici_tensor_parallelism=-1",
             1,
-            "ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1: more than one is -1; what fits is "
-            "ici_fsdp_parallelism=8.",
+            "ici_fsdp_parallelism=-1 ici_tensor_parallelism=-1: more than one is -1; "
+            "ici_fsdp_parallelism=8 would fit.",
         ),
         (
             "ici_fsdp_parallelism=1",
             1,
-            "All sizes 1: the product does not fit the 8 devices (of a slice); what fits is "
-            "ici_fsdp_parallelism=8.",
+            "All sizes 1: the product does not fit the 8 devices (of a slice); "
+            "ici_fsdp_parallelism=8 would fit.",
         ),
         (
             "dcn_data_parallelism=4",
             2,
-            "dcn_data_parallelism=4: the product does not fit the 2 slices; what fits is "
-            "dcn_data_parallelism=2.",
+            "dcn_data_parallelism=4: the product does not fit the 2 slices; "
+            "dcn_data_parallelism=2 would fit.",
         ),
         ("", 3, "8 devices are not divisible by num_slices=3."),
     ],
@@ -155,7 +155,7 @@ def test_make_mesh() -> None:
     spec, dropped = partition_spec(("embed", "mlp"), (16, 6), dict(mesh.shape), RULES)
     assert spec == P("fsdp", "tensor") and not dropped
     assert make_mesh(config(), jax.devices()[:1]).size == 1
-    with pytest.raises(UserError, match="the devices are in 1"):
+    with pytest.raises(UserError, match="there are 1 slice"):
         make_mesh(config("num_slices=2"))
 
 

@@ -136,9 +136,12 @@ for name, mesh in json.loads(meshes).items():
 @pytest.mark.parametrize(
     ("n", "case", "scan", "meshes"),
     [
-        (2, "llama3.1-8b", True, MESHES),
+        (2, "llama3.1-8b", True, {"mixed": MESHES["mixed"]}),
+        pytest.param(2, "llama3.1-8b", True, MESHES, marks=pytest.mark.slow),
         pytest.param(4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}, marks=pytest.mark.slow),
-        (2, "qwen3-30b-a3b", False, {"mixed": EXPERTS["mixed"]}),
+        pytest.param(
+            2, "qwen3-30b-a3b", False, {"mixed": EXPERTS["mixed"]}, marks=pytest.mark.slow
+        ),
         pytest.param(4, "qwen3-30b-a3b", True, EXPERTS, marks=pytest.mark.slow),
     ],
 )

@@ -1,16 +1,20 @@
 """Text from files and servers is shown, and cannot do anything to a terminal."""
 
+import ast
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from jobs import CPU
 from safetensors.numpy import load_file, save_file
 
+import maxconv
 from maxconv import cli
 from maxconv.errors import UserError, failure_text, problems_text
-from maxconv.text import printable, printable_lines
+from maxconv.text import note, printable, printable_lines, say
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\r\x00\x9b31m\u202eexe\u2028\ud800"
 
@@ -53,7 +57,7 @@ def test_names_of_tensors(name: str, tmp_path, capsys) -> None:
     assert cli.main(["plan", f"--hf_model_path={model}", "hardware=cpu"]) == 2
     err = capsys.readouterr().err
     assert all(line.isprintable() for line in err.split("\n")) and len(err) < 5_000
-    assert "has no use for tensor" in err
+    assert "has no counterpart" in err
 
 
 def test_half_of_a_surrogate_pair(tmp_path, capsys) -> None:
@@ -69,3 +73,32 @@ def test_half_of_a_surrogate_pair(tmp_path, capsys) -> None:
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["Llama\ud800"]}))
     assert cli.main(["plan", f"--hf_model_path={model}", "hardware=cpu"]) == 2
     assert r"is a Llama\ud800" in capsys.readouterr().err
+
+
+def test_one_printer() -> None:
+    """What prints makes printable; a service's pipe to the process that started it is no output."""
+    package = Path(maxconv.__file__).parent
+    printing = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Name) and node.id == "print"
+    }
+    assert printing == {"text.py", "processes/coordinator.py"}
+
+
+def test_what_is_said_is_printable(capsys) -> None:
+    say(f"{EVIL}\nb\n")
+    say(EVIL, sys.stderr)
+    note(f"{EVIL}\nb")
+    shown = printable(EVIL)
+    assert capsys.readouterr() == (f"{shown}\nb\n", f"{shown}\nnote: {shown}\\nb\n")
+
+
+def test_the_page_of_a_plan(tmp_path) -> None:
+    """A path may be no text; the page is UTF-8 all the same, whatever the locale."""
+    model = tiny.write("llama3.1-8b", tmp_path / "\udce9 é \x1b[2J")
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", *CPU, f"--hf_model_path={model}", f"--report={page}"]) == 0
+    text = page.read_bytes().decode()
+    assert r"\udce9 é \x1b[2J" in text and "\x1b" not in text

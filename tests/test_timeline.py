@@ -26,7 +26,7 @@ def test_a_trace_of_a_conversion(tmp_path: Path, capsys) -> None:
     assert moved["write"] == moved["to host"] >= moved["read"]
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events)
     said = capsys.readouterr().out
-    assert "time, over all threads: read " in said and str(trace) in said
+    assert "time, summed over threads: read " in said and str(trace) in said
     assert timeline._timeline is None
 
 

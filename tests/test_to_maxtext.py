@@ -202,5 +202,5 @@ def test_verify_finds_its_own_words(
     damaged.write_bytes(content)
     assert cli.main(["verify", "out"]) == 1
     said = capsys.readouterr().err
-    assert "is wrong; do not train from it" in said and "Traceback" not in said
+    assert "differs from its source; do not train from it" in said and "Traceback" not in said
     assert cli.main(["verify", "hf"]) == 2

@@ -207,7 +207,7 @@ def test_bytes_that_belong_to_nothing(case: Case) -> None:
     with (case.items / file).open("ab") as data:
         data.write(b"more")
     assert case.verify().problems == [
-        f"{file} is damaged: bytes {size} to {size + 4} belong to nothing."
+        f"{file} is damaged: bytes {size} to {size + 4} belong to no value or node."
     ]
 
 
@@ -218,7 +218,7 @@ def test_leaves_of_another_model(case: Case) -> None:
     plan = replace(case.plan, leaves=(other, *rest, added))
     report = verify(case.out, plan, case.engine, case.source, "full", WINDOW)
     assert report.problems == [
-        f"{second.name} is {second.shape} bfloat16, planned is {second.shape} float32.",
+        f"{second.name} is {second.shape} bfloat16, but should be {second.shape} float32.",
         "params.params.new is missing.",
         f"{first.name} is in the checkpoint, but not in the plan.",
     ]
@@ -236,7 +236,7 @@ def test_another_source(case: Case, tmp_path: Path) -> None:
 def test_another_step(case: Case) -> None:
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{case.items}/"}}
     ts.open({"driver": "zarr3", "kvstore": {**store, "path": "step/"}}).result()[()] = 3
-    assert "step is 3, planned is 0." in case.verify().problems
+    assert "step is 3, but should be 0." in case.verify().problems
 
 
 def test_a_broken_metadata_file(case: Case) -> None:
@@ -247,7 +247,7 @@ def test_a_broken_metadata_file(case: Case) -> None:
 
 
 def test_no_checkpoint(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint of MaxText"):
+    with pytest.raises(UserError, match="is not a MaxText checkpoint"):
         case.verify(at=tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_nan_payloads_count(case: Case) -> None:
     (slab,) = leaf.slabs
     assert _difference(leaf, slab, a, a) is None
     assert _difference(leaf, slab, a, b) == (
-        f"{leaf.name}[3, 1] is nan (0x7fc1), the source makes it nan (0x7fc0); "
+        f"{leaf.name}[3, 1] is nan (0x7fc1), but should be nan (0x7fc0) according to the source; "
         f"1 of {raw.size:,} elements differ."
     )
 

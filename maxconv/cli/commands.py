@@ -13,26 +13,26 @@ from maxconv.cli.output import guard_outputs
 from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
-from maxconv.text import printable, printable_lines
+from maxconv.text import note, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(), end="")
+        say(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(__version__)
+        say(__version__)
         return 0
     name, *rest = arguments
     if name in COMMANDS and {"-h", "--help"}.intersection(rest):
-        print(command_help(name), end="")
+        say(command_help(name))
         return 0
     if name not in COMMANDS:
-        print(f"maxconv: no command {name!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        say(f"maxconv: no command {name!r}; commands are {', '.join(COMMANDS)}", sys.stderr)
         return 2
-    return run(lambda: COMMANDS[name](_with_flagfiles(rest)))
+    return run(lambda: COMMANDS[name](_with_flagfiles(rest)), rest if name in _TOGETHER else None)
 
 
 def _with_flagfiles(arguments: Sequence[str]) -> list[str]:
@@ -57,8 +57,11 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def run(command: Callable[[], None]) -> int:
-    """Runs something, and tells a person what went wrong; returns the exit code."""
+def run(command: Callable[[], None], arguments: Sequence[str] | None = None) -> int:
+    """Runs something, and tells a person what went wrong; returns the exit code.
+
+    `arguments`: of a command that several processes run together, in which they find each other.
+    """
     from maxconv.errors import failure_text
     from maxconv.processes import liveness
 
@@ -69,10 +72,20 @@ def run(command: Callable[[], None]) -> int:
             command()
             return liveness.leave(0)
         except (UserError, VerificationError) as error:  # all processes came to it
-            print(failure_text(error), file=sys.stderr)
+            say(failure_text(error), sys.stderr)
+            _tell_the_others(arguments, error)
             return liveness.leave(error.exit_code)
         except Exception as error:
+            _tell_the_others(arguments, error)
             liveness.fail(error)
+
+
+def _tell_the_others(arguments: Sequence[str] | None, error: Exception) -> None:
+    """Has the processes that wait for this one end with it, if it fails before they have met."""
+    if arguments is not None:
+        from maxconv.processes.start import refuse
+
+        refuse(arguments, error)
 
 
 def _matters(record: logging.LogRecord) -> bool:
@@ -91,7 +104,7 @@ def start(arguments: Sequence[str], command: str = "convert") -> Config:
 
     if jax.process_index() == 0:
         for notice in notices:
-            print(f"note: {printable(notice)}", file=sys.stderr)
+            note(notice)
     return config
 
 
@@ -114,11 +127,11 @@ def plan(arguments: Sequence[str]) -> None:
 
     with prepared(start(arguments, "plan"), writes=False) as job:
         on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
-        print(printable_lines(plan_text(job, on) + network_text(job.plan, job.source)))
+        say(plan_text(job, on) + network_text(job.plan, job.source))
         if job.config.compile:
-            print(f"\n{compiled_text(job.plan)}")
+            say(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
-            Path(page).write_text(plan_page(job, on))
+            Path(page).write_text(plan_page(job, on), encoding="utf-8")
 
 
 def verify(arguments: Sequence[str]) -> None:
@@ -140,7 +153,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
     if len(arguments) != 1:
         raise UserError("Give one checkpoint: maxconv inspect PATH.")
-    print(printable_lines(describe(arguments[0])))
+    say(describe(arguments[0]))
 
 
 def families(arguments: Sequence[str]) -> None:
@@ -148,21 +161,24 @@ def families(arguments: Sequence[str]) -> None:
 
     if arguments not in ([], ["--markdown"]):
         raise UserError("maxconv families takes no argument but --markdown.")
-    print(families_markdown() if arguments else families_text())
+    say(families_markdown() if arguments else families_text())
 
 
 def demo(arguments: Sequence[str]) -> None:
     from maxconv.cli.demo import run
 
+    if len(arguments) > 1:
+        raise UserError("Give one directory: maxconv demo DIR.")
     run(arguments[0] if arguments else "maxconv_demo")
 
 
 def show_help(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise UserError("Give one topic: maxconv help TOPIC.")
-    print(topic(arguments[0]) if arguments else usage(), end="")
+    say(topic(arguments[0]) if arguments else usage())
 
 
+_TOGETHER = ("convert", "plan", "verify")  # the commands that several processes run together
 COMMANDS = {
     "convert": convert,
     "plan": plan,

@@ -1,4 +1,4 @@
-"""`maxconv demo`: the whole job in small, on simulated devices."""
+"""`maxconv demo`: makes, converts and verifies a small checkpoint on simulated devices."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from maxconv.text import size
+from maxconv.text import say, size
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,12 +37,12 @@ def run(directory: str) -> None:
     began = time.monotonic()
     source, target = Path(directory, "hf"), Path(directory, "maxtext")
     nbytes = write_checkpoint(source)
-    print(
+    say(
         f"Made a small Llama in {source}: {size(nbytes)} of random bfloat16 weights in "
         f"{len(list(source.glob('*.safetensors')))} files.\n"
         "Converting it for training on a mesh of fsdp=4 x tensor=2, 8 simulated CPU devices:"
     )
-    words = [
+    arguments = [
         f"base_output_directory={target}",
         f"--hf_model_path={source}",
         "ici_fsdp_parallelism=4",
@@ -52,16 +52,16 @@ def run(directory: str) -> None:
         "--verify=full",
         "--overwrite",
     ]
-    config = start(words)
+    config = start(arguments)
     job = convert.run(config, TerminalReporter())
     kernel = next(leaf for leaf in job.plan.leaves if "wi_0" in leaf.name)
-    print(
+    say(
         f"\nDone in {time.monotonic() - began:.0f} s. The {job.model.dims.layers} layers are "
         f"stacked as MaxText scans them; {kernel.name} is {kernel.shape}, sharded "
         f"{kernel.sharding.spec},\nso that each device has {size(kernel.shard_nbytes)} of its "
-        f"{size(kernel.nbytes)}. Look at it with\n"
+        f"{size(kernel.nbytes)}. To look at the checkpoint, run\n"
         f"    maxconv inspect {target}\n"
-        "and convert a model of your own with\n"
+        "To convert your own model, run\n"
         "    maxconv convert --hf_model_path=DIR base_output_directory=OUT"
     )
 

@@ -41,13 +41,15 @@ def _models(family: Family, architecture: str) -> Iterable[tuple[str, str]]:
 
 
 def _layers(family: Family) -> str:
-    return "scanned or not" if family.scans else "scan_layers=False only"
+    return "scanned or unscanned" if family.scans else "unscanned (scan_layers=False)"
 
 
 def _notes(family: Family) -> str:
-    keys = [("use_multimodal", family.encoders), ("use_audio", family.audio_patterns)]
-    words = " and ".join(f"{key}=True" for key, patterns in keys if patterns)
-    return words and f"other encoders with {words}"
+    encoders = [
+        ("vision encoder with use_multimodal=True", family.encoders),
+        ("audio encoder with use_audio=True", family.audio_patterns),
+    ]
+    return ", ".join(note for note, patterns in encoders if patterns)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

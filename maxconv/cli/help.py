@@ -17,64 +17,78 @@ COMMANDS = {
     ),
     "plan": (
         "[base.yml] key=value ... [--flag=value ...]",
-        "Show what a conversion would do, without reading a tensor.",
+        "Show what a conversion would do, without reading any tensor.",
     ),
     "verify": (
         "CHECKPOINT [key=value ...] [--flag=value ...]",
-        "Read a converted checkpoint back, and compare every bit with its source.",
+        "Read a converted checkpoint back and compare every bit with its source.",
     ),
-    "inspect": ("PATH", "List what a Hugging Face or Orbax checkpoint holds."),
-    "families": ("[--markdown]", "List the models that can be converted."),
-    "demo": ("[DIR]", "Make a small checkpoint, convert it on 8 simulated devices, verify it."),
+    "inspect": ("PATH", "List the tensors of a Hugging Face or Orbax checkpoint."),
+    "families": ("[--markdown]", "List the supported models and their Hub repositories."),
+    "demo": ("[DIR]", "Make a small checkpoint, convert it on 8 simulated devices and verify it."),
     "help": ("[TOPIC]", "Print a page of the guide."),
 }
 _MORE = {
-    "convert": "The checkpoint is written to base_output_directory/0/items. `python -m "
-    "maxconv.to_maxtext` takes the same arguments, which are those of MaxText's to_maxtext.",
-    "plan": "It takes the arguments of the conversion. With --tpu_type it needs no TPU.",
-    "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items. The arguments of the conversion are "
-    "recorded beside it; those that are given here win.",
+    "convert": "The checkpoint is written to base_output_directory/0/items. The arguments are "
+    "those of MaxText's to_maxtext; `python -m maxconv.to_maxtext` takes the same ones.",
+    "plan": "Takes the same arguments as convert, and reads only the headers of the checkpoint. "
+    "With --tpu_type it plans for a slice that you do not have.",
+    "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items, where DIR was the base_output_directory of "
+    "the conversion. Its other arguments are read from DIR/maxconv.json; arguments given here "
+    "override them, for instance if the source has moved.",
     "inspect": "PATH is a directory, gs://bucket/path or hf://org/name. Only metadata is read.",
-    "families": "--markdown prints the table of the README.",
-    "demo": "DIR is maxconv_demo by default.",
+    "families": "--markdown prints the table of models in the README.",
+    "demo": "The files are written to DIR, by default ./maxconv_demo.",
+    "help": "Without a TOPIC, list the commands and the topics.",
 }
 EXIT_CODES = """\
-Exit codes: 0 done; 2 invalid arguments or input, nothing was written; 42 worth trying again;
-130 interrupted; 1 anything else.
+Exit codes:
+  0    done
+  2    invalid arguments or input; nothing was written
+  42   temporary failure, such as a preempted host or a lost connection: run it again
+  130  interrupted
+  1    any other failure
 """
 
 
 def usage() -> str:
     """The commands, for `maxconv --help`."""
-    lines = ["maxconv: Hugging Face safetensors to MaxText (Orbax) checkpoints, on the slice.", ""]
+    lines = [
+        "Converts Hugging Face safetensors checkpoints to MaxText (Orbax) checkpoints, on the TPU "
+        "slice\nthat will train them, or on a CPU.",
+        "",
+        "Commands:",
+    ]
     for name, (arguments, what) in COMMANDS.items():
         lines += [f"  maxconv {name} {arguments}", f"      {what}"]
-    topics = f"`maxconv COMMAND --help` lists its options. Topics of the guide: {_names()}."
-    return "\n".join([*lines, "", topics, EXIT_CODES])
+    lines += ["", "`maxconv COMMAND --help` describes the options of a command.", ""]
+    lines += ["Topics of the guide, for `maxconv help TOPIC`:", *_topics()]
+    return "\n".join([*lines, "", EXIT_CODES])
 
 
 def command_help(name: str) -> str:
-    """What a command does, with all its options."""
+    """What a command does, and all its options."""
     arguments, what = COMMANDS[name]
     lines = [f"maxconv {name} {arguments}", "", what]
     if name in _MORE:
         lines += textwrap.wrap(_MORE[name], _WIDTH)
     options = {key: o for key, o in OPTIONS.items() if name in o.commands}
     if options:
-        lines += ["", "Keys of MaxText:"]
-        for key, meaning in KEYS.items():
-            lines += _entry(f"{key}=", meaning)
+        lines += ["", "MaxText config keys:"]
+        for key, of in KEYS.items():
+            if name in of.commands:
+                lines += _entry(f"{key}=", of.help)
         lines += ["", "Flags:"]
         for key, option in options.items():
             lines += _entry(_spelled(key, option), _meaning(option))
-        lines += ["", *textwrap.wrap(_OTHERS, _WIDTH), "", EXIT_CODES.rstrip()]
+        lines += ["", *textwrap.wrap(_SYNTAX, _WIDTH), "", EXIT_CODES.rstrip()]
     return "\n".join([*lines, ""])
 
 
-_OTHERS = (
-    "Keys and flags may be given in any order, flags also as `--flag value`; --flagfile=FILE reads "
-    "more of them from a file, one a line. Other keys of MaxText are accepted, and listed as "
-    "having no effect on a conversion."
+_SYNTAX = (
+    "Keys and flags may come in any order. A flag may also be written `--flag value`; a boolean "
+    "one such as --resume needs no value. --flagfile=FILE reads more arguments from a file, one "
+    "per line. MaxText keys that do not affect a conversion are accepted and listed in a note."
 )
 
 
@@ -86,12 +100,19 @@ def topic(name: str) -> str:
     """
     page = _GUIDE / f"{name}.md"
     if page.parent != _GUIDE or not page.is_file():
-        raise UserError(f"There is no help about {name}; topics are {_names()}.")
+        raise UserError(f"There is no guide page {name}; topics are {', '.join(_pages())}.")
     return page.read_text(encoding="utf-8")
 
 
-def _names() -> str:
-    return ", ".join(sorted(page.stem for page in _GUIDE.glob("*.md")))
+def _pages() -> dict[str, Path]:
+    """The pages of the guide by topic."""
+    return {page.stem: page for page in sorted(_GUIDE.glob("*.md"))}
+
+
+def _topics() -> list[str]:
+    """A line for each topic, with the title of its page."""
+    titles = {name: p.read_text(encoding="utf-8").partition("\n") for name, p in _pages().items()}
+    return [f"  {name:<8} {title.removeprefix('# ')}" for name, (title, _, _) in titles.items()]
 
 
 def _spelled(name: str, option: Option) -> str:
@@ -99,7 +120,7 @@ def _spelled(name: str, option: Option) -> str:
 
 
 def _meaning(option: Option) -> str:
-    if option.default is None or option.default is False or "default" in option.help:
+    if option.default is None or option.default is False or "Default:" in option.help:
         return option.help
     return f"{option.help}. Default: {option.default}"
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its metadata alone: no tensor is read and JAX is not started."""
+"""Lists the contents of a checkpoint from its metadata: reads no tensor, does not start JAX."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from maxconv.sources.orbax import Item, Stored, find_items, open_item
 from maxconv.targets.place import UNFINISHED_WORDS
 from maxconv.text import size, table
 
-# What tells one of many alike: `layers.7.`, `layers_7.`; not the 0 of `wi_0`.
+# The numbers of layers and experts in a name: `layers.7.`, `layers_7.`; not the 0 of `wi_0`.
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.|$)|(?<=layers_)[0-9]{1,9}")
 _SIZES = (
     "hidden_size",
@@ -34,7 +34,7 @@ def describe(path: str | epath.Path) -> str:
         UserError: if it is neither, or damaged.
     """
     path = str(path)
-    if path.startswith("hf://"):  # which is asked as a source only
+    if path.startswith("hf://"):  # Orbax checkpoints on the Hub are not inspected
         with open_source(path) as source:
             return _describe_source(source)
     if items := find_items(epath.Path(path)):
@@ -44,10 +44,10 @@ def describe(path: str | epath.Path) -> str:
         names = [path.name for path in directory.iterdir()]
         unfinished = [n for n in names if "orbax-checkpoint-tmp" in n or n == UNFINISHED_WORDS]
         raise UserError(
-            f"{path} holds only {unfinished[0]}, a save that was not finished; save it again."
+            f"{path} contains only {unfinished[0]}, an unfinished save; save it again."
             if unfinished
-            else f"{path} is no checkpoint: neither a Hugging Face directory (config.json, "
-            "*.safetensors) nor one of Orbax (_METADATA); give the directory that holds them."
+            else f"{path} is not a checkpoint: it has neither Hugging Face files (config.json, "
+            "*.safetensors) nor Orbax files (_METADATA); give the directory that contains them."
         )
     with open_source(path) as source:
         return _describe_source(source)
@@ -61,8 +61,8 @@ def _describe_item(item: Item) -> str:
         f"  step {step}, {storage}" if step.isdigit() else f"  {storage}",
     ]
     lines += [f"  {key}={value}" for key, value in item.custom.items()]
-    lines += [f"  saved from the mesh {mesh}" for mesh in item.meshes]
-    lines += [f"  {name}: {kind}, no tensor" for name, kind in item.others.items()]
+    lines += [f"  saved from mesh {mesh}" for mesh in item.meshes]
+    lines += [f"  {name}: {kind}, without arrays" for name, kind in item.others.items()]
     return "\n".join([*lines, "", *_tensors(item.arrays.values())])
 
 
@@ -92,7 +92,7 @@ def _looks_like_hugging_face(directory: epath.Path) -> bool:
 
 
 def _tensors(tensors: Iterable[Stored]) -> list[str]:
-    """One line for all tensors that differ in their numbers only, and the totals."""
+    """One line for all tensors whose names differ only in numbers, and the totals."""
     tensors = list(tensors)
     rows = []
     for name, same in fold(tensors):
@@ -110,7 +110,7 @@ def _tensors(tensors: Iterable[Stored]) -> list[str]:
 
 
 def fold(tensors: Iterable[Stored]) -> list[tuple[str, list[Stored]]]:
-    """Groups tensors that are alike but for the numbers in their names.
+    """Groups tensors that differ only in the numbers in their names.
 
     Returns:
         A name for each group, such as `layers.{0..31}.mlp`, and its members; a group whose numbers

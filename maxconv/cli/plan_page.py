@@ -1,7 +1,7 @@
-"""A plan as one page to look at: `maxconv plan --report=plan.html`."""
+"""A plan as one HTML page with diagrams: `maxconv plan --report=plan.html`."""
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import groupby
 
 from maxconv.algebra import Box
@@ -11,7 +11,7 @@ from maxconv.planning.estimates import device_estimate, held_nbytes, host_estima
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.tpus import Slice
-from maxconv.text import MARK, duration, size
+from maxconv.text import MARK, duration, printable, size
 
 _LEAVES = 12  # drawn: the largest
 _WIDTH = 880
@@ -25,9 +25,9 @@ svg { font: 12px system-ui, sans-serif; width: 100% } text { fill: #333 } li { c
 
 
 def plan_page(job: Job, on: Slice | None = None) -> str:
-    """The page: numbers first, then bytes of every host, who reads what, memory, large leaves.
+    """The page: key figures, then reads per host, who has what, host memory, the largest leaves.
 
-    `on`: the slice it is planned for, if that is not here.
+    `on`: the slice that the plan is for, with --tpu_type.
     """
     plan, window, readable = job.plan, job.window, source_text(job.source)
     reads = [plan.read_nbytes(process) for process in plan.processes]
@@ -37,14 +37,17 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         (size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"),
         (size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"),
         (str(len(reads)), f"hosts, {plan.mesh.size} devices"),
-        (size(host), "at most in a host" + _of(on and on.machine.ram)),
-        (size(device_estimate(plan, window)), "at most on a device" + _of(on and on.kind.hbm)),
+        (size(host), "memory per host at most" + _of(on and on.machine.ram)),
+        (
+            size(device_estimate(plan, window)),
+            "memory per device at most" + _of(on and on.kind.hbm),
+        ),
     ]
     if on:
         written = plan.output_nbytes / len(reads)
         seconds = max(max(reads), written) / on.network
         rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
-        facts.append((duration(seconds), f"at least, at {rate} a host"))
+        facts.append((duration(seconds), f"network time at least, at {rate} per host"))
     name = job.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)
     slices = f"{len(reads) // on.hosts} x {on.name}" if on else ""
@@ -56,12 +59,12 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         "</div>",
         "<h2>Bytes that each host reads</h2>",
         _hosts(reads),
-        "<h2>Who has what</h2><p>A row is a leaf, a column a host, left to right as above. Its "
-        "colour is the part of the leaf that it makes: hosts of one colour have the same. Each "
-        "reads the tensors of that part itself (direct), or an even share of their rows, which the "
-        "chips then exchange over the mesh axes named.</p>",
+        "<h2>Who has what</h2><p>Each row is a leaf, each column a host, left to right as above. "
+        "The colour shows which part of the leaf the host makes: hosts of the same colour make the "
+        "same part. A host reads the tensors of its part itself (direct), or an equal share of "
+        "their rows, which the chips then exchange over the mesh axes that are named.</p>",
         _who(plan),
-        "<h2>Memory of a host, leaf by leaf</h2><p>What is read ahead, in the making and being "
+        "<h2>Host memory, leaf by leaf</h2><p>Data that is read ahead, being computed and being "
         "written, in the order of the save.</p>",
         _memory(plan, window),
         "<h2>Largest leaves</h2>",
@@ -72,6 +75,11 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
     head = f'<!doctype html><html lang="en">{meta}{title}<style>{_STYLE}</style>'
     return "\n".join([head, *body, "</html>\n"])
+
+
+def escape(text: str) -> str:
+    """Text in HTML, as `printable` has it: a page with half a surrogate pair cannot be written."""
+    return html.escape(printable(text))
 
 
 def _of(nbytes: int | None) -> str:

@@ -22,7 +22,7 @@ _COMPILED = (
 
 
 def plan_text(job: Job, on: Slice | None = None) -> str:
-    """The plan of a conversion. `on`: the slice it is planned for, if that is not here."""
+    """The plan of a conversion. `on`: the slice that it is for, with --tpu_type."""
     plan, window = job.plan, job.window
     used = {name: n for name, n in plan.mesh.shape.items() if n > 1}
     mesh = " x ".join(f"{name}={n}" for name, n in used.items()) or "one device"
@@ -32,35 +32,40 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     lines = [
         f"source   {source_text(job.source)}",
         f"model    {job.model.family.architectures[0]}: {_sizes(job.model.dims)}",
-        f"mesh     {mesh}, {plan.mesh.size} devices, {len(reads)} process(es)",
+        f"mesh     {mesh}, {plan.mesh.size} devices, {_processes(len(reads))}",
         f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
         "",
         _leaves(plan.leaves),
         "",
         f"read     {size(total)} in all, {size(over)} ({percent(over, plan.needed_nbytes)}) more "
-        f"than the tensors used; largest share {max(reads.values()) * len(reads) / total:.3f} of "
-        "the mean",
+        f"than needed; the busiest process reads {max(reads.values()) * len(reads) / total:.3f} "
+        "times the mean",
         *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
-        f"host     at most {size(host)} per process beside Python and JAX",
-        f"device   at most {size(device_estimate(plan, window))} on each",
+        f"host     at most {size(host)} of memory per process, in addition to Python and JAX",
+        f"device   at most {size(device_estimate(plan, window))} of memory per device",
         *(_on_slice(job, on) if on else ()),
-        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, for {len(plan.steps)} steps",
+        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, which run in "
+        f"{len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
     ]
     return "\n".join(lines)
 
 
+def _processes(n: int) -> str:
+    return "1 process" if n == 1 else f"{n} processes"
+
+
 def _on_slice(job: Job, on: Slice) -> Iterator[str]:
-    """What a slice has of what the plan needs, and how long its network takes at least."""
+    """The plan's needs compared with what the slice has, and the minimum network time."""
     plan, window = job.plan, job.window
     kind, busiest = on.kind, max(map(plan.read_nbytes, plan.processes))
     written = -(-plan.output_nbytes // len(plan.processes))
 
     def held(needed: int, there: int) -> str:
-        return f"{size(needed)} of {size(there)}{', which is too little' * (needed > there)}"
+        return f"{size(needed)} of {size(there)}{', which is not enough' * (needed > there)}"
 
     yield (
-        f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host holds "
+        f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host uses "
         f"{held(host_estimate(plan, window, job.source), on.machine.ram)}, "
         f"a chip {held(device_estimate(plan, window), kind.hbm)}"
     )
@@ -86,7 +91,7 @@ def _sizes(d: Dims) -> str:
 
 
 def _leaves(leaves: Sequence[LeafPlan]) -> str:
-    """One line a leaf; unscanned layers that are alike share one."""
+    """One line per leaf; identical unscanned layers share a line."""
     kinds: dict[tuple[object, ...], list[LeafPlan]] = {}
     for leaf in leaves:
         path = [
@@ -107,7 +112,7 @@ def _leaves(leaves: Sequence[LeafPlan]) -> str:
 
 
 def path_text(leaf: LeafPlan) -> str:
-    """The path of a parameter in MaxText's tree, without what all have in common."""
+    """The path of a parameter in MaxText's tree, without the prefix that all have."""
     return leaf.name.removeprefix("params.params.").replace(".", "/")
 
 
@@ -116,7 +121,7 @@ def _axes(entry: object) -> str:
 
 
 def network_text(plan: Plan, source: Source) -> str:
-    """A line for `maxconv plan`; none for a source on disks."""
+    """The requests of process 0, for a remote source; empty for local files."""
     if not source.is_shared:
         return ""
     process = plan.processes[0]
@@ -130,7 +135,7 @@ def network_text(plan: Plan, source: Source) -> str:
 
 
 def compiled_text(plan: Plan) -> str:
-    """What the TPU compiler makes of every program of a plan."""
+    """A table of the plan's programs as the TPU compiler compiles them."""
     started = time.monotonic()
     found = compile_all(plan)
     first = {step.recipe: leaf for leaf in reversed(plan.leaves) for step in leaf.steps}

@@ -1,4 +1,4 @@
-"""What a job says while it runs and when it is done, on a terminal."""
+"""Reports a job on a terminal, while it runs and when it is done."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -12,18 +12,18 @@ from maxconv.jobs.prepare import Job
 from maxconv.jobs.reporter import Reporter
 from maxconv.targets import place
 from maxconv.targets.publication import is_repository, repository_name
-from maxconv.text import duration, printable, printable_lines, size
+from maxconv.text import duration, note, say, size
 
 
 class TerminalReporter(Reporter):
-    """Notes and progress go to stderr, results to stdout; one process speaks for all."""
+    """Notes and progress go to stderr, results to stdout; only process 0 prints."""
 
     def __init__(self) -> None:
         self._speaks = jax.process_index() == 0
 
     def note(self, text: str) -> None:
         if self._speaks:
-            print(f"note: {printable(text)}", file=sys.stderr)
+            note(text)
 
     def progress(
         self, label: str, done: Callable[[], tuple[int, int]]
@@ -32,26 +32,29 @@ class TerminalReporter(Reporter):
 
     def saved(self, job: Job, seconds: float) -> None:
         if self._speaks:
-            print(printable_lines(_summary(job, seconds)), flush=True)
+            say(_summary(job, seconds))
 
     def verified(self, job: Job, leaves: int, witnessed: int, seconds: float) -> None:
         if self._speaks:
-            print(
+            say(
                 f"verified {leaves} of {len(job.plan.leaves)} leaves bit for bit against the "
-                f"source, and {size(witnessed)} of them once more with numpy, in "
+                f"source, {size(witnessed)} also with an independent numpy check, in "
                 f"{duration(seconds)}"
             )
 
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         if self._speaks:
             parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())
-            print(f"time, over all threads: {', '.join(parts)}; for ui.perfetto.dev: {path}")
+            say(
+                f"time, summed over threads: {', '.join(parts)}; timeline for ui.perfetto.dev: "
+                f"{path}"
+            )
 
 
 def _summary(job: Job, took: float) -> str:
     plan, read, traffic = job.plan, job.source.stats.bytes_read, job.source.traffic
     if job.there == "finished":
-        return f"saved before: {job.items}"
+        return f"already saved by an earlier run: {job.items}"
     moved = f", transferred {size(traffic.nbytes)} in {traffic.requests} requests" * bool(
         traffic.requests
     )

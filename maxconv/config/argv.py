@@ -1,4 +1,4 @@
-"""The arguments of a command line, split and turned into typed values, whatever they mean."""
+"""Splits command-line arguments and converts their values to types; knows no single option."""
 
 import difflib
 import math
@@ -38,7 +38,7 @@ def split(argv: Sequence[str], flags: Mapping[str, type]) -> Arguments:
         if name.startswith("--") and name[2:] not in flags:
             problems.append(_unknown_flag(name, flags))
             if not has_value:
-                _skip_value(rest)  # its value is no second problem
+                _skip_value(rest)  # so that its value is not reported as a second problem
         elif name.startswith("--"):
             value = text if has_value else _flag_value(flags[name[2:]], rest)
             if value is None:
@@ -55,9 +55,10 @@ def split(argv: Sequence[str], flags: Mapping[str, type]) -> Arguments:
 
 
 def convert(kind: type, value: Any) -> Any:
-    """`value`, a text or what YAML made of one, as `kind`.
+    """`value`, a string or a value parsed from YAML, as `kind`.
 
-    Raises a ValueError that names what it should be.
+    Raises:
+        ValueError: its message says what the value should be.
     """
     try:
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -72,27 +73,27 @@ def convert(kind: type, value: Any) -> Any:
             return str(value)
     except (ValueError, OverflowError, yaml.YAMLError):
         pass
-    raise ValueError(_EXPECTED.get(kind, "a text"))
+    raise ValueError(_EXPECTED.get(kind, "a string"))
 
 
 def _checked(value: Any) -> Any:
-    """The value, unless no use of it can be right: an infinite number, a text with a NUL in it."""
+    """The value; ValueError if it is not finite, or a string with a NUL character."""
     if (isinstance(value, float) and not math.isfinite(value)) or "\0" in str(value):
         raise ValueError
     return value
 
 
 def own_yaml(text: str) -> Any:
-    """One of our own files, as YAML 1.1."""
+    """Parses one of our own files as YAML 1.1."""
     return yaml.load(text, Loader=_YAML_LOADER)
 
 
 def load_yaml(text: str) -> Any:
-    """`text`, from anywhere, as YAML 1.1, in which `1e-06` is a text, as it is for MaxText.
+    """Parses untrusted text as YAML 1.1, in which `1e-06` is a string, as it is for MaxText.
 
     Raises:
-        yaml.YAMLError: it is none, or is too large, too deep, or has aliases, with which a short
-            text can stand for one without end.
+        yaml.YAMLError: it is not YAML, is too large or too deeply nested, or has aliases, with
+            which a short text can expand without bound.
     """
     try:
         _check_yaml(text)
@@ -117,13 +118,13 @@ def _check_yaml(text: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`: did you mean x?` if `known` has a name like `name`, else nothing."""
+    """`; did you mean x?` if `known` has a name like `name`, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f": did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def shown(argument: str) -> str:
-    """An argument for a message: a stray one may be a token of the Hugging Face Hub."""
+    """An argument, for a message; what looks like a Hugging Face token is hidden."""
     return f"{argument[:3]}..." if argument.startswith("hf_") else argument
 
 
@@ -146,7 +147,7 @@ def _is_yml(argument: str) -> bool:
 
 def _unknown_flag(name: str, flags: Mapping[str, type]) -> str:
     near = did_you_mean(f"--{name[2:].replace('-', '_')}", [f"--{flag}" for flag in flags])
-    return f"{name} is not a flag{near or f': a key of MaxText has no dashes, {name[2:]}=...'}"
+    return f"{name} is not a flag{near or f'; MaxText keys have no dashes: {name[2:]}=...'}"
 
 
 def _boolean(text: str) -> bool:

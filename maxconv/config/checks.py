@@ -1,4 +1,4 @@
-"""What is wrong with the values of a config, each in a sentence."""
+"""Checks the values of a config; each problem is one sentence."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from maxconv.config.tables import MODEL_KEYS, defaults, model_facts
 from maxconv.errors import UserError
 
-# Keys whose default is the only value that a conversion can serve so far.
+# Keys of which only the default value is supported so far.
 _FIXED_KEYS = (
     "fused_qkv",
     "fused_mlp",
@@ -23,7 +23,7 @@ _CHOICES = {
     "eager_load_method": ("safetensors", "transformers"),
     "hardware": ("tpu", "cpu"),
 }
-_NOT_YET = {
+_NOT_YET = {  # values that MaxText has and a conversion does not support
     "hardware": ("gpu", "gpu_multiprocess"),
 }
 _MINIMUM = {
@@ -49,7 +49,7 @@ _MAXIMUM = {
     "num_experts": 65_536,
     "max_host_memory_gb": 1 << 20,
 }
-# What a user chooses of a model, without override_model_config.
+# Model keys that may be set without override_model_config.
 _CHOSEN = ("use_multimodal", "use_audio", "mtp_num_layers")
 # -1: what is left, or none.
 _POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
@@ -67,12 +67,12 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the final values of all keys and flags."""
     for key, choices in _CHOICES.items():
         if values[key] in _NOT_YET.get(key, ()):
-            yield f"{key}={values[key]} is not supported yet: use {' or '.join(choices)}"
+            yield f"{key}={values[key]} is not supported; use {' or '.join(choices)}"
         elif values[key] not in choices:
             yield f"{key}={values[key]} is not one of {', '.join(choices)}"
     for key in _FIXED_KEYS:
         if values[key] != defaults()[key]:
-            yield f"{key}={values[key]} is not supported yet: take it out"
+            yield f"{key}={values[key]} is not supported; remove it"
     for key, minimum in _MINIMUM.items():
         if values[key] is not None and values[key] < minimum:
             yield f"{key}={values[key]} is less than {minimum}"
@@ -86,9 +86,9 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={value} is neither positive nor -1"
     to_the_hub = str(values["base_output_directory"]).startswith("hf://")
     if values["public"] and not to_the_hub:
-        yield "public=True is for repositories of the Hub: give base_output_directory=hf://org/name"
+        yield "public=True is only for the Hub: it needs base_output_directory=hf://org/name"
     if to_the_hub and not values["checkpoint_storage_use_ocdbt"]:
-        yield "checkpoint_storage_use_ocdbt=False is for directories and buckets: take it out"
+        yield "checkpoint_storage_use_ocdbt=False is not supported on the Hub; remove it"
     if (memory := values["max_host_memory_gb"]) is not None and not memory > 0:
         yield f"max_host_memory_gb={memory} is not positive"
     yield from _mesh_problems(values["mesh_axes"], values["logical_axis_rules"])
@@ -109,7 +109,7 @@ def model_problems(
         may_differ = may_override or fewer_layers or key in _CHOSEN
         if key in facts and value != facts[key] and not may_differ:
             yield (
-                f"{key}={value} differs from {name}'s {facts[key]}: take it out, or add "
+                f"{key}={value} differs from {facts[key]}, that of {name}; remove it, or add "
                 "override_model_config=True"
             )
 

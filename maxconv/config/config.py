@@ -24,7 +24,7 @@ from maxconv.errors import UserError
 
 _FLAG_TYPES = {name: option.kind for name, option in OPTIONS.items()}
 
-# MaxText's keys that have no part in the checkpoint, or are a secret.
+# MaxText keys that do not affect the checkpoint, or are secret.
 _OF_ONE_RUN = (
     "base_output_directory",
     "hf_access_token",
@@ -35,7 +35,7 @@ _OF_ONE_RUN = (
 _MOST_RECORDED = 1000  # arguments
 _MOST_CONFIGS = 16  # files, each the `base_config` of the one before
 
-# What may differ between the processes of a conversion; all else decides what they do together.
+# What may differ between the processes of a conversion; everything else must be the same.
 _OF_ONE_PROCESS = (
     "process_id",
     "coordinator_address",
@@ -55,8 +55,8 @@ LogicalAxisRules = tuple[tuple[str, tuple[str, ...]], ...]
 _SPECIAL_NOTICES = {
     "custom_mesh_and_rule": "custom_mesh_and_rule is not read: the checkpoint is laid out for the "
     "mesh_axes and logical_axis_rules given here, and loads under any others.",
-    "hf_access_token": "hf_access_token: a token on a command line shows in `ps` and in the "
-    "shell's history; set HF_TOKEN in the environment instead.",
+    "hf_access_token": "hf_access_token: a token on the command line is visible in `ps` and in the "
+    "shell history; set HF_TOKEN in the environment instead.",
 }
 
 
@@ -72,7 +72,7 @@ class Config:
     load_parameters_path: str | None
     override_model_config: bool
     overrides: Mapping[str, Any]
-    """The `MODEL_KEYS` that the user typed."""
+    """The `MODEL_KEYS` that were given as arguments."""
 
     scan_layers: bool
     param_scan_axis: int
@@ -103,24 +103,24 @@ class Config:
     overwrite: bool
     resume: bool
     public: bool
-    """Of a repository that is made on the Hub."""
+    """Whether a repository that is created on the Hub is public."""
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None
     max_host_memory_gb: float | None
     tpu_type: str | None
-    """Of slices that are not here, to plan for."""
+    """The type of slice to plan for, if not the devices of this machine."""
     report: str | None
-    """Where `plan` writes a page about it."""
+    """Where `plan` writes its HTML page."""
     compile: bool
-    """Ask the TPU compiler about the cells of a plan."""
+    """Whether `plan` compiles every program with the TPU compiler."""
     trace: str | None
     """Where a timeline of the conversion is written."""
 
     notices: tuple[str, ...]
     """What the user should be told; none of it stops a conversion."""
     words: tuple[str, ...]
-    """The arguments that shape the checkpoint, as `key=value`: they parse to the same."""
+    """The arguments that affect the checkpoint, as `key=value`; parsing them gives this config."""
 
     @property
     def adapter_alone(self) -> bool:
@@ -139,14 +139,15 @@ class Config:
 
     @property
     def scan_axis(self) -> int | None:
-        """Where layers are stacked; None if they are not."""
+        """The axis along which layers are stacked; None if they are not."""
         return self.param_scan_axis if self.scan_layers else None
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Config:
-    """Reads a command line as MaxText does: defaults, then the `.yml`, then typed words or `M_*`.
+    """Reads a command line as MaxText does: defaults, then the `.yml`, then arguments or `M_*`.
 
-    Raises a `UserError` with every problem there is.
+    Raises:
+        UserError: with every problem that was found.
     """
     words = split(argv, _FLAG_TYPES | {"num_slices": int})  # as gcloud and xpk spell it
     problems, notices = words.problems, list[str]()
@@ -181,15 +182,15 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
 
 
 def _adjust(values: dict[str, Any], typed: Mapping[str, Any]) -> Iterator[str]:
-    """Gives checked values their final form; yields what the user should know of them."""
+    """Gives checked values their final form; yields notices for the user."""
     parallelism = {key: values[key] for key in values if key.endswith("_parallelism")}
     if "simulated_cpu_devices_count" not in typed:
         needed = _devices(values, parallelism)  # if they are too many, the mesh says so
         values["simulated_cpu_devices_count"] = min(needed, MOST_DEVICES)
     if values["eager_load_method"] != "safetensors" and values["lazy_load_tensors"]:
-        yield "eager_load_method does nothing without --lazy_load_tensors=False."
+        yield "eager_load_method has no effect without --lazy_load_tensors=False."
     if "sequence" not in values["mesh_axes"] and parallelism["ici_sequence_parallelism"] != 1:
-        yield "ici_sequence_parallelism has no mesh axis and does nothing, as in MaxText."
+        yield "ici_sequence_parallelism has no mesh axis, and so no effect, as in MaxText."
     empty_is_none = ("hf_access_token", "hf_lora_adapter_path", "load_parameters_path")
     values |= {
         **{key: values[key] or None for key in empty_is_none},
@@ -203,7 +204,7 @@ def _adjust(values: dict[str, Any], typed: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_adapter(config: Config) -> Config:
-    """The same with what MaxText has otherwise for an adapter: its directory, and no fp8."""
+    """The config of an adapter that is converted alone: MaxText's directory for it, and no fp8."""
     adapter = os.path.basename(os.path.normpath(config.hf_lora_adapter_path or ""))
     directory = "/".join(
         (config.base_output_directory.rstrip("/"), config.model_name or "", adapter)
@@ -213,13 +214,13 @@ def _of_adapter(config: Config) -> Config:
 
 
 def _ours(words: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
-    """The arguments that we read; of the others, MaxText's keys are a notice, the rest problems."""
+    """The arguments that we read. Other MaxText keys become a notice, unknown ones problems."""
     known = defaults().keys() | OPTIONS.keys()
     notices += [notice for key, notice in _SPECIAL_NOTICES.items() if words.get(key)]
     others = sorted(words.keys() - known - _SPECIAL_NOTICES.keys())
     for name in others:
         if name.split(".")[0] not in maxtext_keys():  # lora.lora_rank is a part of lora
-            near = did_you_mean(name, known | maxtext_keys()) or ": take it out"
+            near = did_you_mean(name, known | maxtext_keys()) or "; remove it"
             problems.append(f"{shown(name)} is not a key of MaxText{near}")
     if ignored := [name for name in others if name.split(".")[0] in maxtext_keys()]:
         notices.append(f"Arguments that have no effect on a conversion: {', '.join(ignored)}.")
@@ -239,7 +240,7 @@ def _from_environ(
 
 
 def _typed(values: Mapping[str, Any], problems: list[str], origin: str = "") -> dict[str, Any]:
-    """`values` in the types of their defaults, without those that are empty or null."""
+    """`values` converted to the types of their defaults, without those that are empty or null."""
     typed = {}
     for name, value in values.items():
         kind = OPTIONS[name].kind if name in OPTIONS else type(defaults()[name])
@@ -306,14 +307,14 @@ def _devices(values: Mapping[str, Any], parallelism: Mapping[str, int]) -> int:
 
 
 def _shapes(key: str) -> bool:
-    """Whether a key or a flag decides what the checkpoint is."""
+    """Whether a key or a flag affects the contents of the checkpoint."""
     return OPTIONS[key].shapes if key in OPTIONS else key in defaults() and key not in _OF_ONE_RUN
 
 
 def _shaping(
     from_yml: Mapping[str, Any], typed: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """What a command line and its `.yml` say of the checkpoint, as a command line without one."""
+    """The arguments that affect the checkpoint, those of the `.yml` included, as `key=value`."""
     said = {key: values[key] for key in from_yml if key not in MODEL_KEYS} | dict(typed)
     if from_yml:
         said["scan_layers"] = values["scan_layers"]
@@ -332,28 +333,28 @@ def _text(value: Any) -> str:
 
 
 def recorded(arguments: object) -> list[str]:
-    """Of the arguments that were recorded beside a checkpoint, those that shape one.
+    """The arguments recorded next to a checkpoint, reduced to those that affect its contents.
 
-    Whoever made the checkpoint wrote them. What is for a run alone is left out: processes and their
-    addresses, tokens, files to write, a `.yml` to read.
+    They are untrusted: whoever made the checkpoint wrote them. Arguments that concern one run only
+    are dropped: processes and their addresses, tokens, files to write, a `.yml` to read.
 
     Args:
-        arguments: what maxconv.json holds; ours are those of `Config.words`.
+        arguments: the entry of maxconv.json, which we write from `Config.words`.
 
     Raises:
-        UserError: they are no list of texts, or one has not the type that it must have.
+        UserError: they are not a list of strings, or a value has the wrong type.
     """
     if not (
         isinstance(arguments, list)
         and len(arguments) <= _MOST_RECORDED
         and all(isinstance(argument, str) for argument in arguments)
     ):
-        raise UserError("The arguments recorded beside the checkpoint are not a list of texts.")
+        raise UserError("The arguments recorded next to the checkpoint are not a list of strings.")
     pairs = {key: text for key, is_pair, text in (a.partition("=") for a in arguments) if is_pair}
     problems: list[str] = []
     _typed({key: text for key, text in pairs.items() if _shapes(key)}, problems)
     if problems:
-        raise UserError([f"Recorded beside the checkpoint: {problem}." for problem in problems])
+        raise UserError([f"Recorded next to the checkpoint: {problem}." for problem in problems])
     return [f"{key}={text}" for key, text in pairs.items() if _shapes(key)]
 
 

@@ -37,7 +37,7 @@ def device_array(config: Config, devices: Sequence[Any]) -> np.ndarray:
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if config.num_slices not in (-1, num_slices):
         raise UserError(
-            f"num_slices={config.num_slices}, but the devices are in {num_slices}: take it out."
+            f"num_slices={config.num_slices}, but there are {num_slices} slice(s); remove it."
         )
     ici, dcn = (list(sizes.values()) for sizes in parallelism(config, len(devices), num_slices))
     split = config.allow_split_physical_axes
@@ -51,8 +51,8 @@ def device_array(config: Config, devices: Sequence[Any]) -> np.ndarray:
         used = [f"{a}={n * m}" for a, n, m in zip(config.mesh_axes, ici, dcn, strict=True)]
         sizes = " x ".join(size for size in used if not size.endswith("=1"))
         raise UserError(
-            f"The mesh {sizes} cannot be laid on these chips along their physical axes: choose "
-            "sizes that are products of those, or add allow_split_physical_axes=true"
+            f"The mesh {sizes} cannot be laid out along the physical axes of these chips; choose "
+            "sizes that are products of those axes, or add allow_split_physical_axes=true"
         ) from error
 
 
@@ -62,7 +62,7 @@ def partition_spec(
     mesh_axis_sizes: Mapping[str, int],
     rules: Rules,
 ) -> tuple[PartitionSpec, tuple[str, ...]]:
-    """How the axes of a weight are sharded, and what could not be, in words.
+    """The PartitionSpec of a weight, and a phrase for each mesh axis that does not divide it.
 
     Rules are tried in order: a rule takes its named axis if that has none yet and no other axis
     took one of the rule's mesh axes (whatever their sizes: that is decided before sizes are known).
@@ -129,7 +129,7 @@ def _sizes(config: Config, kind: str, total: int) -> dict[str, int]:
 
 
 def _misfit(keys: Mapping[str, str], sizes: Mapping[str, int], kind: str, total: int) -> str:
-    """The sentence for sizes that do not fit, with sizes that do."""
+    """The error for sizes that do not fit the devices; it suggests sizes that do."""
     what = {"ici": "devices (of a slice)", "dcn": "slices"}[kind]
     given = {keys[axis]: size for axis, size in sizes.items() if size != 1}
     fill = keys.get({"ici": "fsdp", "dcn": "data"}[kind]) or next(iter(keys.values()))
@@ -144,4 +144,4 @@ def _misfit(keys: Mapping[str, str], sizes: Mapping[str, int], kind: str, total:
         fitting = " ".join([*kept, f"{fill}={total // others}"])
     else:
         fitting = f"{fill}={total} alone"
-    return f"{' '.join(words) or 'All sizes 1'}: {fault}; what fits is {fitting}."
+    return f"{' '.join(words) or 'All sizes 1'}: {fault}; {fitting} would fit."

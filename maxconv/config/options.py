@@ -1,4 +1,4 @@
-"""Every option of the command line, declared once: its type, default, meaning and commands."""
+"""Every command-line option, declared once: its type, default, help text and commands."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ class Option(NamedTuple):
     """A `--flag` of maxconv.
 
     Attributes:
-        kind: of its value.
-        default: None if there is none, or if it depends; then `help` says on what.
-        help: a phrase for `maxconv COMMAND --help`.
-        shapes: it decides what the checkpoint is, and is recorded beside it.
-        commands: that it is valid with.
+        kind: type of its value.
+        default: None if there is none, or if it depends on something that `help` then names.
+        help: its description in `maxconv COMMAND --help`.
+        shapes: whether it affects the contents of the checkpoint, and so is recorded beside it.
+        commands: the commands it is valid with.
     """
 
     kind: type
@@ -24,114 +24,170 @@ class Option(NamedTuple):
     commands: tuple[str, ...] = (CONVERT, PLAN, VERIFY)
 
 
+class Key(NamedTuple):
+    """A MaxText config key that affects a conversion: its description, and where it is listed."""
+
+    help: str
+    commands: tuple[str, ...] = (CONVERT, PLAN, VERIFY)
+
+
 OPTIONS: Mapping[str, Option] = {
     "hf_model_path": Option(
         str,
         None,
-        "the checkpoint: a directory, gs://bucket/path, or org/name on the Hugging Face Hub; "
-        "default: where model_name is published",
+        "the checkpoint to convert: a directory, gs://bucket/path, or org/name on the Hugging Face "
+        "Hub. Default: the Hub repository of model_name",
         shapes=True,
     ),
-    "revision": Option(str, None, "branch, tag or commit of a model on the Hub", shapes=True),
+    "revision": Option(str, None, "branch, tag or commit of the model on the Hub", shapes=True),
     "save_dtype": Option(
         str,
         "bfloat16",
-        "bfloat16, float32, or float8_e4m3fn, which keeps stored dtypes",
+        "dtype of the saved weights: bfloat16, float32, or float8_e4m3fn, which keeps each "
+        "tensor's stored dtype",
         shapes=True,
     ),
     "use_compression": Option(
-        bool, False, "compress arrays with zstd, as MaxText does: smaller and slower", shapes=True
+        bool, False, "compress arrays with zstd, as MaxText does: smaller but slower", shapes=True
     ),
-    "overwrite": Option(bool, False, "replace the checkpoint that is there", commands=(CONVERT,)),
+    "overwrite": Option(
+        bool, False, "replace an existing checkpoint instead of refusing", commands=(CONVERT,)
+    ),
     "resume": Option(
         bool,
         False,
-        "continue a conversion that was interrupted; without one, start",
+        "continue an interrupted conversion, or start if there is none to continue",
         commands=(CONVERT,),
     ),
     "verify": Option(
         str,
         "sample",
-        "none, sample or full: what is read back and compared with the source",
+        "how much of the result to read back and compare with the source: none, sample or full",
         commands=(CONVERT,),
     ),
     "public": Option(
         bool,
         False,
-        "a repository that is created on the Hub is public, not private",
+        "if a Hub repository has to be created, make it public instead of private",
         commands=(CONVERT,),
     ),
     "max_host_memory_gb": Option(
-        float, None, "GiB that a process may take; default: 1.25, on TPU hosts 4.75"
+        float,
+        None,
+        "host memory that each process may use in all, in GiB. Default: 1.25; 4.75 on TPU hosts",
     ),
-    "max_retries": Option(int, 5, "how often a request to a bucket or the Hub is retried"),
+    "max_retries": Option(
+        int, 5, "how many times a failed request to a bucket or the Hub is retried"
+    ),
     "cache": Option(
-        bool, False, "download a model of the Hub into the Hugging Face cache, and read it there"
+        bool, False, "download the model into the Hugging Face cache first, and read it from there"
     ),
     "simulated_cpu_devices_count": Option(
-        int, 16, "devices with hardware=cpu; default: as many as the mesh needs, or 16", shapes=True
+        int,
+        16,
+        "number of simulated devices per process with hardware=cpu. Default: as many as the mesh "
+        "needs, or 16 if its size is not given",
+        shapes=True,
     ),
     "coordinator_address": Option(
-        str, None, "host:port of process 0, where JAX cannot find the processes by itself"
+        str,
+        None,
+        "host:port of process 0; needed only where JAX does not detect the cluster, together with "
+        "the next two",
     ),
-    "num_processes": Option(int, None, "number of processes, with --coordinator_address"),
-    "process_id": Option(int, None, "number of this process, from 0, with --coordinator_address"),
+    "num_processes": Option(int, None, "total number of processes"),
+    "process_id": Option(int, None, "index of this process, from 0"),
     "lazy_load_tensors": Option(
-        bool, True, "make each array when it is written; False: all before the save", shapes=True
+        bool,
+        True,
+        "whether to make each array only when it is written (True), or all of them before the save "
+        "(False)",
+        shapes=True,
     ),
     "eager_load_method": Option(
         str,
         "safetensors",
-        "transformers: with --lazy_load_tensors=False, convert what transformers loads, in RAM; "
-        "needs pip install 'maxconv[transformers]'",
+        "safetensors, or transformers: load the whole model in RAM with transformers and convert "
+        "that; needs --lazy_load_tensors=False and pip install 'maxconv[transformers]'",
         shapes=True,
     ),
     "trace": Option(
         str,
         None,
-        "write a timeline of the conversion, for ui.perfetto.dev, to this file",
+        "file to write a timeline of the conversion to; open it with ui.perfetto.dev",
         commands=(CONVERT,),
     ),
     "tpu_type": Option(
         str,
         None,
-        "plan for a slice that is not here, such as v5p-64; num_slices= for several",
+        "plan for this type of slice, such as v5p-64, or v6e-8:ct6e-standard-4t with a machine "
+        "type; no TPU is needed",
         commands=(PLAN,),
     ),
-    "report": Option(
-        str, None, "write a page with pictures of the plan to this file", commands=(PLAN,)
-    ),
+    "report": Option(str, None, "HTML file to write the plan to, with diagrams", commands=(PLAN,)),
     "compile": Option(
         bool,
         False,
-        "ask the TPU compiler for temporaries and collectives of every program; needs --tpu_type",
+        "compile every program for the --tpu_type, and list its temporary memory and collectives; "
+        "needs pip install 'maxconv[tpu]'",
         commands=(PLAN,),
     ),
 }
 
-# Keys of MaxText, with their meaning for a conversion; defaults are those of configs/base.yml.
-KEYS: Mapping[str, str] = {
-    "model_name": "MaxText's name of the model; sizes are checked against config.json. "
-    "Default: config.json alone decides",
-    "base_output_directory": "where to write DIR/0/items: a directory, gs://bucket/path, or "
-    "hf://org/name. Default: ./mt_output",
-    "hf_lora_adapter_path": "a LoRA adapter: merged into --hf_model_path; without that, converted "
-    "by itself",
-    "scan_layers": "layers stacked on an axis, or one by one. Default: the model's, else true",
-    "param_scan_axis": "axis on which layers are stacked. Default: 1",
-    "ici_*_parallelism": "the training mesh within a slice, such as ici_fsdp_parallelism=4; one "
-    "may be -1. Default: fsdp over all devices",
-    "dcn_*_parallelism": "the training mesh across slices; one may be -1",
-    "hardware": "cpu: simulated devices. Default: the TPU, if there is one",
-    "use_multimodal": "include the vision encoder. Default: the model's",
-    "use_audio": "include the audio encoder. Default: the model's",
-    "base_num_decoder_layers": "only the first N layers",
-    "override_model_config": "accept sizes (base_emb_dim, ..., vocab_size) that differ from the "
-    "model's. Default: false",
-    "checkpoint_storage_use_ocdbt": "store arrays in OCDBT. Default: true",
-    "checkpoint_storage_use_zarr3": "store arrays as zarr3, else zarr2. Default: true",
-    "num_slices": "with --tpu_type, number of slices. Default: 1",
-    "logical_axis_rules": "replace MaxText's rules of the same names",
-    "jax_distributed_initialization_timeout": "seconds to wait for other processes. Default: 300",
-    "skip_jax_distributed_system": "convert in this process alone. Default: false",
+# MaxText's config keys that affect a conversion, and how; defaults are those of configs/base.yml.
+KEYS: Mapping[str, Key] = {
+    "model_name": Key(
+        "MaxText's name of the model; config.json must have the same sizes. "
+        "Default: the model is identified from config.json"
+    ),
+    "base_output_directory": Key(
+        "where the checkpoint goes, in DIR/0/items: a directory, "
+        "gs://bucket/path, or hf://org/name. Default: ./mt_output",
+        commands=(CONVERT, PLAN),
+    ),
+    "hf_lora_adapter_path": Key(
+        "a LoRA adapter to merge into --hf_model_path; if that is not given, the "
+        "adapter is converted alone"
+    ),
+    "scan_layers": Key(
+        "whether layers are stacked into one leaf (true) or are separate leaves (false). "
+        "Default: as in MaxText's config of the model, else true"
+    ),
+    "param_scan_axis": Key("axis along which layers are stacked. Default: 1"),
+    "ici_*_parallelism": Key(
+        "sizes of the training mesh within a slice, such as ici_fsdp_parallelism=4; one may be -1: "
+        "all devices that are left. Default: fsdp over all devices"
+    ),
+    "dcn_*_parallelism": Key(
+        "sizes of the training mesh across slices; one may be -1. Default: data "
+        "parallelism over all slices"
+    ),
+    "hardware": Key("cpu: use simulated devices. Default: the TPU, or the CPU if there is none"),
+    "use_multimodal": Key(
+        "include the vision encoder. Default: as in MaxText's config of the model"
+    ),
+    "use_audio": Key("include the audio encoder. Default: as in MaxText's config of the model"),
+    "base_num_decoder_layers": Key("convert only the first N layers. Default: all"),
+    "override_model_config": Key(
+        "accept sizes on the command line (base_emb_dim, ..., vocab_size) that "
+        "differ from those of model_name. Default: false"
+    ),
+    "checkpoint_storage_use_ocdbt": Key("store arrays in OCDBT. Default: true"),
+    "checkpoint_storage_use_zarr3": Key(
+        "store arrays as zarr3 (true) or zarr2 (false). Default: true"
+    ),
+    "num_slices": Key(
+        "number of slices that the devices are in; with --tpu_type, to plan for. Default: as many "
+        "as are found; 1 with --tpu_type"
+    ),
+    "logical_axis_rules": Key(
+        "sharding rules, as a YAML list of [logical axis, [mesh axes]]; they "
+        "replace MaxText's default rules for the same logical axes"
+    ),
+    "jax_distributed_initialization_timeout": Key(
+        "seconds to wait for the other processes to join. Default: 300"
+    ),
+    "skip_jax_distributed_system": Key(
+        "do not look for other processes: convert in this one alone. Default: false"
+    ),
 }

@@ -1,6 +1,6 @@
-"""Files that a command writes beside a checkpoint, such as a report: they overwrite only their own.
+"""Files that a command writes besides a checkpoint, such as a report.
 
-What maxconv writes there carries a mark, so that the next run knows it again.
+maxconv marks what it writes there, and overwrites only files with that mark.
 """
 
 import os
@@ -13,7 +13,7 @@ _WITHIN = 4096  # bytes from the beginning of a file
 
 
 def output_problem(option: str, path: str) -> str | None:
-    """Why an option cannot have this file, in a sentence; None if it can.
+    """Why an option cannot write to this file, in a sentence; None if it can.
 
     Args:
         option: with its dashes: --report.
@@ -22,7 +22,7 @@ def output_problem(option: str, path: str) -> str | None:
     file = Path(path)
     directory = file.absolute().parent
     if "\0" in path or not directory.is_dir():
-        return f"{option}={path}: there is no directory {directory}; make it first."
+        return f"{option}={path}: there is no directory {directory}; create it first."
     if not os.path.lexists(file):
         try:
             with tempfile.TemporaryFile(dir=directory):
@@ -32,8 +32,8 @@ def output_problem(option: str, path: str) -> str | None:
             return f"{option}={path}: {directory} cannot be written to ({why}); name another file."
     if not file.is_file() or not _has_mark(file):
         return (
-            f"{option}={path} is there already, and maxconv did not write it; name another file, "
-            "or remove it first."
+            f"{option}={path} already exists and was not written by maxconv; name another file, or "
+            "remove it first."
         )
     if not os.access(file, os.W_OK):
         return f"{option}={path} cannot be written to; name another file."
@@ -41,7 +41,7 @@ def output_problem(option: str, path: str) -> str | None:
 
 
 def of_process(path: str, process: int, processes: int) -> str:
-    """A file of one process alone, where there are others."""
+    """The file name for one process; with several processes it contains the process index."""
     file = Path(path)
     return path if processes == 1 else str(file.with_stem(f"{file.stem}.{process}"))
 

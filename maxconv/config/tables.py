@@ -92,7 +92,8 @@ def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
     if model_name not in models:
         near = did_you_mean(model_name, models) or "."
         raise UserError(
-            f"model_name={model_name} is not supported yet{near} Supported are {', '.join(models)}."
+            f"model_name={model_name} is not supported{near} Run `maxconv families` to list the "
+            "supported models, or leave model_name out if the architecture is supported."
         )
     return {key: defaults()[key] for key in MODEL_KEYS} | dict(models[model_name])
 

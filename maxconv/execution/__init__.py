@@ -1,1 +1,1 @@
-"""Runs a plan: reads ahead, and computes on the devices with compiled programs."""
+"""Executes a plan: reads ahead, and computes on the devices with compiled programs."""

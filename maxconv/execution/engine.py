@@ -1,7 +1,7 @@
-"""Makes slabs of leaves: read ahead, raw bytes to the devices, one compiled cell after another.
+"""Computes slabs of leaves: reads ahead, moves raw bytes to the devices, runs compiled cells.
 
-One byte budget, the window, bounds what a process holds: half of it is for bytes read ahead, the
-rest for the slab in the making and those that are being written (checkpoint.py).
+One byte budget, the window, bounds the memory of a process: half of it is for data read ahead, the
+rest for the slab that is being computed and those that are being written (targets/streaming.py).
 """
 
 from collections import deque
@@ -28,9 +28,9 @@ from maxconv.sources import Part, Source, aligned_empty
 
 @dataclass
 class Stats:
-    """What an engine did in this process. What was read is counted by the source.
+    """What an engine has done in this process. Reads are counted by the source.
 
-    `ahead` and `peak_ahead` are the bytes of steps that are read, or being read, but not done.
+    `ahead` and `peak_ahead` are bytes of steps that have been or are being read, but not yet run.
     """
 
     steps: int = 0
@@ -39,23 +39,23 @@ class Stats:
 
 
 class Engine:
-    """Makes the slabs of a plan, preferably in its order: that is how it reads ahead.
+    """Computes the slabs of a plan, ideally in its order, in which it reads ahead.
 
-    A context manager. Slabs are made by one thread at a time: a cell that has collectives must be
-    launched in the same order on all processes.
+    A context manager. Use it from one thread at a time: cells with collectives must be launched in
+    the same order on all processes.
     """
 
     def __init__(self, plan: Plan, source: Source, window: int, programs: Programs | None = None):
-        """`window`: the budget, in bytes per process. `programs`: that others use, too."""
+        """`window`: the budget, in bytes per process. `programs`: shared with other engines."""
         self.stats = Stats()
         malloc.trim()
-        self._most = host_memory() + window + window // 4  # the last for what cells compute with
+        self._most = host_memory() + window + window // 4  # the last for temporaries of cells
         self.programs = Programs(plan.recipes) if programs is None else programs
         self._owns_programs = programs is None
         self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
 
     def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
-        """A slab, or all of a group, as global arrays in their leaves' training shardings."""
+        """Computes a slab, or all slabs of a group, as global arrays in their leaves' shardings."""
         arrays: list[Any] = [None] * len(slabs)
         for steps in zip(*(slab.steps for slab in slabs), strict=True):
             malloc.trim(self._most)
@@ -65,7 +65,7 @@ class Engine:
         return arrays
 
     def _run(self, step: Step, into: jax.Array | None, reads: Sequence[jax.Array]) -> jax.Array:
-        """The slab with what a step makes written into it."""
+        """Runs a step; returns the slab with its output written into it."""
         recipe, run = step.recipe, self.programs.cell(step.recipe)
         with span("compute", _name(step), recipe.made_nbytes):
             if recipe.is_whole:
@@ -74,7 +74,7 @@ class Engine:
                 if into is None:
                     into = self.programs.blank(recipe)()
                 array = run(into, np.array(step.offset, np.int32), *reads)
-            array.block_until_ready()  # what it read may go
+            array.block_until_ready()  # then its inputs can be freed
         self.stats.steps += 1
         return array
 
@@ -102,10 +102,10 @@ class _ReadAhead:
 
     @contextmanager
     def take(self, step: Step) -> Iterator[list[jax.Array]]:
-        """What a step reads, on its devices; it counts as held until the block ends."""
+        """The inputs of a step, on its devices; they count as held until the block ends."""
         self._top_up()
         if self._queue and self._queue[0][0] is step:
-            with span("wait", "for what is read"):
+            with span("wait", "for a read"):
                 reads = self._queue.popleft()[1].result()
         else:  # out of order: nothing was read ahead
             self._hold(step.recipe.buffer_nbytes)
@@ -135,7 +135,7 @@ class _ReadAhead:
 
 
 def _fetch(source: Source, step: Step) -> list[jax.Array]:
-    """What a step reads, as global arrays of unsigned bits."""
+    """Reads the inputs of a step, as global arrays of unsigned bits."""
     return [_fetch_one(source, step, i) for i in range(len(step.recipe.reads))]
 
 
@@ -148,7 +148,7 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     for box in set(boxes.values()):  # devices that need the same box share its bytes
         pieces = [*step.filling(i, box)]
         insides = [clip(of.box, source.tensors[of.name].shape) for _, of in pieces]
-        # Aligned, so that a CPU device takes the memory as it is.
+        # Aligned, so that a CPU device can use the memory without a copy.
         is_short = sum(map(volume, insides)) < volume(box)
         host[box] = memory = aligned_empty(dims(box), bits(read.dtype), zero=is_short)
         buffer = memory.reshape(read.buffer(box))
@@ -165,5 +165,5 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
 
 
 def _name(step: Step) -> str:
-    """What a step is called in a timeline: the first tensor that it reads."""
+    """The name of a step in a timeline: the first tensor that it reads."""
     return step.sources[0][0].name if step.sources else "constant"

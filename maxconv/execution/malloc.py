@@ -1,4 +1,4 @@
-"""Keeps memory that was freed for what comes next, but not too much of it."""
+"""Tunes glibc's malloc to reuse freed memory, but not to keep too much of it."""
 
 import ctypes
 import sys
@@ -7,19 +7,19 @@ from typing import Any
 
 from maxconv.execution.memory import host_memory
 
-# Of glibc's <malloc.h>.
+# From glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_LARGE = 32 << 20  # bytes: the most that glibc takes for a threshold
+_LARGE = 32 << 20  # bytes: glibc's maximum for this threshold
 _KEPT = 1 << 30
 
 
 def keep_freed() -> None:
-    """Lets glibc serve blocks of up to 32 MiB from memory that this process had before.
+    """Makes glibc serve blocks of up to 32 MiB from memory that this process freed before.
 
-    By itself it returns each to the kernel and gets the next page by page, which a conversion, that
-    frees as much as it allocates, would do a million times in 4 GiB: a third of its time where a
-    virtual machine has to ask its host for the pages. One arena, as each would keep its own.
-    Elsewhere than on Linux, or with another allocator, nothing happens.
+    By default it returns each block to the kernel, and the next one is faulted in page by page: a
+    million page faults per 4 GiB, which took a third of a conversion's time on a virtual machine.
+    One arena only, as each would keep its own memory. Does nothing on other systems than Linux, or
+    with another allocator.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_ARENA_MAX, 1)
@@ -28,9 +28,9 @@ def keep_freed() -> None:
 
 
 def trim(above: int = 0) -> None:
-    """Returns what was freed to the kernel, if this process has more than so many bytes.
+    """Returns freed memory to the kernel, if this process uses more than `above` bytes.
 
-    Blocks of many sizes leave gaps that no next one fits into, and these add up.
+    Counters fragmentation by blocks of many sizes.
     """
     if (libc := _glibc()) is not None and host_memory() > above:
         libc.malloc_trim(0)
@@ -38,7 +38,7 @@ def trim(above: int = 0) -> None:
 
 @cache
 def _glibc() -> Any:
-    """The C library, if it is one that can be told how to keep memory."""
+    """The C library, if it is glibc (has mallopt and malloc_trim)."""
     if sys.platform != "linux":
         return None
     try:

@@ -1,4 +1,4 @@
-"""How much memory this process holds, held, and may hold."""
+"""Current, peak and available memory of this process."""
 
 import os
 import resource
@@ -22,7 +22,7 @@ def peak_memory() -> int:
 
 
 def machine_memory() -> int:
-    """Bytes of memory of this machine, or the limit of this container."""
+    """Memory of this machine in bytes, or the limit of this container if that is lower."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()

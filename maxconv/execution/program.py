@@ -1,9 +1,9 @@
-"""The jitted functions that make a leaf out of raw bytes.
+"""The jitted functions that compute leaves from raw bytes.
 
-Every input crosses as unsigned bits in the sharding that the plan chose, is exchanged if other
-devices need it, and is then given its type; a recipe that only moves data stays in bits to the end,
-so that NaN payloads survive.
-Leaves of several cells are written cell by cell into one donated buffer.
+Every input arrives as unsigned bits in the sharding that the plan chose, is exchanged between
+devices if necessary, and is then bitcast to its dtype. A recipe that only moves data works on bits
+throughout, so that NaN payloads survive. Leaves of several cells are written cell by cell into one
+donated buffer.
 """
 
 import contextvars
@@ -23,11 +23,11 @@ from maxconv.execution.timeline import span
 from maxconv.planning.cells import Recipe
 from maxconv.planning.placement import shards
 
-_COMPILERS = 4  # threads at most: a slice's programs take seconds each
+_COMPILERS = 4  # maximum number of threads; programs for a slice take seconds each
 
 
 def bits(dtype: np.dtype) -> np.dtype:
-    """The unsigned integer of the same width; sources give none that JAX would truncate."""
+    """The unsigned integer of the same width; sources have no dtypes that JAX would truncate."""
     assert dtype.itemsize <= 4, dtype
     return np.dtype(f"u{dtype.itemsize}")
 
@@ -35,8 +35,8 @@ def bits(dtype: np.dtype) -> np.dtype:
 def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
     """The pure function of a recipe, over its reads as unsigned bits.
 
-    `f(*reads)` when the cell is the leaf; else `f(leaf, offset, *reads)`, which writes the cell
-    into `leaf` at `offset` (int32, one number an axis; on the axis of lanes, in each shard).
+    `f(*reads)` if a step makes the whole leaf; else `f(leaf, offset, *reads)`, which writes the
+    cell into `leaf` at `offset` (int32, one per axis; on the axis of lanes, within each shard).
     """
     run = trace(recipe.cell, recipe.box).run
     moves = _only_moves(recipe.cell) and all(r.dtype == recipe.dtype for r in recipe.reads)
@@ -71,7 +71,7 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
 
 
 def compile_cell(recipe: Recipe) -> Any:
-    """The compiled function of a recipe, for the mesh of its shardings; the leaf is donated."""
+    """Compiles the function of a recipe, for the mesh of its shardings; the leaf is donated."""
     reads = [
         jax.ShapeDtypeStruct(shape, bits(r.dtype), sharding=sharding)
         for r in recipe.reads
@@ -88,7 +88,7 @@ def compile_cell(recipe: Recipe) -> Any:
 
 
 def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any:
-    """Compiles a leaf of zeros, for cells to be written into."""
+    """Compiles a function that makes zeros, for cells to be written into."""
 
     def blank() -> jax.Array:
         return jnp.zeros(shape, dtype)
@@ -97,10 +97,10 @@ def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any
 
 
 class Programs:
-    """Compiled programs, each made once, in the background and ahead of its use."""
+    """Compiled programs; each is compiled once, in the background, before it is used."""
 
     def __init__(self, recipes: Iterable[Recipe] = ()):
-        """`recipes`: in the order in which they will be asked for."""
+        """`recipes`: in the order in which they will be used."""
         workers = max(1, min(_COMPILERS, (os.cpu_count() or 1) - 1))
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
         self._made: dict[Any, Future[Any]] = {}
@@ -111,7 +111,7 @@ class Programs:
 
     @property
     def compiled(self) -> int:
-        """How many there are, or will be."""
+        """Number of programs that are compiled or being compiled."""
         return len(self._made)
 
     def cell(self, recipe: Recipe) -> Any:
@@ -125,7 +125,7 @@ class Programs:
 
     def _submit(self, compile: Callable[..., Any], *key: Any) -> Future[Any]:
         if (compile, key) not in self._made:
-            context = contextvars.copy_context()  # jax.config is of a thread
+            context = contextvars.copy_context()  # jax.config is thread-local
             made = self._pool.submit(context.run, self._timed, compile, *key)
             self._made[compile, key] = made
         return self._made[compile, key]
@@ -135,7 +135,7 @@ class Programs:
             return compile(*key)
 
     def close(self) -> None:
-        """Gives up what is not compiled yet."""
+        """Cancels compilations that have not started."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -152,8 +152,8 @@ def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
 def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
     """Writes a cell into its leaf, in place.
 
-    XLA:CPU widens small floats here, which is slow and quiets NaNs, so there the bits are written;
-    on a TPU a bitcast of the leaf would copy it, and nothing is widened.
+    XLA:CPU widens small floats here, which is slow and quiets NaNs, so on CPUs the update is done
+    on bits. On a TPU nothing is widened, and a bitcast of the leaf would copy it.
     """
 
     def in_bits(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Where the time of a conversion goes: spans of work by thread, for `--trace` and the benchmarks.
+"""Records what each thread spends its time on, for `--trace` and the benchmarks.
 
-Nothing is recorded unless `recorded` is entered.
+Nothing is recorded outside of `recorded`.
 """
 
 import json
@@ -20,7 +20,7 @@ KINDS = ("read", "to device", "compile", "compute", "to host", "write", "wait")
 
 @dataclass(frozen=True)
 class Span:
-    """One piece of work: seconds from the beginning of the recording, and what it moved."""
+    """One piece of work: start and end in seconds since recording began, and the bytes it moved."""
 
     kind: str
     name: str
@@ -38,16 +38,16 @@ class Timeline:
         self.spans: list[Span] = []  # appending is atomic
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each kind of work, of all threads together."""
+        """Seconds of each kind of work, summed over all threads."""
         total: dict[str, float] = defaultdict(float)
         for span in self.spans:
             total[span.kind] += span.end - span.start
         return {kind: total[kind] for kind in KINDS if kind in total}
 
     def write(self, path: str | os.PathLike[str], process: int = 0) -> None:
-        """A file in the format of Chrome's traces, which ui.perfetto.dev opens.
+        """Writes a file in Chrome's trace format, for ui.perfetto.dev.
 
-        It tells when the recording began, too, by the machine's monotonic clock.
+        It also has the start of the recording on the machine's monotonic clock.
         """
         events = [
             {
@@ -72,7 +72,7 @@ _timeline: Timeline | None = None
 
 @contextmanager
 def recorded() -> Iterator[Timeline]:
-    """Records the spans of all threads inside."""
+    """Records the spans of all threads while the context is active."""
     global _timeline
     before, _timeline = _timeline, Timeline()
     try:
@@ -83,7 +83,7 @@ def recorded() -> Iterator[Timeline]:
 
 @contextmanager
 def span(kind: str, name: str, nbytes: int = 0, thread: str | None = None) -> Iterator[None]:
-    """Work of a kind, one of `KINDS`; `thread` is the row that it is drawn in, if not its own."""
+    """Records work of a kind, one of `KINDS`; `thread`: its row, if not the current thread."""
     timeline = _timeline
     if timeline is None:
         yield

@@ -1,6 +1,6 @@
-"""What the TPU compiler makes of a plan's programs: `maxconv plan --tpu_type=... --compile`.
+"""Compiles a plan's programs with the TPU compiler: `maxconv plan --tpu_type=... --compile`.
 
-libtpu has the real compiler and runs it without a TPU. Nothing is executed.
+libtpu contains the real compiler, which needs no TPU. Nothing is executed.
 """
 
 import os
@@ -25,7 +25,7 @@ _COLLECTIVE = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program on a chip: bytes of arguments and output, of temporaries, and collectives."""
+    """A compiled program: bytes per chip of arguments and output, of temporaries; collectives."""
 
     arguments: int
     temporaries: int
@@ -33,15 +33,15 @@ class Compiled:
 
 
 def chips(on: Slice, num_slices: int) -> Sequence[Any]:
-    """The devices that libtpu's compiler knows, of slices that are not here.
+    """Devices of slices to compile for with libtpu; no TPU is needed.
 
     Raises:
-        UserError: libtpu is not installed, or knows no such slice.
+        UserError: libtpu is not installed, or does not know the type of slice.
     """
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would look for the metadata of a cloud VM
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and lock out all other processes
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there may be no metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else it locks libtpu
     kind = on.name.partition("-")[0]
     name = f"{_GENERATIONS.get(kind, kind)}:{'x'.join(map(str, on.shape))}"
     try:
@@ -51,16 +51,16 @@ def chips(on: Slice, num_slices: int) -> Sequence[Any]:
             num_slices=num_slices,
             chips_per_host_bounds=on.machine.grid,
         ).devices
-    except Exception as error:  # of a plugin that is not there, or does not know the name
+    except Exception as error:  # the plugin is missing, or does not know the name
         why = str(error).partition("\n")[0]
         raise UserError(
-            f"--compile needs libtpu, which has no {name} here ({why}): pip install "
-            "'maxconv[tpu]' on Linux, or leave --compile out."
+            f"--compile needs libtpu with support for {name} ({why}); pip install 'maxconv[tpu]' "
+            "on Linux, or remove --compile."
         ) from None
 
 
 def compile_all(plan: Plan) -> dict[Recipe, Compiled]:
-    """What becomes of every distinct cell of a plan over `chips`."""
+    """Compiles every distinct recipe of a plan over `chips`."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(plan.recipes, pool.map(_compiled, plan.recipes), strict=True))
 

@@ -1,7 +1,8 @@
-"""The registry of families. A new one is a file here and a line in FAMILIES."""
+"""The registry of model families. To add one, write a file here and add it to FAMILIES."""
 
 from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from maxconv.families.deepseek4 import DEEPSEEK_V4
+from maxconv.families.dims import Dims, number_after, stated, stated_sizes
 from maxconv.families.gemma import GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.gpt_oss import GPT_OSS
@@ -13,18 +14,7 @@ from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from maxconv.families.qwen3_5 import QWEN3_5_MOE
 from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
-from maxconv.families.table import (
-    Dims,
-    Family,
-    Parameter,
-    Row,
-    bind_rows,
-    flat,
-    number_after,
-    row,
-    stated,
-    stated_sizes,
-)
+from maxconv.families.table import Family, Parameter, Row, bind_rows, flat, row
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,

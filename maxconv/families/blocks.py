@@ -1,4 +1,4 @@
-"""The pieces that decoders are made of, each written once.
+"""The building blocks of decoders.
 
 Logical axis names are MaxText 0.2.5's (layers/attentions.py, linears.py, embeddings.py,
 normalizations.py); tensor names are those of transformers' modeling files.
@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from maxconv.algebra import Op, Pattern, Slice, fit, hf, rearrange, scale
-from maxconv.families.table import Dims, Row, row
+from maxconv.families.dims import Dims
+from maxconv.families.table import Row, row
 
 Ops = Sequence[Op | Pattern]
 
@@ -17,7 +18,7 @@ LAYER = "model.layers.{l}"
 
 
 class Root(NamedTuple):
-    """Where layers lie that are made of the same pieces: in MaxText's tree, in the checkpoint."""
+    """Where layers are: their path in MaxText's tree, and the prefix of their tensor names."""
 
     path: str
     name: str
@@ -27,25 +28,25 @@ DECODER = Root("decoder/{layers}", LAYER)
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 
-# How names end of the tensors of all experts; and of those, one of each expert, in their stead.
+# For `fuse_experts` and `split_experts`: name suffixes of fused tensors and of those per expert.
 FUSED = (
     (".experts.gate_up_proj", (".experts.{e}.gate_proj.weight", ".experts.{e}.up_proj.weight")),
     (".experts.down_proj", (".experts.{e}.down_proj.weight",)),
 )
 
-# HF rotates the halves of a head against each other, MaxText's llama neighbours in pairs.
+# HF's RoPE rotates the first half of a head with the second, MaxText's llama adjacent pairs.
 ROPE_PAIRS = rearrange("e h (t d) -> e h (d t)", t=2)
 
 
 def query_scale(head_dim: int) -> Op:
-    """1/sqrt(head_dim): MaxText's decoder does not scale its queries itself."""
+    """1/sqrt(head_dim), folded into the kernel: MaxText's decoder does not scale queries."""
     return scale(1 / math.sqrt(head_dim))
 
 
 def ends(
     d: Dims, embedding: Ops = (), norm: Ops = (), norm_dtype: str | None = None
 ) -> Iterator[Row]:
-    """Embedding table, final norm, and the head unless it is tied; ops on the first two."""
+    """Embedding table, final norm, and output head unless tied; with ops for the first two."""
     table = hf("model.embed_tokens.weight") >> fit(0, d.vocab) >> embedding
     yield row("token_embedder/embedding", "vocab embed_vocab", table)
     final = hf("model.norm.weight") >> rearrange("e -> e", e=d.emb) >> norm
@@ -64,13 +65,13 @@ def norm(
     root: Root = DECODER,
     axis: str = "norm",
 ) -> Row:
-    """The scale, (n,), of a norm of each layer."""
+    """The scale, (n,), of a norm in each layer."""
     weight = hf(f"{root.name}.{name}.weight") >> rearrange("n -> n", n=n) >> ops
     return row(f"{root.path}/{path}/scale", axis, weight, dtype=dtype)
 
 
 def projection(path: str, axes: str, name: str, i: int, *o: int, root: Root = DECODER) -> Row:
-    """The kernel, (i, *o), of a projection of each layer; `o`: its width, or heads and theirs."""
+    """The kernel, (i, *o), of a projection in each layer; `o`: its width, or (heads, head_dim)."""
     weight = hf(f"{root.name}.{name}.weight")
     if len(o) == 1:
         weight = weight >> rearrange("o i -> i o", i=i, o=o[0])
@@ -99,13 +100,13 @@ def attention(
 
     Args:
         d: the sizes.
-        query: ops on the kernel of the queries, (emb, heads, head_dim).
-        key: ops on that of the keys, (emb, kv_heads, head_dim).
-        bias: queries, keys and values have one.
-        at: its path in a layer.
+        query: ops on the query kernel, (emb, heads, head_dim).
+        key: ops on the key kernel, (emb, kv_heads, head_dim).
+        bias: whether queries, keys and values have a bias.
+        at: path within a layer.
         root: where the layers are.
-        parts: those of queries, keys, values that it computes itself.
-        out: what the checkpoint calls the projection of its output.
+        parts: which of q, k, v have projections of their own.
+        out: the checkpoint's name of the output projection.
     """
     at, name = f"{root.path}/{at}", f"{root.name}.self_attn"
     for part, short, heads, axes, ops in (
@@ -134,7 +135,7 @@ def qk_norms(
     root: Root = DECODER,
     parts: str = "qk",
 ) -> Iterator[Row]:
-    """The norms of queries and keys, one scale for all heads; `parts`: of which it has one."""
+    """The norms of queries and keys, one scale for all heads; `parts`: which of q, k have one."""
     for part, short in (("query", "q"), ("key", "k")):
         if short in parts:
             name = f"self_attn.{short}_norm"
@@ -148,7 +149,7 @@ def gated_mlp(
     name: str = "mlp",
     parts: tuple[str, str, str] = GATED,
 ) -> Iterator[Row]:
-    """gate, up and down projections; `parts` are their names."""
+    """Gate, up and down projections; `parts` are their names in the checkpoint."""
     gate, up, down = (f"{name}.{part}" for part in parts)
     yield projection(f"{at}/wi_0", "embed mlp", gate, d.emb, d.mlp, root=root)
     yield projection(f"{at}/wi_1", "embed mlp", up, d.emb, d.mlp, root=root)
@@ -156,7 +157,7 @@ def gated_mlp(
 
 
 def router(d: Dims, at: str, name: str, root: Root = DECODER, axis: str = "embed") -> Row:
-    """What chooses the experts of a token; `axis` is that of its input."""
+    """The router of a MoE layer; `axis`: the logical name of its input axis."""
     return projection(f"{at}/gate", f"{axis} -", f"{name}.gate", d.emb, d.experts, root=root)
 
 
@@ -169,7 +170,8 @@ def fused_experts(d: Dims, at: str, name: str, inwards: str, outwards: str) -> I
 def fused_kernels(d: Dims, at: str, name: str, inwards: str, outwards: str) -> Iterator[Row]:
     """Experts in two tensors: gate and up as halves of one, and down.
 
-    `inwards`: the axes of each half: x experts, m of the MLP, e embedding; `outwards`: of down.
+    `inwards`, `outwards`: the axes of each half, and of down, as stored: x (experts), m (MLP),
+    e (embedding).
     """
     at, name = f"decoder/{{layers}}/{at}", f"{LAYER}.{name}"
     sizes = {"x": d.experts, "m": d.moe_mlp, "e": d.emb}
@@ -191,7 +193,7 @@ def routed_experts(
 ) -> Iterator[Row]:
     """A router and its experts, each a gated MLP.
 
-    `parts` are the names of gate, up and down; `axis` is that of the router's input.
+    `parts`: names of gate, up and down; `axis`: the logical name of the router's input axis.
     """
     yield router(d, at, name, root, axis)
     at, name = f"{root.path}/{at}", f"{root.name}.{name}"

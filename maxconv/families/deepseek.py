@@ -20,27 +20,15 @@ from maxconv.families.blocks import (
     projection,
     routed_experts,
 )
-from maxconv.families.table import (
-    DECODER_LAYERS,
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    Dims,
-    Family,
-    Layers,
-    Row,
-    each,
-    layer_count,
-    row,
-    size,
-    uniform,
-)
+from maxconv.families.dims import DECODER_LAYERS, MOST_EXPERTS, MOST_LAYERS, Dims, layer_count, size
+from maxconv.families.table import Family, Layers, Row, each, row, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekDims(Dims):
-    """Of a query or key, RoPE turns `rope` numbers and not the other `nope`.
+    """A query or key has `rope` dimensions with RoPE and `nope` without.
 
-    `head_dim` is that of values. `q_lora` is 0 where queries come in one projection.
+    `head_dim` is that of values. `q_lora` is 0 if queries have a single projection.
     """
 
     head_dim: int = size("v_head_dim", maxtext="v_head_dim")
@@ -64,7 +52,7 @@ class DeepSeekDims(Dims):
 
 @dataclass(frozen=True, kw_only=True)
 class IndexerDims(DeepSeekDims):
-    """The heads of the indexer choose what attention looks at."""
+    """The indexer selects the tokens that attention attends to."""
 
     index_heads: int = size("index_n_heads", maxtext="indexer_n_heads")
     index_dim: int = size("index_head_dim", maxtext="indexer_head_dim")
@@ -90,7 +78,7 @@ def v32_rows(d: IndexerDims) -> Iterator[Row]:
 
 
 def parts(d: DeepSeekDims) -> list[tuple[Layers, Root, list[Row]]]:
-    """Dense layers, those with experts, those that predict further tokens: each with its MLP."""
+    """Dense layers, MoE layers, and layers for multi-token prediction, each with its MLP."""
     dense = min(d.dense, d.layers)
     routed = uniform(d.layers - dense, "moe_layers", dense)
     further = tuple((str(k + 1), d.layers + k) for k in range(d.mtp))
@@ -106,7 +94,7 @@ LAYER_OF_MTP = Root(f"{MTP.path}_transformer_layer", DECODER.name)
 
 
 def latent_attention(d: DeepSeekDims, root: Root) -> Iterator[Row]:
-    """Queries, keys and values out of vectors narrower than the heads together."""
+    """Multi-head latent attention: queries, keys and values from low-rank projections."""
     at, qk = "self_attention", d.nope + d.rope
     if d.q_lora:
         down, up = "embed_attn q_lora_up_proj", "q_lora q_heads kv"
@@ -126,7 +114,7 @@ def latent_attention(d: DeepSeekDims, root: Root) -> Iterator[Row]:
 
 
 def experts(d: DeepSeekDims, root: Root) -> Iterator[Row]:
-    """A router and its experts, and those that see every token, as one MLP."""
+    """A router and its experts, and the shared experts as one MLP."""
     at = "DeepSeekMoeBlock_0"
     yield from routed_experts(d, f"{at}/MoeBlock_0", "mlp", root=root, axis="embed_router")
     wide = replace(d, mlp=d.shared * d.moe_mlp)
@@ -134,7 +122,7 @@ def experts(d: DeepSeekDims, root: Root) -> Iterator[Row]:
 
 
 def routed_bias(d: DeepSeekDims, root: Root) -> Row:
-    """What balances the load of the experts; MaxText has it in a collection beside params."""
+    """The bias that balances the load of experts; MaxText has it in a separate collection."""
     bias = hf(f"{root.name}.mlp.gate.e_score_correction_bias") >> rearrange("x -> x", x=d.experts)
     return row(f"{root.path}/DeepSeekMoeBlock_0/MoeBlock_0/gate/bias", "-", bias, stack=0)
 
@@ -153,7 +141,7 @@ def indexer(d: IndexerDims, root: Root) -> Iterator[Row]:
 
 
 def prediction(d: DeepSeekDims) -> Iterator[Row]:
-    """What goes into a layer of multi-token prediction, and the norm after it."""
+    """The input projection and norms of a layer for multi-token prediction, and its final norm."""
     for part, name in (
         ("embedding_norm", "enorm"),
         ("hidden_state_norm", "hnorm"),
@@ -165,7 +153,7 @@ def prediction(d: DeepSeekDims) -> Iterator[Row]:
     yield row(f"{MTP.path}_projection/kernel", "embed -", both)
 
 
-# What layers of multi-token prediction share with the decoder.
+# Tensors that multi-token prediction shares with the decoder.
 IGNORED = (
     "model.layers.*.embed_tokens.weight",
     "model.layers.*.shared_head.head.weight",

@@ -1,6 +1,6 @@
-"""DeepSeek V4: compressed attention, hyper-connections, experts by hash in the first layers.
+"""DeepSeek V4: compressed attention, hyper-connections, hash-routed experts in the first layers.
 
-DeepSeek's own inference/model.py, whose names published checkpoints have; MaxText
+DeepSeek's own inference/model.py, which has the names of published checkpoints; MaxText
 models/deepseek4.py, layers/attention_compressed.py, layers/mhc.py, layers/moe.py.
 """
 
@@ -9,17 +9,8 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Fill, Slice, fit, hf, rearrange
 from maxconv.families.blocks import DECODER, ends, gated_mlp, norm, projection, routed_experts
-from maxconv.families.table import (
-    MOST_EXPERTS,
-    MOST_LAYERS,
-    Dims,
-    Family,
-    Layers,
-    Row,
-    each,
-    row,
-    size,
-)
+from maxconv.families.dims import MOST_EXPERTS, MOST_LAYERS, Dims, size
+from maxconv.families.table import Family, Layers, Row, each, row
 
 AT, NAME = DECODER
 PARTS = ("w1", "w3", "w2")  # gate, up and down
@@ -27,10 +18,10 @@ PARTS = ("w1", "w3", "w2")  # gate, up and down
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeek4Dims(Dims):
-    """The first `hashed` layers choose `chosen` experts by the token alone.
+    """The first `hashed` layers select `chosen` experts by the token id alone.
 
-    `streams` go past the layers, which hyper-connections mix. The output of attention is projected
-    in `groups`, to `o_lora` each.
+    `streams`: residual streams, which hyper-connections mix. `groups`: of the output projection of
+    attention, each to `o_lora`.
     """
 
     mlp: int = size("moe_intermediate_size", maxtext="base_mlp_dim")
@@ -53,7 +44,7 @@ class DeepSeek4Dims(Dims):
 
 
 def rows(d: DeepSeek4Dims) -> Iterator[Row]:
-    """From the third on, layers compress their context a little and much in turn."""
+    """From the third layer on, layers with light and heavy compression alternate."""
     yield from ends(d)
     yield from head(d)
     hashed = min(d.hashed, d.layers)
@@ -85,7 +76,7 @@ def in_turn(numbers: Iterable[int], k: int) -> Layers:
 
 
 def head(d: DeepSeek4Dims) -> Iterator[Row]:
-    """What makes one stream of all, at the end."""
+    """The final mixing of all streams into one."""
     k = d.streams
     mix = hf("hc_head_fn") >> rearrange("o i -> i o", o=k, i=k * d.emb)
     yield row("decoder/hc_head/hc_fn", "activation_embed -", mix)
@@ -99,7 +90,7 @@ def norms(d: DeepSeek4Dims) -> Iterator[Row]:
 
 
 def hyper_connection(d: DeepSeek4Dims, name: str, at: str) -> Iterator[Row]:
-    """What mixes streams before, after and beside attention or MLP: parts of three tensors.
+    """The mixing of streams before, after and around attention or MLP: parts of three tensors.
 
     MaxText's norm has a scale, the checkpoint none.
     """
@@ -118,7 +109,7 @@ def hyper_connection(d: DeepSeek4Dims, name: str, at: str) -> Iterator[Row]:
 
 
 def attention(d: DeepSeek4Dims) -> Iterator[Row]:
-    """Queries of low rank; keys that are values, too; an output in groups."""
+    """Attention with low-rank queries, shared keys and values, and a grouped output projection."""
     at, n = "self_attention", d.heads * d.head_dim // d.groups
     yield projection(f"{at}/wq_a", "embed_attn q_lora", "attn.wq_a", d.emb, d.q_lora)
     yield norm(f"{at}/q_norm", "attn.q_norm", d.q_lora)
@@ -139,7 +130,7 @@ def attention(d: DeepSeek4Dims) -> Iterator[Row]:
 def compressor(
     d: DeepSeek4Dims, at: str, name: str = "attn", width: int = 0, windows: int = 1
 ) -> Iterator[Row]:
-    """What makes one key of many tokens, as wide as `width`, of overlapping `windows`."""
+    """The compressor of several tokens into one key of `width`, with overlapping `windows`."""
     at, name, width = f"self_attention/{at}", f"{name}.compressor", width or d.head_dim
     n = windows * width
     yield projection(f"{at}/gate_proj", "embed_attn kv", f"{name}.wgate", d.emb, n)
@@ -150,7 +141,7 @@ def compressor(
 
 
 def sparse(d: DeepSeek4Dims) -> Iterator[Row]:
-    """Compressed keys, and an indexer that chooses among them."""
+    """Compressed keys, and an indexer that selects among them."""
     at, name = "csa_compressor", "attn.indexer"
     yield from compressor(d, at, windows=2)
     yield from compressor(d, f"{at}/indexer", name, d.index_dim, windows=2)
@@ -161,20 +152,20 @@ def sparse(d: DeepSeek4Dims) -> Iterator[Row]:
 
 
 def experts(d: DeepSeek4Dims) -> Iterator[Row]:
-    """A router and its experts, and those that see every token, as one MLP."""
+    """A router and its experts, and the shared experts as one MLP."""
     yield from routed_experts(d, "mlp/MoeBlock_0", "ffn", PARTS, axis="embed_router")
     wide = replace(d, mlp=d.shared * d.moe_mlp)
     yield from gated_mlp(wide, "mlp/shared_experts", name="ffn.shared_experts", parts=PARTS)
 
 
 def routed_bias(d: DeepSeek4Dims) -> Row:
-    """What balances the load of the experts; MaxText has it in a collection beside params."""
+    """The bias that balances the load of experts; MaxText has it in a separate collection."""
     bias = hf(f"{NAME}.ffn.gate.bias") >> rearrange("x -> x", x=d.experts)
     return row(f"{AT}/mlp/MoeBlock_0/gate/bias", "-", bias, stack=0)
 
 
 def hash_table(d: DeepSeek4Dims) -> Row:
-    """The experts of each token; in a collection, too. MaxText's converter rounds to bfloat16."""
+    """The experts of each token id, in a separate collection; rounded to bfloat16 by MaxText."""
     table = hf(f"{NAME}.ffn.gate.tid2eid") >> fit(0, d.vocab) >> rearrange("v k -> v k", k=d.chosen)
     return row(f"{AT}/mlp/MoeBlock_0/tid2eid", "- -", table, dtype="int32")
 
@@ -190,7 +181,7 @@ DEEPSEEK_V4 = Family(
         ("layers.", "model.layers."),
         ("norm.", "model.norm."),
         ("head.", "lm_head."),
-        # transformers 5.23 does not turn back all of its own names
+        # transformers 5.23 does not restore all of the original names
         ("model.layers.*.attn.norm.", "model.layers.*.attn.kv_norm."),
         ("model.hc_head.hc_", "hc_head_"),
     ),

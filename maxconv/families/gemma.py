@@ -1,8 +1,8 @@
 """Gemma 2 and 3. transformers modeling_gemma2.py, modeling_gemma3.py; MaxText models/gemma2.py,
 models/gemma3.py.
 
-MaxText's norms multiply by their scale, transformers' by one more: these scales are float32, like
-the sum. Its embedding is not scaled when it is looked up, so the table is.
+MaxText's norms multiply by their scale, transformers' by 1 + scale; so 1 is added to these scales,
+in float32. MaxText does not scale embeddings when they are looked up, so the table is scaled.
 """
 
 import math
@@ -21,7 +21,8 @@ from maxconv.families.blocks import (
     qk_norms,
     query_scale,
 )
-from maxconv.families.table import Dims, Family, cycle, each, pairs, size
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, cycle, each, pairs
 from maxconv.families.vision import VisionDims, siglip
 
 PLUS_ONE = (shift(1),)
@@ -38,7 +39,7 @@ def gemma2_rows(d: Dims):
 
 
 def norms(d: Dims, suffix: str = "", ops: Ops = (), dtype: str | None = None):
-    """Before and after attention and MLP."""
+    """The norms before and after attention and MLP."""
     for path, name in (
         ("pre_self_attention_norm", "input_layernorm"),
         ("post_self_attention_norm", "post_attention_layernorm"),
@@ -50,7 +51,7 @@ def norms(d: Dims, suffix: str = "", ops: Ops = (), dtype: str | None = None):
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Dims(VisionDims):
-    """Published files leave out what is as in transformers' Gemma3TextConfig."""
+    """Published config files leave out values that are defaults of Gemma3TextConfig."""
 
     heads: int = size("num_attention_heads", maxtext="base_num_query_heads", default=8)
     kv_heads: int = size("num_key_value_heads", maxtext="base_num_kv_heads", default=4)

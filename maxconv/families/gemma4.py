@@ -1,9 +1,9 @@
-"""Gemma 4: dense, with experts, and the small ones with embeddings for each layer. transformers
+"""Gemma 4: dense, MoE, and the small models with per-layer embeddings. transformers
 modeling_gemma4.py; MaxText models/gemma4.py, gemma4_small.py, gemma4_vision.py.
 
-Norms are as in the checkpoint; the embedding table is scaled as Gemma 2's is. Layers with full
-attention have heads of their own size, and may take their keys for values. Of the small ones, the
-last layers take keys and values from earlier layers.
+Norms are as in the checkpoint; the embedding table is scaled as for Gemma 2. Layers with full
+attention have a head size of their own, and may use their keys as values. In the small models, the
+last layers use the keys and values of earlier layers.
 """
 
 import math
@@ -14,8 +14,9 @@ import numpy as np
 
 from maxconv.algebra import hf, rearrange, scale
 from maxconv.families.blocks import LAYER, attention, ends, fused_kernels, gated_mlp, norm, qk_norms
+from maxconv.families.dims import MOST_LAYERS, Dims, size
 from maxconv.families.gemma import norms
-from maxconv.families.table import MOST_LAYERS, Dims, Family, Layers, Numbers, Row, each, row, size
+from maxconv.families.table import Family, Layers, Numbers, Row, each, row
 from maxconv.families.vision import VisionDims, gemma4_vit
 
 BLOCK = 6  # five layers of sliding attention, then one of full attention
@@ -23,7 +24,7 @@ BLOCK = 6  # five layers of sliding attention, then one of full attention
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma4Dims(VisionDims):
-    """The sizes of layers with full attention are `full`. Some files state the width of experts
+    """`full_*`: sizes of layers with full attention. Some config files give the width of experts
     without having any."""
 
     moe_mlp: int = size("moe_intermediate_size", default=-1)
@@ -71,7 +72,7 @@ class SmallDims(Gemma4Dims):
     )
 
     def takes(self, layer: int) -> bool:
-        """Whether a layer takes its keys and values from another."""
+        """Whether a layer uses the keys and values of another one."""
         return layer >= self.layers - self.shared
 
 
@@ -102,7 +103,7 @@ def small_rows(d: SmallDims) -> Iterator[Row]:
 
 
 def small_layer(d: SmallDims, full: bool, takes: bool) -> Iterator[Row]:
-    """`takes`: its keys and values from another layer."""
+    """`takes`: whether it uses the keys and values of another layer."""
     sizes = d.full if full else d
     yield from norms(d)
     yield from attention(sizes, parts="q" if takes else "qkv")
@@ -136,7 +137,7 @@ def routed_mlp(d: Dims) -> Iterator[Row]:
 
 
 def scalar() -> Iterator[Row]:
-    """What a layer's output is multiplied by, (1,)."""
+    """The factor for a layer's output, (1,)."""
     weight = hf(f"{LAYER}.layer_scalar") >> rearrange("n -> n", n=1)
     yield row("decoder/{layers}/layer_scalar", "-", weight)
 
@@ -146,7 +147,7 @@ def normalizer(d: Dims):
 
 
 def local_layers(count: int) -> Layers:
-    """Those with sliding attention: stacked in each block, and the blocks again."""
+    """Layers with sliding attention: stacked within each block, and over the blocks."""
     blocks = [range(first, min(first + BLOCK - 1, count)) for first in range(0, count, BLOCK)]
     whole = count // BLOCK
     scanned: list[tuple[str, Numbers]] = []
@@ -159,7 +160,7 @@ def local_layers(count: int) -> Layers:
 
 
 def full_layers(count: int) -> Layers:
-    """Those with full attention: one in a block."""
+    """Layers with full attention: one per block."""
     numbers = range(BLOCK - 1, count, BLOCK)
     stacked = (("scanned_blocks/global_layer", numbers),) if numbers else ()
     return Layers(stacked, one_by_one(numbers))
@@ -170,7 +171,7 @@ def one_by_one(numbers: Sequence[int]) -> tuple[tuple[str, int], ...]:
 
 
 def taken(d: SmallDims) -> Iterator[str]:
-    """Published files have keys and values also of the layers that take others'."""
+    """Unused tensors: published files have keys and values of layers that use those of others."""
     for layer in filter(d.takes, range(d.layers)):
         for part in ("k_proj", "v_proj", "k_norm"):
             yield f"model.layers.{layer}.self_attn.{part}.weight"

@@ -1,14 +1,15 @@
 """gpt-oss. transformers modeling_gpt_oss.py; MaxText models/gpt_oss.py, layers/moe.py.
 
-Experts are not transposed, and gate and up alternate on the last axis of one tensor. The table
-speaks of them as bfloat16 checkpoints have them; a codec reads OpenAI's own MXFP4 files.
+Experts are not transposed, and gate and up alternate on the last axis of one tensor. The table is
+written for bfloat16 checkpoints; a codec reads OpenAI's own MXFP4 files.
 """
 
 from dataclasses import dataclass
 
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import LAYER, attention, ends, pre_norms
-from maxconv.families.table import Dims, Family, cycle, each, row, size
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, cycle, each, row
 
 CYCLE = 2  # a layer of sliding attention, then one of full attention
 
@@ -25,7 +26,7 @@ def rows(d: GptOssDims):
 
 
 def sink_attention(d: GptOssDims):
-    """Biases on all four projections, and a logit for each head that takes attention nowhere."""
+    """Attention with biases on all four projections, and an attention sink per head."""
     at, name = "decoder/{layers}/GptOssAttention", f"{LAYER}.self_attn"
     yield from attention(d, bias=True, at="GptOssAttention")
     yield row(f"{at}/out/bias", "embed_attn", hf(f"{name}.o_proj.bias") >> vector(d.emb))

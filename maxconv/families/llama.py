@@ -8,7 +8,8 @@ from maxconv.families.blocks import (
     pre_norms,
     query_scale,
 )
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, each, uniform
 
 
 def rows(d: Dims):
@@ -21,5 +22,5 @@ LLAMA = Family(
     model_types=("llama",),
     decoder_block="llama2",
     rows=rows,
-    train_with="rope_type=llama3.1",  # or pairs are not rotated: layers/attentions.py
+    train_with="rope_type=llama3.1",  # else MaxText does not rotate pairs (layers/attentions.py)
 )

@@ -1,10 +1,11 @@
 """Mistral. transformers modeling_mistral.py; MaxText models/mistral.py.
 
-Unlike its llama, MaxText's mistral rotates the halves of a head, as transformers does.
+Unlike its llama, MaxText's mistral applies RoPE to the halves of a head, as transformers does.
 """
 
 from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, query_scale
-from maxconv.families.table import Dims, Family, each, uniform
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, each, uniform
 
 
 def rows(d: Dims):

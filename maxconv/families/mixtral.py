@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from maxconv.families.blocks import attention, ends, pre_norms, query_scale, routed_experts
-from maxconv.families.table import Dims, Family, each, size, uniform
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, each, uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """OLMo 3. transformers modeling_olmo3.py; MaxText models/olmo3.py."""
 
 from maxconv.families.blocks import attention, ends, gated_mlp, norm
-from maxconv.families.table import Dims, Family, cycle, each
+from maxconv.families.dims import Dims
+from maxconv.families.table import Family, cycle, each
 
 CYCLE = 4  # three layers of sliding attention, then one of full attention
 
@@ -13,7 +14,7 @@ def rows(d: Dims):
 
 
 def norms(d: Dims):
-    """After attention and MLP; those of queries and keys are over all heads at once."""
+    """The norms after attention and MLP; those of queries and keys span all heads."""
     yield norm("post_self_attention_layer_norm", "post_attention_layernorm", d.emb)
     yield norm("post_mlp_layer_norm", "post_feedforward_layernorm", d.emb)
     yield norm("attention/query_norm", "self_attn.q_norm", d.heads * d.head_dim)

@@ -1,4 +1,4 @@
-"""Qwen2.5, and Qwen3 dense and with experts.
+"""Qwen2.5, and Qwen3 dense and MoE.
 
 transformers modeling_qwen2.py, modeling_qwen3.py, modeling_qwen3_moe.py; MaxText models/qwen2.py,
 models/qwen3.py.
@@ -15,12 +15,13 @@ from maxconv.families.blocks import (
     qk_norms,
     routed_experts,
 )
-from maxconv.families.table import Dims, Family, each, size, uniform
+from maxconv.families.dims import Dims, size
+from maxconv.families.table import Family, each, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsOnly(Dims):
-    """What config.json calls intermediate_size is of dense layers, of which there are none."""
+    """intermediate_size in config.json is for dense layers, and these models have none."""
 
     mlp: int = size("moe_intermediate_size", maxtext="base_mlp_dim")
 

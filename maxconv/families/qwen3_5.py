@@ -1,4 +1,4 @@
-"""Qwen3.5 with experts: Qwen3-Next, with other tensors for the same, and with vision.
+"""Qwen3.5 MoE: Qwen3-Next with differently split tensors, and with vision.
 
 transformers modeling_qwen3_5_moe.py; MaxText models/qwen3_5.py.
 """
@@ -20,7 +20,7 @@ from maxconv.families.vision import QwenVisionDims, qwen_vision
 
 @dataclass(frozen=True, kw_only=True)
 class Dims(HybridDims, QwenVisionDims):
-    """Of the text, and of the vision encoder."""
+    """The sizes of the decoder and of the vision encoder."""
 
 
 def rows(d: Dims):
@@ -36,7 +36,7 @@ def rows(d: Dims):
 
 
 def qkvz(d: Dims) -> Expr:
-    """For each key head its query and key, and the values and gates that go with it."""
+    """For each key head its query and key, and the values and gates of its group."""
     name = f"{LAYER}.linear_attn"
     keys, values = d.delta_keys * d.key_dim, d.delta_values * d.value_dim
     qkv = hf(f"{name}.in_proj_qkv.weight")
@@ -45,7 +45,7 @@ def qkvz(d: Dims) -> Expr:
 
 
 def ba(d: Dims) -> Expr:
-    """For each key head the rates of its values."""
+    """The kernel of beta and alpha, grouped by key head."""
     return woven(d, *(hf(f"{LAYER}.linear_attn.in_proj_{part}.weight") for part in "ba"))
 
 

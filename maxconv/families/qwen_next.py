@@ -1,4 +1,4 @@
-"""Qwen3-Next: three layers of gated delta nets, then one of gated attention; experts everywhere.
+"""Qwen3-Next: three layers of gated delta nets, then one of gated attention; all are MoE layers.
 
 transformers modeling_qwen3_next.py; MaxText models/qwen3.py.
 """
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from maxconv.algebra import Expr, hf, rearrange
 from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
+from maxconv.families.dims import MOST_LAYERS, size
 from maxconv.families.qwen import ExpertsOnly
-from maxconv.families.table import MOST_LAYERS, Family, Layers, Row, each, row, size
+from maxconv.families.table import Family, Layers, Row, each, row
 
 ATTENTION = "decoder/{layers}/attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HybridDims(ExpertsOnly):
-    """`cycle`: layers from one with attention to the next. A delta net has keys and values."""
+    """`cycle`: number of layers per layer with full attention. Delta nets have own head sizes."""
 
     cycle: int = size(
         "full_attention_interval",
@@ -43,7 +44,7 @@ def rows(d: HybridDims):
 
 
 def local_and_global(count: int, n: int) -> tuple[Layers, Layers]:
-    """Of every `n` layers the last attends globally; the others are stacked within their block."""
+    """The last of every `n` layers has full attention; the others are stacked within a block."""
     blocks = [range(start, min(start + n, count)) for start in range(0, count, n)]
     local = tuple(tuple(block[: n - 1]) for block in blocks)
     full = tuple(range(n - 1, count, n))
@@ -64,7 +65,7 @@ def norms(d: HybridDims) -> Iterator[Row]:
 
 
 def shared_expert(d: HybridDims) -> Iterator[Row]:
-    """The expert that sees every token, and its gate."""
+    """The shared expert and its gate."""
     yield from gated_mlp(d, "mlp/shared_expert", name="mlp.shared_expert")
     yield projection("mlp/shared_expert_gate", "embed -", "mlp.shared_expert_gate", d.emb, 1)
 
@@ -88,7 +89,7 @@ def delta_net(d: HybridDims, qkvz: Expr, ba: Expr) -> Iterator[Row]:
 
 
 def gated_attention(d: HybridDims) -> Iterator[Row]:
-    """Attention whose queries come with a gate, as wide as they, for each head."""
+    """Attention with an output gate, which is part of the query projection."""
     at = "attention/attention"
     for part, short, heads, width, axes in (
         ("query", "q", d.heads, 2 * d.head_dim, "q_heads kv"),

@@ -1,8 +1,8 @@
-"""Qwen3 that sees: Qwen3-VL dense and with experts, Weaver, and Qwen3-Omni, which hears, too.
+"""Multimodal Qwen3: Qwen3-VL (dense and MoE), Weaver, and Qwen3-Omni, which also has audio.
 
 transformers modeling_qwen3_vl.py, modeling_qwen3_vl_moe.py, modeling_qwen3_omni_moe.py; MaxText
-models/qwen3.py. Weaver is Qwen3-VL under other names. Vision is fed into layers one by one, which
-MaxText cannot scan.
+models/qwen3.py. Weaver is Qwen3-VL with other tensor names. Vision features are added in several
+decoder layers, so MaxText cannot scan them.
 """
 
 from collections.abc import Iterator
@@ -10,29 +10,20 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import hf, rearrange
 from maxconv.families.blocks import FUSED, Root, attention, ends, fused_experts, pre_norms, qk_norms
+from maxconv.families.dims import Dims, layer_count, size
 from maxconv.families.qwen import ExpertsOnly, qwen3_moe_rows, qwen3_rows
-from maxconv.families.table import (
-    Dims,
-    Family,
-    Row,
-    each,
-    layer_count,
-    row,
-    size,
-    uniform,
-    unrolled,
-)
+from maxconv.families.table import Family, Row, each, row, uniform, unrolled
 from maxconv.families.vision import QwenVisionDims, dense, layer_norm, qwen_vision, vector
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeDims(ExpertsOnly, QwenVisionDims):
-    """Of the text, all of whose layers have experts, and of the vision encoder."""
+    """The sizes of the decoder, which has only MoE layers, and of the vision encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OmniDims(MoeDims):
-    """Those of the audio encoder, too, as Qwen3OmniMoeAudioEncoderConfig defaults.
+    """Adds the sizes of the audio encoder; defaults as in Qwen3OmniMoeAudioEncoderConfig.
 
     `audio_conv` is the width of its convolutions, `audio_mels` the number of frequencies.
     """

@@ -1,123 +1,32 @@
-"""What a family is: rows that say where each leaf comes from, and how rows become leaves.
+"""Families: tables of rows that define each leaf, and how rows become leaves.
 
-A row's path may hold `{layers}` and its names `{l}`: such a row stands for each of some `Layers`.
-Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned, one leaf a layer,
-`decoder/layers_0/...`. Nothing else in a family knows the difference.
+If a row's path contains `{layers}` and its tensor names `{l}`, it stands for each of some `Layers`.
+Scanned, these are one leaf with a stacked axis, `decoder/layers/...`; unscanned, one leaf per
+layer, `decoder/layers_0/...`. Nothing else in a family depends on whether layers are scanned.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
+from maxconv.families.dims import REQUIRED, Dims, stated, stated_sizes
 
-_REQUIRED = object()
-
-LONGEST_AXIS = 2**31 - 1  # XLA counts the places of an axis in 32 bits
-MOST_LAYERS = 4096  # far beyond any model: what is more is a mistake, or malice
-MOST_EXPERTS = 1 << 16
-_NUMBER = re.compile("[0-9]{1,9}")  # ASCII: str.isdigit also takes superscripts, which int refuses
-
-
-def size(
-    *hf: str,
-    maxtext: str | None = None,
-    default: Any = _REQUIRED,
-    least: int = 1,
-    most: int = LONGEST_AXIS,
-    numbered: str = "",
-    each: str = "",
-    below: str = "",
-) -> Any:
-    """A field of `Dims`, and where its value comes from.
-
-    Args:
-        hf: the entries of config.json that may state it, best first. A dot leads into a nested
-            entry; the entries of a `text_config` are found without.
-        maxtext: MaxText's key of the same meaning.
-        default: when config.json does not state it, as transformers has it: a value, or a function
-            of the fields before it, by name. Without one the first entry is required.
-        least, most: the range of a number.
-        numbered: how the names of tensors begin, in the table's terms, whose next part is a number:
-            the checkpoint has as many numbers as all sizes of this prefix say together.
-        each: the field that says how many entries a list has.
-        below: a field that is larger than this one.
-    """
-    metadata = {
-        "hf": hf,
-        "maxtext": maxtext,
-        "default": default,
-        "least": least,
-        "most": most,
-        "numbered": numbered,
-        "each": each,
-        "below": below,
-    }
-    return field(metadata=metadata)
-
-
-def layer_count(*hf: str, numbered: str, least: int = 1, **others: Any) -> Any:
-    """A `size` that is a number of layers, each of which has tensors of its own."""
-    return size(*hf, numbered=numbered, least=least, most=MOST_LAYERS, **others)
-
-
-def number_after(name: str, prefix: str) -> int | None:
-    """The number that follows `prefix` in the name of a tensor, up to a dot; None if none does."""
-    if not name.startswith(prefix):
-        return None
-    part = name[len(prefix) :].partition(".")[0]
-    return int(part) if _NUMBER.fullmatch(part) else None
-
-
-DECODER_LAYERS = "model.layers."  # how the names of tensors of the decoder's layers begin
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dims:
-    """The sizes of a decoder, in MaxText's terms. Families that need more subclass it.
-
-    `vocab` is MaxText's, which may be padded. `layers` may be fewer than the checkpoint has.
-    `tied`: logits come from the embedding table. `moe_mlp` is the width of an expert.
-    `multimodal`, `audio`: the encoders of images and of sound are wanted, too. `mtp`: layers after
-    the last, each of which predicts one token more.
-    """
-
-    emb: int = size("hidden_size", maxtext="base_emb_dim")
-    mlp: int = size("intermediate_size", maxtext="base_mlp_dim")
-    heads: int = size("num_attention_heads", maxtext="base_num_query_heads")
-    kv_heads: int = size(
-        "num_key_value_heads", maxtext="base_num_kv_heads", default=lambda d: d["heads"]
-    )
-    head_dim: int = size("head_dim", maxtext="head_dim", default=lambda d: d["emb"] // d["heads"])
-    layers: int = layer_count(
-        "num_hidden_layers", maxtext="base_num_decoder_layers", numbered=DECODER_LAYERS
-    )
-    vocab: int = size("vocab_size", maxtext="vocab_size")
-    tied: bool = size("tie_word_embeddings", maxtext="logits_via_embedding", default=True)
-    experts: int = size(
-        "num_experts", "num_local_experts", maxtext="num_experts", default=1, most=MOST_EXPERTS
-    )
-    moe_mlp: int = size("moe_intermediate_size", maxtext="base_moe_mlp_dim", default=-1)
-    multimodal: bool = size(maxtext="use_multimodal", default=False)
-    audio: bool = size(maxtext="use_audio", default=False)
-    mtp: int = size(maxtext="mtp_num_layers", default=0, least=0, most=MOST_LAYERS)
-
-
-Numbers = int | Sequence["Numbers"]  # of HF layers: one, some to be stacked, or stacks of stacks
+Numbers = int | Sequence["Numbers"]  # of HF layers: one, a stack, or a stack of stacks
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of the checkpoint that are alike, and where MaxText's tree has them.
+    """Layers of the checkpoint that have the same structure, and their places in MaxText's tree.
 
     Attributes:
-        scanned: what `{layers}` stands for, and the HF layer numbers that are stacked there; one
-            number alone is not stacked.
-        unscanned: the same when layers stand one by one.
-        axes: logical names of the stacked axes, outermost first; of a stack with fewer, the last.
+        scanned: pairs of a value for `{layers}` and the HF layer numbers that are stacked there; a
+            single number is not stacked.
+        unscanned: the same for unscanned layers.
+        axes: logical names of the stacked axes, outermost first; a stack of fewer axes has the
+            last.
     """
 
     scanned: tuple[tuple[str, Numbers], ...]
@@ -126,25 +35,28 @@ class Layers:
 
 
 def uniform(count: int, name: str = "layers", first: int = 0) -> Layers:
-    """`count` layers from HF's `first` in one stack, `name`; or `name_0` and so on."""
+    """`count` HF layers from `first` on, in one stack `name`; unscanned `name_0`, `name_1`, ..."""
     numbers = range(first, first + count)
     one_by_one = tuple((f"{name}_{i}", n) for i, n in enumerate(numbers))
     return Layers(((name, tuple(numbers)),) if count else (), one_by_one, (name,))
 
 
 def unrolled(count: int, name: str) -> Layers:
-    """Layers that stand one by one in any case: `name_0` and so on."""
+    """Layers that are never stacked: `name_0`, `name_1`, ..."""
     one_by_one = tuple((f"{name}_{i}", i) for i in range(count))
     return Layers(one_by_one, one_by_one)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its path in MaxText's tree, its logical axes, and its template.
+    """A parameter, or one per layer: its path in MaxText's tree, logical axes, and expression.
 
-    `experts`: how many there are, if it is one of each. `dtype`: if not what is saved. `stack`: the
-    axis of stacked layers, if not MaxText's param_scan_axis. `layers`: of which it is one each, see
-    `each`.
+    Attributes:
+        expr: over tensors whose names may contain `{l}` (layer) and `{e}` (expert).
+        experts: number of experts to stack, if its names contain `{e}`.
+        dtype: if it is not the saved dtype.
+        stack: axis along which layers are stacked, if it is not MaxText's param_scan_axis.
+        layers: the layers that have this parameter, see `each`.
     """
 
     path: str
@@ -157,11 +69,11 @@ class Row:
 
     @property
     def times(self) -> int:
-        """How many parameters of single layers and experts it stands for."""
+        """Number of parameters that it stands for, counting each layer and expert."""
         return (len(self.layers.unscanned) if self.layers else 1) * max(self.experts, 1)
 
     def names(self, layers: Iterable[int] | None = None) -> set[str]:
-        """The tensors that it reads; of some HF layers, or of all it is of."""
+        """The names of the tensors that it reads, for some HF layers or all of its own."""
         if layers is None:
             layers = [n for _, n in self.layers.unscanned] if self.layers else [0]
         templates = [t.name for t in tensors(self.expr)]
@@ -177,14 +89,14 @@ def row(
     dtype: str | None = None,
     stack: int | None = None,
 ) -> Row:
-    """A row; `logical` names the axes, without those of stacked layers; `-` has no name."""
+    """A row; `logical`: names of its axes, without those of stacked layers; `-` for no name."""
     return Row(path, tuple(logical.split()), expr, experts, dtype, stack)
 
 
 def cycle(count: int, n: int, name: str = "layers") -> list[Layers]:
-    """Layers of `n` kinds in turn: `layers/{name}_k` stacks the kth of each cycle.
+    """Layers of `n` alternating kinds: `layers/{name}_k` stacks the kth layer of each cycle.
 
-    Those of a last cycle that is not whole are `layers_remainder/{name}_k`, not stacked.
+    Layers of an incomplete last cycle are `layers_remainder/{name}_k`, not stacked.
     """
     whole = count - count % n
     kinds = []
@@ -200,7 +112,7 @@ def cycle(count: int, n: int, name: str = "layers") -> list[Layers]:
 
 
 def pairs(count: int) -> list[Layers]:
-    """Two HF layers in one of MaxText's: the first of each pair, and the second."""
+    """For MaxText layers of two HF layers each: all first ones, and all second ones."""
     return [
         Layers(
             (("layers", tuple(range(k, count, 2))),),
@@ -211,45 +123,44 @@ def pairs(count: int) -> list[Layers]:
 
 
 def each(layers: Layers, *blocks: Iterable[Row]) -> Iterator[Row]:
-    """The rows of each layer: `{layers}` in their paths and `{l}` in their names is filled in."""
+    """Rows that each of some layers has; they contain `{layers}` and `{l}`, see `Row`."""
     return (replace(r, layers=layers) for block in blocks for r in block)
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture: which checkpoints it reads, which MaxText decoder it makes.
+    """A model family: the checkpoints it reads, and the MaxText decoder it makes.
 
     Attributes:
-        architectures: as `config.json` names them; the first is also what messages call it.
+        architectures: their names in `config.json`; the first is used in messages.
         decoder_block: MaxText's name.
-        model_types: as `config.json` names them, for files without architectures.
-        ties: what tie_word_embeddings is where config.json leaves it out, as in transformers'
-            configuration class.
-        spare_rows: at the end of the published embedding tables, that no token has: MaxText's
-            tables go without them.
-        marked_by: an entry of config.json, not 0 there, that tells this family from one of the same
-            architectures that comes after it.
-        rows: the table, given the sizes.
-        sizes: the class of these.
-        names: what tensors are called in some checkpoints, and what the table calls them, see
-            `maxconv.naming`.
-        ignored: patterns of tensors that MaxText has no parameter for.
-        spare: more of these, given the sizes.
-        encoders: patterns of those that it has one for only with use_multimodal.
-        audio_patterns: patterns of those that it has one for only with use_audio.
-        fuse_experts: how the names end of tensors that hold all experts; and of those, one for each
-            expert `{e}`, that some checkpoints hold instead: these are concatenated on the first
-            axis.
-        split_experts: the same where the table has a tensor for each expert, and some checkpoints
-            hold one for all.
-        transposed_experts: how the names end of a layer's fused gate and up projections, and of its
-            down projections, which some checkpoints hold with rows and columns exchanged.
-        scans: MaxText can stack its layers.
-        pads_vocab: MaxText pads or cuts the embedding to its own vocab_size for this family.
-        train_with: what MaxText must be told to train such a model when no model_name says it.
-        layers_per_block: HF layers in one of those that base_num_decoder_layers counts.
-        in_blocks: the sizes in blocks of so many numbers, where MaxText can keep fp8 weights and
-            the scale of each block. So scales are the kernels of a smaller model.
+        model_types: their names in `config.json`, for files without architectures.
+        ties: the default of tie_word_embeddings in transformers' configuration class.
+        spare_rows: number of rows at the end of the published embedding tables that belong to no
+            token, and that MaxText's tables do not have.
+        marked_by: an entry of config.json that is non-zero only in this family, if another one
+            (later in FAMILIES) has the same architectures.
+        rows: returns the table for given sizes.
+        sizes: the class of the sizes.
+        names: pairs of a tensor name in some checkpoints and its canonical name, see
+            `maxconv.models.canonical_names.renamer`.
+        ignored: patterns of tensors that have no parameter in MaxText.
+        spare: returns more of these for given sizes.
+        encoders: patterns of tensors that have a parameter only with use_multimodal.
+        audio_patterns: patterns of tensors that have a parameter only with use_audio.
+        fuse_experts: name suffixes of the table's tensors of all experts; and, for each, those of
+            the tensors per expert `{e}` that some checkpoints have instead, to be concatenated on
+            the first axis.
+        split_experts: the opposite: the table has a tensor per expert, and some checkpoints have
+            one tensor of all experts.
+        transposed_experts: name suffixes of a layer's fused gate and up projections, and of its
+            down projections, which some checkpoints store transposed.
+        scans: whether MaxText can stack its layers.
+        pads_vocab: whether MaxText pads or cuts the embedding to its own vocab_size.
+        train_with: the argument that MaxText needs to train such a model without a model_name.
+        layers_per_block: number of HF layers per layer of base_num_decoder_layers.
+        in_blocks: returns the sizes in units of blocks, if MaxText can keep fp8 weights with a
+            scale per block; the scales are then the kernels of a smaller model.
     """
 
     architectures: tuple[str, ...]
@@ -275,11 +186,11 @@ class Family:
     in_blocks: Callable[[Any, int], Dims] | None = None
 
     def fits(self, hf_config: Mapping[str, Any]) -> bool:
-        """Whether a config.json, of one of the architectures, is of this family."""
+        """Whether a config.json with one of the architectures belongs to this family."""
         return not self.marked_by or any(stated(hf_config, [self.marked_by]).values())
 
     def dims(self, hf_config: Mapping[str, Any]) -> Dims:
-        """The sizes that config.json states; KeyError names the entry that is missing."""
+        """The sizes in config.json; KeyError with the name of an entry that is missing."""
         known = {
             f.name: next(iter(stated.values()))
             for f in fields(self.sizes)
@@ -288,22 +199,23 @@ class Family:
         return self.complete({"tied": self.ties, **known})
 
     def complete(self, known: Mapping[str, Any]) -> Dims:
-        """Sizes of which some are known; KeyError names the entry of a config.json that is missing.
+        """Completes known sizes with the defaults of transformers' configuration classes.
 
-        The others default as transformers' configuration classes do.
+        Raises:
+            KeyError: with the name of an entry of config.json that is missing.
         """
         found: dict[str, Any] = {}
         for f in fields(self.sizes):
             if f.name in known:
                 found[f.name] = known[f.name]
-            elif (default := f.metadata["default"]) is _REQUIRED:
+            elif (default := f.metadata["default"]) is REQUIRED:
                 raise KeyError(f.metadata["hf"][0])
             else:
                 found[f.name] = default(found) if callable(default) else default
         return self.sizes(**found)
 
     def leaves_out(self, name: str, dims: Dims) -> bool:
-        """Whether the table has no row for a tensor on purpose."""
+        """Whether a tensor is deliberately not in the table."""
         unwanted = (
             *self.ignored,
             *self.spare(dims),
@@ -313,34 +225,11 @@ class Family:
         return any(fnmatchcase(name, pattern) for pattern in unwanted)
 
 
-def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
-    """The entries of a config.json that state a field of Dims, best first."""
-    return stated(hf_config, f.metadata["hf"])
-
-
-def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """Those of some entries, see `size`, that a config.json has."""
-    view = dict(hf_config)
-    for nested in ("thinker_config", "text_config"):
-        inner = view.get(nested)
-        if isinstance(inner, Mapping):
-            said = {key: value for key, value in view.items() if value is not None}
-            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
-    found = {}
-    for key in keys:
-        value: Any = view
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[key] = value
-    return found
-
-
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of MaxText's tree: path below `params`, logical axes, bound expression.
+    """A parameter of MaxText's tree: its path, logical axes, and bound expression.
 
-    `dtype`: if not what is saved.
+    `dtype`: if it is not the saved dtype.
     """
 
     path: tuple[str, ...]
@@ -359,14 +248,14 @@ class Parameter:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """The names of all that it is made of, with repeats."""
+        """The names of the tensors it is computed from, with repeats."""
         return tuple(tensor.name for tensor in tensors(self.expr))
 
 
 def bind_rows(
     rows: Iterable[Row], shapes: Mapping[str, Shape], scan_axis: int | None
 ) -> tuple[list[Parameter], list[str]]:
-    """Every leaf, in the order of MaxText's tree, and a sentence for each row that does not fit.
+    """Every parameter in the order of MaxText's tree, and a phrase for each row that fails.
 
     Args:
         rows: a family's table.
@@ -380,7 +269,7 @@ def bind_rows(
                 expr = bind(r.expr, shapes, indices)
                 leaf = Parameter(("params", *path.split("/")), logical, expr, r.dtype)
                 if len(leaf.shape) != len(logical):
-                    raise AlgebraError(f"{leaf.shape} has not the axes {logical}")
+                    raise AlgebraError(f"shape {leaf.shape} does not match the axes {logical}")
                 leaves.append(leaf)
             except AlgebraError as error:
                 problems.append(f"{path}: {error}")
@@ -390,7 +279,7 @@ def bind_rows(
 def _instances(
     r: Row, scan_axis: int | None
 ) -> Iterator[tuple[str, tuple[str | None, ...], dict[str, int | Stacked]]]:
-    """The path, logical axes and indices of each leaf that a row stands for."""
+    """Path, logical axes, and layer and expert indices of each leaf that a row stands for."""
     named = tuple(None if name == "-" else name for name in r.logical)
     experts: dict[str, int | Stacked] = {"e": Stacked(range(r.experts), 0)} if r.experts else {}
     if r.layers is None:
@@ -407,7 +296,7 @@ def _instances(
 
 
 def flat(numbers: Numbers) -> list[int]:
-    """The HF layers in a stack, or in stacks of stacks."""
+    """The HF layer numbers in a stack, or in a stack of stacks."""
     return [numbers] if isinstance(numbers, int) else [n for one in numbers for n in flat(one)]
 
 

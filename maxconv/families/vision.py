@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import Ops, Root, attention, gated_mlp, norm, qk_norms
-from maxconv.families.table import Dims, Row, each, layer_count, row, size, unrolled
+from maxconv.families.dims import Dims, layer_count, size
+from maxconv.families.table import Row, each, row, unrolled
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionDims(Dims):
-    """Those of a decoder and of a vision transformer beside it, as SiglipVisionConfig defaults."""
+    """The sizes of a decoder and a vision transformer; defaults as in SiglipVisionConfig."""
 
     vit_emb: int = size("vision_config.hidden_size", maxtext="hidden_size_for_vit", default=768)
     vit_mlp: int = size(
@@ -41,7 +42,7 @@ class VisionDims(Dims):
 
 
 def siglip(d: VisionDims, positions: int, ops: Ops, dtype: str) -> Iterator[Row]:
-    """SigLIP and the projection of its patches to tokens; `ops`, `dtype`: of the norm between."""
+    """SigLIP, and the projection of patches to tokens; `ops`, `dtype`: of the norm in between."""
     at, name, v = "vision_encoder/Gemma3VisionEncoderLayer_0", "vision_tower", d.vit
     square = {"o": v.emb, "i": d.vit_channels, "y": d.vit_patch, "x": d.vit_patch}
     patches = hf(f"{name}.embeddings.patch_embedding.weight")
@@ -95,10 +96,10 @@ def vector(at: str, name: str, n: int, axis: str = "-") -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenVisionDims(VisionDims):
-    """Those of Qwen's vision transformers, as Qwen3VLVisionConfig defaults.
+    """The sizes of Qwen's vision transformers; defaults as in Qwen3VLVisionConfig.
 
-    `vit_merge`: neighbours on a side that become one token. `vit_out`: the width of a token.
-    `vit_deepstack`: layers whose output is merged, too, each by a merger of its own.
+    `vit_merge`: side length, in patches, of the square that becomes a token. `vit_out`: its width.
+    `vit_deepstack`: layers whose output is merged as well, each by a merger of its own.
     """
 
     vit_emb: int = size("vision_config.hidden_size", maxtext="hidden_size_for_vit", default=1152)
@@ -140,7 +141,7 @@ class QwenVisionDims(VisionDims):
 def qwen_vision(d: QwenVisionDims, maker: str) -> Iterator[Row]:
     """A vision transformer and the mergers of its patches (transformers modeling_qwen3_vl.py).
 
-    `maker` is how the names of MaxText's modules begin (models/qwen3.py, models/qwen3_5.py).
+    `maker`: prefix of the names of MaxText's modules (models/qwen3.py, models/qwen3_5.py).
     """
     at, name, v = f"vision_encoder/{maker}VisionEncoder_0", "model.visual", d.vit
     cube = {"t": d.vit_frames, "y": d.vit_patch, "x": d.vit_patch, "i": d.vit_channels}
@@ -186,7 +187,7 @@ def _qwen_block(v: Dims, root: Root) -> Iterator[Row]:
 
 
 def _merger(at: str, name: str, norm: int, token: int, out: int) -> Iterator[Row]:
-    """Patches side by side, made one token; `norm` of them are normalised at once."""
+    """Merges adjacent patches into one token; `norm`: features that are normalised together."""
     yield from layer_norm(f"{at}/ln_q", f"{name}.norm", norm)
     yield from dense(f"{at}/mlp_0", f"{name}.linear_fc1", token, token)
     yield from dense(f"{at}/mlp_2", f"{name}.linear_fc2", token, out)

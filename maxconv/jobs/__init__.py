@@ -1,1 +1,1 @@
-"""What a user can ask for, from beginning to end: one module each."""
+"""Complete jobs, such as converting and verifying a checkpoint, and what they share."""

@@ -26,11 +26,11 @@ from maxconv.targets.lazy import LazyTensor, Part
 
 
 def run(config: Config, reporter: Reporter | None = None) -> Job:
-    """Converts, and verifies as configured.
+    """Converts a checkpoint, and verifies it as configured.
 
     Raises:
-        UserError: something is in the way; nothing was written.
-        VerificationError: what was written is not what it should be.
+        UserError: the arguments or the input are invalid; nothing was written.
+        VerificationError: the checkpoint that was written differs from its source.
     """
     started, reporter = time.monotonic(), reporter or Reporter()
     with (
@@ -58,10 +58,10 @@ def run(config: Config, reporter: Reporter | None = None) -> Job:
 
 
 def _save(job: Job, programs: Programs, reporter: Reporter) -> None:
-    """Saves the leaves, but those that an attempt before this one finished."""
+    """Saves the leaves, except those that an earlier attempt finished."""
     kept, notices = job.target.begin(job.record, resume=job.there == "unfinished")
     if kept:
-        notices = (*notices, f"{len(kept)} of {len(job.plan.leaves)} leaves are there")
+        notices = (*notices, f"{len(kept)} of {len(job.plan.leaves)} leaves are already saved")
     for notice in notices:
         reporter.note(notice)
     leaves = tuple(leaf for leaf in job.plan.leaves if leaf.name not in kept)
@@ -82,7 +82,7 @@ def _save(job: Job, programs: Programs, reporter: Reporter) -> None:
 def _parts(
     plan: Plan, make: Callable[[Sequence[Slab]], list[jax.Array]]
 ) -> Mapping[str, Sequence[Part]]:
-    """The slabs of each leaf, for Orbax to ask for; when it does for one, its group is made."""
+    """The slabs of each leaf as lazy tensors; loading one makes all slabs of its group."""
     parts: dict[str, list[Part]] = {}
     for number, group in enumerate(plan.groups):
         made = _Made(partial(make, [slab for _, slab in group]))
@@ -94,7 +94,7 @@ def _parts(
 
 
 class _Made:
-    """What is made together, and taken one by one."""
+    """Arrays that are made together, and taken one by one."""
 
     def __init__(self, make: Callable[[], list[jax.Array]]):
         self._make, self._arrays = make, dict[int, jax.Array]()
@@ -123,12 +123,14 @@ def check(
     """Reads a checkpoint back and compares it with the source of a job.
 
     Args:
+        job: the conversion.
         directory: of the checkpoint.
         mode: "none", "sample" or "full".
-        programs: compiled for the job.
+        reporter: is given progress and the result.
+        programs: compiled for the job, to be reused.
 
     Raises:
-        VerificationError: it is not as it should be.
+        VerificationError: it differs from its source.
     """
     if mode == "none":
         return

@@ -1,4 +1,4 @@
-"""The leaves of a conversion: a model's parameters, in the dtype and the sharding to train in."""
+"""The leaves of a conversion: a model's parameters, with dtype and training sharding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,18 +24,18 @@ def conversion_leaves(
     scan_axis: int | None = 1,
     save_dtype: np.dtype | str = "bfloat16",
 ) -> tuple[list[Leaf], list[str]]:
-    """The leaves of a MaxText checkpoint, and sentences about axes that stay replicated.
+    """The leaves of a MaxText checkpoint, and notices about axes that stay replicated.
 
     Args:
-        source: the checkpoint's tensors.
-        model: what they are.
+        source: the checkpoint.
+        model: its model.
         mesh: MaxText's training mesh.
         rules: MaxText's logical axis rules.
         scan_axis: param_scan_axis, or None for unscanned layers.
         save_dtype: of the leaves.
 
     Raises:
-        UserError: everything that does not fit, at once.
+        UserError: with everything that does not match.
     """
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     to_save = np.dtype(save_dtype)
@@ -51,7 +51,7 @@ def conversion_leaves(
         if (problem := misfit(expr, dtypes, dtype)) is not None:
             problems[f"{source.root}: {problem}."] = None
         leaves.append(Leaf(parameter.name, expr, dtype, NamedSharding(mesh, spec)))
-        notices |= dict.fromkeys(f"{why}: that axis is replicated" for why in dropped)
+        notices |= dict.fromkeys(f"{why}, so this axis is replicated there" for why in dropped)
     if problems:
         raise UserError(list(problems))
     return leaves, list(notices)

@@ -1,9 +1,8 @@
-"""What Orbax and MaxText read of a checkpoint beside its arrays, compared with the plan.
+"""Compares the metadata of a checkpoint, all that Orbax and MaxText read, with the plan.
 
-Every file is parsed and compared with what Orbax would write for the planned leaves, value by
-value, so that a flipped bit shows wherever it is. Three things are nobody's business and stay
-unchecked: the content of the marks `commit_success.txt`, timestamps as long as they are in order,
-and the optimizer's state.
+Every file is parsed and compared, value by value, with what Orbax would write for the planned
+leaves, so that a flipped bit is found wherever it is. Not checked are the contents of
+`commit_success.txt`, timestamps as long as they are in order, and the optimizer state.
 """
 
 import base64
@@ -42,13 +41,12 @@ Problems = Mapping[str, str]
 
 
 def metadata_problems(item: Item, plan: Plan, custom: Mapping[str, Any] | None) -> dict[str, str]:
-    """What is wrong, in sentences, by leaf or file.
+    """Problems with the metadata: sentences by leaf or file.
 
     Args:
         item: the checkpoint.
         plan: of the conversion.
-        custom: the metadata of its own that MaxText should find, such as `scan_layers`; None if
-            that is not known.
+        custom: MaxText's custom metadata, such as `scan_layers`; None if it is not known.
     """
     problems = dict(_leaf_problems(item, plan))
     known = [leaf for leaf in plan.leaves if leaf.name not in problems]
@@ -75,7 +73,7 @@ def metadata_problems(item: Item, plan: Plan, custom: Mapping[str, Any] | None) 
 
 
 def _leaf_problems(item: Item, plan: Plan) -> Iterator[tuple[str, str]]:
-    """A sentence for every name that is missing, too many or another array than planned."""
+    """A sentence for every leaf that is missing, unexpected, or differs in shape or dtype."""
     for leaf in plan.leaves:
         array = item.arrays.get(leaf.name)
         if array is None:
@@ -84,7 +82,7 @@ def _leaf_problems(item: Item, plan: Plan) -> Iterator[tuple[str, str]]:
             planned = f"{leaf.shape} {leaf.dtype}"
             yield (
                 leaf.name,
-                f"{leaf.name} is {array.shape} {array.dtype}, planned is {planned}.",
+                f"{leaf.name} is {array.shape} {array.dtype}, but should be {planned}.",
             )
     known = {leaf.name for leaf in plan.leaves} | {"step"}
     for name in [*item.arrays, *item.others]:
@@ -98,7 +96,7 @@ def _is_of_optimizer(name: str) -> bool:
 
 def _tree(item: Item, leaves: list[LeafPlan], is_numpy: bool) -> Iterator[str]:
     found = load_json(item.directory / METADATA)
-    # What is not as planned is told by name.
+    # Leaves that differ from the plan are reported by name elsewhere.
     other = set(item.types) - {leaf.name for leaf in leaves} - {"step"}
     entries = {
         key: value
@@ -152,7 +150,7 @@ def _step_metadata(directory: epath.Path, custom: Mapping[str, Any] | None) -> I
 
 
 def _array_metadata_files(item: Item) -> list[str]:
-    """One of each process that saved: those that are there, and those that should be."""
+    """The files, existing or expected, of all processes that saved."""
     stores = [store.name for store in item.directory.glob("ocdbt.process_*")]
     files = [file.name for file in item.directory.glob(f"{ARRAYS}/*")]
     of = {name.partition("process_")[2] for name in [*stores, *files] if ATTEMPT not in name}
@@ -161,7 +159,7 @@ def _array_metadata_files(item: Item) -> list[str]:
 
 
 def _write_shape(array: Stored, said: Any) -> list[int]:
-    """The shape of one write, as it is said to be if that can be: whole chunks of the array."""
+    """The recorded shape of a write if it is plausible (whole chunks), else that of a chunk."""
     chunk = list(array.chunk or ())
     if isinstance(said, list) and len(said) == len(chunk):
         sizes = zip(said, chunk, array.shape, strict=True)
@@ -190,11 +188,11 @@ def _array_metadata(item: Item, file: str, leaves: list[LeafPlan]) -> Iterator[s
     }
     yield from _differences(by_name, wanted)
     if len({entry["param_name"] for entry in found}) < len(found):
-        yield "an array comes twice"
+        yield "an array is listed twice"
 
 
 def _shardings(item: Item, leaves: list[LeafPlan]) -> Iterator[str]:
-    """Compared with the plan's; of a checkpoint from another mesh, each must fit its array."""
+    """Compares shardings with the plan; those of another mesh must only fit their arrays."""
     document = {_decoded(key): text for key, text in load_json(item.directory / SHARDING).items()}
     wanted = {leaf.name: _sharding(leaf) for leaf in leaves}
     others = set(item.arrays) - set(wanted)
@@ -214,7 +212,7 @@ def _shardings(item: Item, leaves: list[LeafPlan]) -> Iterator[str]:
 def _decoded(key: str) -> str:
     name = base64.b64decode(key, validate=True)
     if base64.b64encode(name).decode() != key:
-        raise ValueError(f"{key} is no name")
+        raise ValueError(f"{key} is not a valid name")
     return name.decode()
 
 
@@ -238,7 +236,7 @@ def _normal(sharding: Mapping[str, Any]) -> dict[str, Any]:
 
 def _misfit(leaf: LeafPlan, text: str) -> Iterator[str]:
     sharding = json.loads(text)
-    sharding_metadata.from_serialized_string(text)  # raises when Orbax can make nothing of it
+    sharding_metadata.from_serialized_string(text)  # raises if Orbax cannot parse it
     if sharding["sharding_type"] != "NamedSharding":
         return
     sizes = dict(zip(sharding["axis_names"], sharding["shape"], strict=True))
@@ -247,11 +245,11 @@ def _misfit(leaf: LeafPlan, text: str) -> Iterator[str]:
     pieces = [math.prod(sizes[name] for name in of) for of in names]
     fits = all(n % p == 0 for n, p in zip(leaf.shape, pieces, strict=False))
     if not fits or len(pieces) > len(leaf.shape):
-        yield f"{leaf.name} of shape {leaf.shape} cannot be sharded as {spec} says"
+        yield f"{leaf.name} of shape {leaf.shape} cannot be sharded by {spec}"
 
 
 def _load_problems(item: Item, leaves: list[LeafPlan]) -> dict[str, str]:
-    """What shows when Orbax opens the checkpoint, in both ways in which MaxText has it opened."""
+    """Problems when Orbax opens the checkpoint, in both ways that MaxText uses."""
     ctx = orbax.context()
     ctx.multiprocessing.primary_host = jax.process_index()
     ctx.multiprocessing.active_processes = {jax.process_index()}  # nobody to wait for
@@ -263,24 +261,24 @@ def _load_problems(item: Item, leaves: list[LeafPlan]) -> dict[str, str]:
         trees.append(ocp_v0.PyTreeCheckpointHandler().metadata(item.directory).tree)
     except Exception as error:  # Orbax raises many kinds
         return {"step": f"Orbax cannot read step: {reason(error)}."}
-    problems = {} if step == 0 else {"step": f"step is {step}, planned is 0."}
+    problems = {} if step == 0 else {"step": f"step is {step}, but should be 0."}
     for leaf in leaves:
         for node in trees:
             for key in leaf.name.split("."):
                 node = node[key]
             if (tuple(node.shape), node.dtype) != (leaf.shape, leaf.dtype):
-                problems[leaf.name] = f"{leaf.name} is loaded as {node.shape} {node.dtype}."
+                problems[leaf.name] = f"{leaf.name} loads as {node.shape} {node.dtype}."
     return problems
 
 
 def _differences(found: Any, wanted: Any, at: str = "it") -> Iterator[str]:
-    """Where two JSON documents are not the same."""
+    """The differences between two JSON documents, as phrases."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in found if key not in wanted)]:
             there, should = (of.get(key, _MISSING) for of in (found, wanted))
             yield from _differences(there, should, key if at == "it" else f"{at}, {key}")
     elif found != wanted or type(found) is not type(wanted):
-        yield f"{at} is {_short(found)}, and should be {_short(wanted)}"
+        yield f"{at} is {_short(found)}, but should be {_short(wanted)}"
 
 
 def _short(value: Any) -> str:

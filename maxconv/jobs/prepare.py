@@ -1,4 +1,4 @@
-"""A conversion that can start: its source, its plan, its target, all checked."""
+"""Prepares a conversion: opens the source, plans, and checks the target."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +32,17 @@ from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
 from maxconv.targets.publication import Publication, is_repository
 
-# Bytes of a process' window unless --max_host_memory_gb says otherwise: a part of the machine's
-# memory, and no more than serves. On a CPU the devices' memory is the host's, too.
+# Default window of a process in bytes: 1/WINDOW_PART of the machine's memory, up to a size beyond
+# which more does not help. Simulated CPU devices use host memory as well.
 WINDOW_PART = 48
 WINDOW_MOST = {"tpu": 4 << 30, "cpu": 512 << 20}
-STEP_MOST = 128 << 20  # bytes for a step: the TPU compiler takes minutes for much larger cells
-BASE = 768 << 20  # what Python, JAX and Orbax take by themselves, measured
+STEP_MOST = 128 << 20  # bytes per step: the TPU compiler takes minutes for much larger cells
+BASE = 768 << 20  # memory of Python, JAX and Orbax themselves, as measured
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that can start: everything is open and checked."""
+    """A conversion that is ready to start: everything is open and checked."""
 
     config: Config
     source: Source
@@ -54,7 +54,7 @@ class Job:
     identity: Mapping[str, str]
     target: Target
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
-    """What the target holds of this very conversion, if it is to be resumed."""
+    """How far an earlier attempt of this conversion got, if it is to be resumed."""
 
     @property
     def items(self) -> str:
@@ -63,12 +63,12 @@ class Job:
 
     @property
     def custom(self) -> dict[str, Any]:
-        """The metadata of its own that MaxText finds in the checkpoint."""
+        """MaxText's custom metadata in the checkpoint."""
         return {"scan_layers": self.config.scan_layers, **self.model.metadata}
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the checkpoint is made, for whoever finds it."""
+        """How the checkpoint is made, as recorded in maxconv.json."""
         return {
             "maxconv": __version__,
             "words": list(self.config.words),
@@ -78,17 +78,18 @@ class Job:
 
 @contextmanager
 def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
-    """Plans a conversion, without reading a tensor; JAX must be initialized.
+    """Plans a conversion, without reading any tensor; JAX must be initialized.
+
+    The target is only checked if the job `writes` to it.
 
     Raises:
-        UserError: with everything that is in the way, the same on all processes. The target is
-            only looked at when something `writes` to it.
+        UserError: with every problem that was found, the same on all processes.
     """
     for option in ("tpu_type", "report", "compile"):
         if writes and getattr(config, option):
-            raise UserError(f"--{option} is only valid with `maxconv plan`: take it out.")
+            raise UserError(f"--{option} is only valid with `maxconv plan`; remove it.")
     if config.compile and config.tpu_type is None:
-        raise UserError("--compile asks the TPU compiler: say for which slice, --tpu_type=v5p-64.")
+        raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
     with same_error_everywhere():
         _check_outputs(config)
     with _opened_by_all(config) as source:
@@ -99,8 +100,9 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window, differs)
         mine = resume.identity(config, source, plan, window)
-        agree({"the plan": mine[resume.PLAN]}, "start them in the same environment")
-        same = gathered(mine)[0]  # a copy of the source on another host has other times
+        if jax.process_count() > 1:
+            agree({"the plan": plan.digest}, "start them in the same environment")
+        same = gathered(mine)[0]  # local copies differ in their modification times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
         job = Job(config, source, model, plan, notices, window, same, target)
@@ -111,7 +113,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
 
 
 def _check_outputs(config: Config) -> None:
-    """UserError when a file to write beside the checkpoint is not ours to write."""
+    """Raises UserError if an output file, such as a report, must not be written."""
     index, count = jax.process_index(), jax.process_count()
     trace = config.trace and of_process(config.trace, index, count)
     report = config.report if index == 0 else None
@@ -122,7 +124,7 @@ def _check_outputs(config: Config) -> None:
 
 
 def _head_differs(config: Config, source: Source) -> bool:
-    """Whether a tied table has a head beside it that is another; each process reads a share."""
+    """Whether a stored head differs from the table it is tied to; each process reads a share."""
     mine = False
     with same_error_everywhere():
         if not config.adapter_alone:
@@ -135,7 +137,7 @@ def _head_differs(config: Config, source: Source) -> bool:
 def _planned(
     config: Config, source: Source, window: int, head_differs: bool
 ) -> tuple[Model, Plan, tuple[str, ...]]:
-    """What the checkpoint is, how it is converted, and what the user should know of both."""
+    """The model, the plan, and notices for the user."""
     model = resolved(config, source, head_differs)
     mesh = make_mesh(config, _devices(config))
     rules, axis = config.logical_axis_rules, config.scan_axis
@@ -146,7 +148,7 @@ def _planned(
 
 
 def _format(config: Config, model: Model, window: int) -> Format:
-    # An eighth of a slab, so that its data files are written side by side; on the Hub few do.
+    # An eighth of a slab, so that data files are written concurrently; on the Hub, fewer files.
     to_hub = is_repository(config.base_output_directory)
     return Format(
         config.scan_layers,
@@ -160,7 +162,7 @@ def _format(config: Config, model: Model, window: int) -> Format:
 
 
 def _opened_by_all(config: Config) -> Source:
-    """The checkpoint, on the Hub at the commit that process 0 finds: revisions move on."""
+    """Opens the checkpoint; on the Hub, all processes at the commit that process 0 finds."""
     source = None
     with same_error_everywhere():
         if jax.process_index() == 0:
@@ -171,24 +173,27 @@ def _opened_by_all(config: Config) -> Source:
 
 
 def _check_same_everywhere(source: Source) -> None:
-    """Raises RetryableError when processes opened a source in a bucket or on the Hub differently.
+    """Checks that all processes have opened the same checkpoint.
 
-    Copies on the disks of several hosts have times of their own, which say nothing: for those,
-    raises UserError when their content differs.
+    Local copies on several hosts are compared by content, as their modification times differ.
+
+    Raises:
+        RetryableError: a source in a bucket or on the Hub changed in between.
+        UserError: local copies differ.
     """
     seen = gathered(source.versions() if source.is_shared else {})
     if seen.count(seen[0]) < len(seen):
         raise RetryableError(
-            f"{source.root} changed while it was opened; start again when nobody writes to it."
+            f"{source.root} changed while it was being opened; try again once it does not change."
         )
     with same_error_everywhere():
         found = source.fingerprints()
     content = {f"the content of {file}": digest for file, digest in found.items()}
-    agree(content, f"copy {source.root} again, to all hosts")
+    agree(content, f"copy {source.root} to all hosts again")
 
 
 def _devices(config: Config) -> Sequence[Any] | None:
-    """Those to plan for, where they are not the ones that are here."""
+    """The devices of --tpu_type; None for those of this job."""
     if config.tpu_type is None:
         return None
     on, num_slices = slice_of(config.tpu_type), max(config.num_slices, 1)
@@ -196,7 +201,7 @@ def _devices(config: Config) -> Sequence[Any] | None:
 
 
 def opened(config: Config, commit: str | None = None) -> Source:
-    """The checkpoint that is to be converted; on the Hub at a commit, if that is known."""
+    """Opens the checkpoint to convert; on the Hub, at `commit` if given."""
     path = config.hf_model_path
     open_part = partial(
         open_source,
@@ -210,7 +215,7 @@ def opened(config: Config, commit: str | None = None) -> Source:
     if path is None:
         facts = model_facts(config.model_name)
         if facts is None:
-            raise UserError("Say which Hugging Face checkpoint: --hf_model_path=DIR.")
+            raise UserError("Name the checkpoint to convert with --hf_model_path= or model_name=.")
         path = facts["hf_id"]
     if config.eager_load_method == "transformers" and not config.lazy_load_tensors:
         base = TransformersSource(path, config.revision, config.hf_access_token)
@@ -222,7 +227,7 @@ def opened(config: Config, commit: str | None = None) -> Source:
 
 
 def resolved(config: Config, source: Source, head_differs: bool = False) -> Model:
-    """Which model the checkpoint is."""
+    """Identifies the model of the checkpoint."""
     name, facts, words = config.model_name, model_facts(config.model_name), config.overrides
     if config.adapter_alone:
         return adapter_model(source, name, facts, words, config.scan_layers)
@@ -231,7 +236,7 @@ def resolved(config: Config, source: Source, head_differs: bool = False) -> Mode
 
 
 def _with_target(job: Job, form: Format) -> Job:
-    """The job, once its target was looked at; UserError when something is in the way there."""
+    """The job with its target checked; UserError if it cannot be written to."""
     config, directory = job.config, job.config.base_output_directory
     if is_repository(directory):
         return replace(job, target=_hub_target(job, form))
@@ -250,7 +255,7 @@ def _with_target(job: Job, form: Format) -> Job:
             problems = [*lost, *problems] if problems else []
         if config.resume and differs is not None and not finished:
             problems = [differs]
-        can_move = "://" not in directory  # what is kept is moved, which in a bucket is a copy
+        can_move = "://" not in directory  # resuming moves files, and in buckets that is a copy
         may_resume = config.resume and can_move and not finished
         there = "unfinished" if differs is None and may_resume else "nothing"
     if problems:
@@ -269,16 +274,16 @@ def _hub_target(job: Job, form: Format) -> Target:
             problems = place.scratch_problems(scratch, _scratch_nbytes(job))
     if problems:
         raise UserError(problems)
-    retries = config.max_retries
-    going = Publication(repository, config.hf_access_token, retries, config.public)
+    retries, public = config.max_retries, config.public
+    going = Publication(repository, config.hf_access_token, retries, public, config.overwrite)
     return HubTarget(going, form, job.window)
 
 
 def _scratch_nbytes(job: Job) -> int:
-    """What all processes have on disk at most of a checkpoint that goes to the Hub.
+    """Upper bound of the scratch space, over all processes, for a checkpoint that goes to the Hub.
 
-    Each starts to make a slab when no more than a window waits to be uploaded, and while the slabs
-    of another window are being written.
+    Each starts another slab while at most a window waits to be uploaded, and slabs of up to another
+    window are being written.
     """
     if not job.config.lazy_load_tensors:
         return job.plan.output_nbytes
@@ -288,7 +293,7 @@ def _scratch_nbytes(job: Job) -> int:
 
 
 def _window(config: Config) -> int:
-    """Bytes that a process may hold of what it reads, makes and writes."""
+    """Maximum bytes that a process may hold for reading, computing and writing."""
     if config.max_host_memory_gb is not None:
         window = int(config.max_host_memory_gb * 2**30) - BASE
     elif config.tpu_type is not None:

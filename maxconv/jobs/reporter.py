@@ -1,4 +1,4 @@
-"""What a job tells whoever started it; by default, nothing."""
+"""The interface through which a job reports; by default, silent."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -7,25 +7,25 @@ from maxconv.jobs.prepare import Job
 
 
 class Reporter:
-    """Told what happens in a job, on every process. Subclasses show it to a person."""
+    """Receives what happens in a job, on every process. Subclasses show it to the user."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know; it stops nothing."""
+        """A notice for the user; the job goes on."""
 
     def progress(
         self, label: str, done: Callable[[], tuple[int, int]]
     ) -> AbstractContextManager[object]:
-        """Something that takes a while. `done` gives bytes done so far, and in all."""
+        """Progress of a long operation. `done` returns the bytes done so far, and in all."""
         return nullcontext()
 
     def saved(self, job: Job, seconds: float) -> None:
-        """A checkpoint is saved."""
+        """A checkpoint was saved, in so many seconds."""
 
     def verified(self, job: Job, leaves: int, witnessed: int, seconds: float) -> None:
-        """So many leaves of a checkpoint were compared with the source, and are right.
+        """A number of leaves were compared with the source, and are correct.
 
-        `witnessed`: bytes of them that numpy made, too.
+        `witnessed`: bytes of leaves that were also checked with numpy (see witness.py).
         """
 
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
-        """A timeline was written; seconds of each kind of work, over all threads."""
+        """A timeline was written; `seconds`: for each kind of work, summed over all threads."""

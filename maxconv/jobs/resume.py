@@ -1,4 +1,4 @@
-"""Whether a conversion that was cut off can be resumed: it must be the very same."""
+"""Whether an interrupted conversion can be resumed: it must be the same conversion."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from maxconv.sources import Source
 from maxconv.targets import place
 
 PLAN = "the digest of the plan"
-_MEMORY = "the memory for buffers (--max_host_memory_gb)"  # matters where it decides the slabs
-_NO_MATTER = ("max_host_memory_gb",)  # by itself
-_MANY = 3  # differences that are worth telling
+_MEMORY = "the memory for buffers (--max_host_memory_gb)"  # matters only if it affects the slabs
+_NO_MATTER = ("max_host_memory_gb",)  # covered by _MEMORY
+_MANY = 3  # differences that are reported
 
 
 def identity(config: Config, source: Source, plan: Plan, window: int) -> dict[str, str]:
-    """What must be the same for two attempts to make the same bits in the same places.
+    """Everything that must be equal for two attempts to write the same bits in the same places.
 
-    `window`: bytes of buffers per process, by which the plan was made.
+    `window`: bytes of buffers per process, for which the plan was made.
     """
     words = (word.partition("=") for word in config.words)
     leaves = [  # with the shape of their slabs, which is that of the chunks in storage
@@ -41,7 +41,7 @@ def identity(config: Config, source: Source, plan: Plan, window: int) -> dict[st
 def recorded(directory: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
     """The identity of the conversion to a directory, finished or not, and notices for the user.
 
-    None if there is none, or none that can be read.
+    The identity is None if there is none that can be read.
     """
     notices: list[str] = []
     for name in (place.UNFINISHED_WORDS, place.WORDS):
@@ -53,14 +53,14 @@ def recorded(directory: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
                 return identity, tuple(notices)
             raise ValueError(f"{directory}/{name} is damaged")
         except ValueError as error:
-            notices.append(f"{error}, so there is nothing to resume by it")
+            notices.append(f"{error}, so that conversion cannot be resumed")
     return None, tuple(notices)
 
 
 def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Why a conversion cannot be resumed, in a sentence."""
     names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]
-    # Less memory makes smaller slabs, and so another plan; if it does not, it does not matter.
+    # Less memory gives smaller slabs, and so another plan; if not, it does not matter.
     if _MEMORY in names:
         names.remove(PLAN if PLAN in names else _MEMORY)
     differ = [
@@ -72,5 +72,5 @@ def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> s
     more = f", and {len(differ) - _MANY} more" if len(differ) > _MANY else ""
     return (
         f"{directory} holds another unfinished conversion: {'; '.join(differ[:_MANY])}{more}; "
-        "give the same arguments, or leave out --resume to start again."
+        "give the same arguments, or remove --resume to start over."
     )

@@ -1,8 +1,8 @@
 """Reads a checkpoint back in its training sharding and compares it, bit by bit, with its source.
 
-Orbax opens it and TensorStore reads the leaves, as it does for Orbax; by ourselves, because what
-`ocp.load` does about a shard that cannot be read is to leave the other processes waiting. A stored
-leaf and the one that the engine makes again are compared where they live, on the mesh.
+Orbax opens it, and leaves are read with TensorStore, as Orbax does; not with `ocp.load`, because
+that leaves the other processes waiting if a shard cannot be read. A stored leaf and the one that
+the engine makes again are compared on the mesh.
 """
 
 import json
@@ -38,19 +38,19 @@ from maxconv.sources.orbax import Item, find_items, open_item, reason
 from maxconv.targets import journal, place
 from maxconv.targets.publication import is_repository
 
-SMALL_BYTES = 1 << 20  # of a leaf that is always in the sample: norms and biases
+SMALL_BYTES = 1 << 20  # leaves up to this size, norms and biases, are always in the sample
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process
-_UNREADABLE = ""  # the key of a problem that spares all others
+_UNREADABLE = ""  # the key of a problem that makes all others redundant
 
 
 @dataclass
 class Report:
-    """What was found so far, the same on all processes.
+    """The result so far, the same on all processes.
 
     Attributes:
-        total: leaves that are to be compared with what the engine makes.
-        leaves, nbytes: those that were, and what of them was.
-        witnessed: bytes of leaves that were compared with what numpy makes.
+        total: number of leaves to compare with those that the engine makes.
+        leaves, nbytes: number of leaves and of bytes that were compared.
+        witnessed: bytes of leaves that were compared with those that numpy makes.
         problems: sentences.
     """
 
@@ -79,28 +79,28 @@ def verify(
     """Compares a checkpoint with what the plan makes of its source.
 
     All processes call it, and get the same report. A process holds at most the window and two
-    copies of its part of a slab. What cannot be read is a problem in the report, not an exception.
+    copies of its part of a slab. Unreadable data is a problem in the report, not an exception.
 
     Args:
         directory: of the checkpoint: `<out>`, `<out>/0` or `<out>/0/items`.
         plan: of the conversion.
-        engine: makes the leaves again. Best made for a plan of `leaves_to_check` alone: it reads
-            ahead what its plan has.
-        source: of the conversion, for the witness.
-        mode: "sample" compares `leaves_to_check` only. "full" compares every leaf, and checks every
-            byte of the OCDBT files that no leaf is made of. In both, `witness` then compares its
-            part with what numpy makes: a sample of all leaves, or all of them.
-        window: the budget, in bytes per process; the engine's is the same one.
+        engine: makes the leaves again; ideally for a plan of just `leaves_to_check`, because it
+            reads ahead in its plan.
+        source: of the conversion, for `witness`.
+        mode: "sample" compares `leaves_to_check` only. "full" compares every leaf, and checks all
+            other bytes of the OCDBT files. In both, `witness` then repeats the comparison with
+            numpy: for a sample of all leaves, or for all of them.
+        window: the budget, in bytes per process; shared with the engine.
         say: called after every slab.
-        seen_as: turns what is in the directory into what is to be read.
-        custom: metadata that MaxText should find, such as `scan_layers`, if that is known.
+        seen_as: maps the item in the directory to the one to read.
+        custom: MaxText's custom metadata, such as `scan_layers`, if known.
 
     Raises:
-        UserError: if there is no checkpoint.
+        UserError: there is no checkpoint.
     """
     items = find_items(epath.Path(directory))
     if len(items) != 1:
-        raise UserError(f"{directory} holds no checkpoint of MaxText; give the one to verify.")
+        raise UserError(f"{directory} is not a MaxText checkpoint; give the one to verify.")
     item, found = _open(items[0], plan, mode, custom)
     found = _everyones(found)
     report = Report(problems=list(found.values()))
@@ -124,9 +124,9 @@ def _made_again(
     report: Report,
     say: Callable[[Report], object],
 ) -> dict[str, str]:
-    """What differs from what the engine makes, by leaf."""
+    """Differences from the leaves that the engine makes, by leaf."""
     problems: dict[str, str] = {}
-    for group in groups(leaves):  # in any case all of them: the engine is reading ahead
+    for group in groups(leaves):  # all of them, as the engine reads ahead in this order
         made = engine.make_slabs([slab for _, slab in group])
         for leaf, slab in group:
             if problem := _compared(item, leaf, slab, made.pop(0), window):
@@ -140,7 +140,7 @@ def _made_again(
 def _witnessed(
     item: Item, leaves: Sequence[LeafPlan], source: Source, mode: str
 ) -> tuple[int, dict[str, str | None]]:
-    """Bytes that the witnesses of all processes compared, and what they found."""
+    """Bytes that were compared with numpy on all processes, and the differences."""
     mine, found = witness(item, leaves, source, mode)
     return sum(gathered(mine.compared)), {**_everyones(found)}
 
@@ -148,8 +148,8 @@ def _witnessed(
 def _compared(
     item: Item, leaf: LeafPlan, slab: Slab, expected: jax.Array, window: int
 ) -> str | None:
-    """What is wrong with a stored slab, in a sentence."""
-    stored, why = _read(item, leaf, slab, window // 2)  # the engine has the rest
+    """A sentence if a stored slab differs or cannot be read."""
+    stored, why = _read(item, leaf, slab, window // 2)  # the engine uses the rest
     if failed := _everyones({leaf.name: why} if why else {}):
         return f"{leaf.name} cannot be read: {failed[leaf.name]}."
     return _difference(leaf, slab, expected, stored) if stored is not None else None
@@ -158,8 +158,8 @@ def _compared(
 def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
     """The leaves that a mode compares, in the plan's order.
 
-    A sample has every leaf of at most 1 MiB. Of the others, smallest first, it has those slabs that
-    are made by a recipe that the sample lacks, while a process' share of them stays within 1 GiB.
+    A sample has every leaf of at most 1 MiB. From the others, smallest first, it takes slabs that
+    add a new recipe to the sample, up to 1 GiB per process.
     """
     if mode == "full":
         return list(plan.leaves)
@@ -180,7 +180,7 @@ def leaves_to_check(plan: Plan, mode: str) -> list[LeafPlan]:
 def _open(
     directory: epath.Path, plan: Plan, mode: str, custom: Mapping[str, Any] | None
 ) -> tuple[Item | None, dict[str, str]]:
-    """The checkpoint; and the problems that show before leaves are read, by leaf or file."""
+    """Opens the checkpoint; also returns problems found before reading leaves, by leaf or file."""
     try:
         item = open_item(directory)
         found = metadata_problems(item, plan, custom)
@@ -212,7 +212,7 @@ def _read(item: Item, leaf: LeafPlan, slab: Slab, window: int) -> tuple[jax.Arra
 
 
 def _difference(leaf: LeafPlan, slab: Slab, expected: jax.Array, stored: jax.Array) -> str | None:
-    """A sentence about the first element that is not as it should be, if there is one."""
+    """A sentence about the first element that differs, if any."""
     differ, locate = _comparison(leaf.sharding.mesh)
     rows = np.flatnonzero(differ(expected, stored))
     if not rows.size:
@@ -223,18 +223,19 @@ def _difference(leaf: LeafPlan, slab: Slab, expected: jax.Array, stored: jax.Arr
     in_leaf = slab.in_leaf(tuple((int(i), int(i) + 1) for i in index))
     should, got = (f"{value.view(leaf.dtype)} (0x{int(value):x})" for value in values)
     return (
-        f"{leaf.name}[{', '.join(str(at) for at, _ in in_leaf)}] is {got}, the source makes it "
-        f"{should}; {counts.sum(dtype=np.int64):,} of {expected.size:,} elements differ."
+        f"{leaf.name}[{', '.join(str(at) for at, _ in in_leaf)}] is {got}, but should be {should} "
+        f"according to the source; {counts.sum(dtype=np.int64):,} of {expected.size:,} elements "
+        "differ."
     )
 
 
 @cache
 def _comparison(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., list[jax.Array]]]:
-    """Two jitted functions of a leaf as it should be and as it is stored.
+    """Two jitted functions of a leaf as expected and as stored.
 
-    The first says for each row whether it differs, bool[rows]; that is all that an intact leaf
-    takes. The second is given a row that does, and returns the number of differing elements in each
-    row, uint32[rows], the position of the first one in the flattened row, and the bits of both.
+    The first returns whether each row differs, bool[rows]; an intact leaf needs only that. The
+    second is given a row that differs. It returns the number of differing elements in each row,
+    uint32[rows], the position of the first one in the flattened row, and the bits of both.
     """
 
     def in_bits(x: jax.Array) -> jax.Array:
@@ -255,25 +256,25 @@ def _comparison(mesh: Mesh) -> tuple[Callable[..., jax.Array], Callable[..., lis
 
 
 def _everyones(mine: dict[str, str]) -> dict[str, str]:
-    """What the processes found, together: the same on all of them."""
+    """The findings of all processes, merged; the same on all of them."""
     return {name: why for found in reversed(gathered(mine)) for name, why in found.items()}
 
 
 def _file_problems(items: epath.Path) -> dict[str, str]:
-    """What is wrong with this process' share of the OCDBT files, apart from the leaves in them.
+    """Damage in this process' share of the OCDBT files, apart from the leaves in them.
 
-    A data file consists of values, which are the leaves' bytes, and of nodes, which end in their
-    CRC. Most nodes are of versions before the last, which no read of the checkpoint comes by.
-    Values may be in the tree of their store alone: those of a leaf that was made again, and that
-    the whole takes from an attempt before. The stores of attempts that were cut off, which have
-    journal.ATTEMPT in their names, may also have what was about to become either: of these the
-    leaves tell all that matters.
+    A data file consists of values, which are the bytes of leaves, and of nodes, which end in a CRC.
+    Most nodes belong to earlier versions, which reading the checkpoint does not touch. Some values
+    are only in the tree of their own store: those of a leaf that was made twice, if the merged tree
+    has the one of an earlier attempt. Stores of interrupted attempts (journal.ATTEMPT in their
+    names) may also end in incomplete values or nodes, so they are not checked here: comparing the
+    leaves is enough.
     """
     values = dict(value_spans(items))
     stores = sorted(items.glob("ocdbt.process_*"))
     databases = [items, *(store for store in stores if journal.ATTEMPT not in store.name)]
     for store in databases[1:]:
-        with suppress(ValueError):  # it is empty, or its nodes are told below
+        with suppress(ValueError):  # it is empty, or its damaged nodes are reported below
             for file, spans in value_spans(store).items():
                 name = f"{store.name}/{file}"
                 values[name] = values.get(name, set()) | spans
@@ -295,18 +296,19 @@ def saved_items(path: str) -> epath.Path:
     """
     if is_repository(path):
         raise UserError(
-            f"{path} can be verified where it is downloaded: give the directory of "
-            "`hf download org/name --local-dir DIR`."
+            f"{path} is on the Hub; download it first: "
+            f"`hf download {path.removeprefix('hf://')} --local-dir DIR`, then "
+            "`maxconv verify DIR`."
         )
-    root = epath.Path(path if "://" in path else os.path.abspath(path))  # Orbax wants no less
+    root = epath.Path(path if "://" in path else os.path.abspath(path))  # as Orbax requires
     items = find_items(root / place.STEP) or find_items(root)
     if len(items) != 1:
-        raise UserError(f"{path} is no MaxText checkpoint: there is no 0/items/_METADATA in it.")
+        raise UserError(f"{path} is not a MaxText checkpoint: it has no 0/items/_METADATA.")
     return items[0]
 
 
 def recorded_arguments(items: epath.Path) -> list[str]:
-    """The arguments that a checkpoint was made with, if they lie beside it."""
+    """The arguments of the conversion, from the maxconv.json next to a checkpoint, if any."""
     try:
         record = json.loads((items.parent.parent / place.WORDS).read_text())
     except (OSError, ValueError):

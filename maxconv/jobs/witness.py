@@ -1,11 +1,11 @@
-"""A witness that shares nothing with what makes the leaves: numpy, over plainly read bytes.
+"""An independent check of the leaves, with numpy on tensors that are read in the simplest way.
 
-It evaluates the expression of a leaf chunk by chunk as it is stored, and compares bits. Neither the
-planner's cells and lanes, nor compiled programs, nor the reader that groups and scatters boxes are
-part of that. Local files are read by the safetensors library, others a row at a time.
+It evaluates the expression of a leaf, chunk by chunk as stored, and compares bits. It does not use
+the planner's cells and lanes, compiled programs, or the reader that coalesces and scatters boxes.
+Local files are read with the safetensors library, others row by row.
 
 A sample costs each process up to 512 MiB of reads. A full check reads the checkpoint and its source
-once more, of which each process has an equal part, and takes about a second per GB of them.
+once more, an equal part on each process, and takes about a second per GB.
 """
 
 import math
@@ -37,15 +37,15 @@ from maxconv.planning.plan import LeafPlan
 from maxconv.sources import Source, TensorInfo
 from maxconv.sources.orbax import Item, reason
 
-SAMPLE_BYTES = 512 << 20  # of stored chunks and of tensors that a process reads for a sample
-BOX_BYTES = 256 << 10  # of a box in a sample
-BOXES = 4  # in a chunk of a sample: one in a corner, the others anywhere
-WORK_BYTES = 32 << 20  # of a leaf that are evaluated at once: numpy holds a few float32 of them
+SAMPLE_BYTES = 512 << 20  # stored chunks and tensors that a process reads for a sample
+BOX_BYTES = 256 << 10  # size of a box in a sample
+BOXES = 4  # boxes per chunk in a sample: one in a corner, the others at random
+WORK_BYTES = 32 << 20  # bytes of a leaf evaluated at once; numpy holds a few float32 copies
 
 
 @dataclass
 class Testimony:
-    """What this process has seen: bytes of leaves compared, bytes of tensors read for it."""
+    """The work of this process: bytes of leaves compared, and bytes of tensors read for that."""
 
     compared: int = 0
     read: int = 0
@@ -58,19 +58,19 @@ def witness(
     mode: str,
     say: Callable[[Testimony], object] = lambda testimony: None,
 ) -> tuple[Testimony, dict[str, str]]:
-    """Compares this process' share of a checkpoint with what numpy makes of the source.
+    """Compares this process' share of a checkpoint with what numpy computes from the source.
 
     Args:
         item: the checkpoint.
-        leaves: of the plan, that are in the checkpoint as planned.
+        leaves: those of the plan that are in the checkpoint with the planned shape and dtype.
         source: of the conversion.
-        mode: "full" compares every element of every leaf; all processes together do. "sample" has
-            `BOXES` boxes of one chunk of each leaf, as many as 512 MiB of reads allow; leaves that
-            are made alike come after one of their kind. What is chosen is the same every time.
+        mode: "full" compares every element of every leaf, divided among all processes. "sample"
+            compares `BOXES` boxes in one chunk of each leaf, within 512 MiB of reads; one leaf of
+            each kind comes first. The choice is deterministic.
         say: called after every box.
 
     Returns:
-        What was compared, and a sentence for each leaf of which something differs.
+        What was compared, and a sentence for each leaf that differs.
     """
     seen, problems = Testimony(), dict[str, str]()
     for leaf, chunk, boxes in _full(item, leaves) if mode == "full" else _sample(item, leaves):
@@ -92,7 +92,7 @@ def witness(
 
 
 Share = Iterator[tuple[LeafPlan, Box, Sequence[Box]]]
-"""Chunks of leaves, each with the boxes in it to look at."""
+"""Chunks of leaves, each with the boxes in it to compare."""
 
 
 def _full(item: Item, leaves: Sequence[LeafPlan]) -> Share:
@@ -129,7 +129,7 @@ def _one_of_each_kind_first(leaves: Sequence[LeafPlan]) -> list[LeafPlan]:
 
 
 def _chunks(item: Item, leaf: LeafPlan) -> Iterator[Box]:
-    """The leaf as it is stored: what is read and decoded at once."""
+    """The chunks of a leaf as stored, each read and decoded as a unit."""
     extents = item.arrays[leaf.name].inner or leaf.shape
     counts = [-(-n // max(extent, 1)) for n, extent in zip(leaf.shape, extents, strict=True)]
     for place in np.ndindex(*counts):
@@ -138,7 +138,7 @@ def _chunks(item: Item, leaf: LeafPlan) -> Iterator[Box]:
 
 
 def _box_in(chunk: Box, itemsize: int, random: np.random.Generator, corner: bool) -> Box:
-    """A small box: as much of the last axes as there is room for, somewhere on the others."""
+    """A small box: as much of the last axes as fits, at a random or corner position."""
     room, box = BOX_BYTES // itemsize, []
     for lo, hi in reversed(chunk):
         n = max(1, min(hi - lo, room))
@@ -149,8 +149,8 @@ def _box_in(chunk: Box, itemsize: int, random: np.random.Generator, corner: bool
 
 
 def _pieces(expr: Expr, box: Box, itemsize: int) -> Iterator[Box]:
-    """A box cut into pieces that can be evaluated at once: between the parts of a stack, then along
-    the axis by which rows of tensors stay whole."""
+    """Splits a box into pieces small enough to evaluate: between the parts of a stack, then along
+    the axis that keeps rows of tensors whole."""
     if isinstance(expr, Concat):
         places = [(start, stop) for _, start, stop in expr.placed()]
         parts = (with_axis(full(expr.shape), expr.axis, place) for place in places)
@@ -178,12 +178,12 @@ def _halves(box: Box, axis: int) -> Iterator[Box]:
 
 
 def _cost(expr: Expr, box: Box) -> int:
-    """Bytes that the tensors' boxes take once they are float32."""
+    """Bytes of the tensors that a box needs, as float32."""
     return 4 * sum(volume(read.box) for read in trace(expr, box).reads)
 
 
 def _runs(expr: Expr, box: Box) -> int:
-    """Rows of tensors that a box is made of."""
+    """Number of rows of tensors that a box needs."""
     return sum(math.prod(dims(read.box)[:-1]) for read in trace(expr, box).reads)
 
 
@@ -197,14 +197,14 @@ def _evaluated(leaf: LeafPlan, box: Box, source: Source, seen: Testimony) -> np.
             array[slices(inside, read.box)] = plainly_read(source, info, inside)
         arrays.append(array)
         seen.read += volume(inside) * info.dtype.itemsize
-    with np.errstate(all="ignore"):  # what overflows or is no number is so in the source
+    with np.errstate(all="ignore"):  # overflow and NaNs come from the source
         return np.ascontiguousarray(traced.run(arrays).astype(leaf.dtype))
 
 
 def plainly_read(source: Source, info: TensorInfo, box: Box) -> np.ndarray:
-    """A box of a tensor, by the safetensors library where that can read it.
+    """A box of a tensor, read with the safetensors library if possible.
 
-    It gives numpy no float8; and it reads files.
+    That reads only local files, and no float8 into numpy.
     """
     path = source.path(info)
     if path is not None and not info.dtype.name.startswith("float8"):
@@ -226,16 +226,16 @@ def _difference(leaf: LeafPlan, box: Box, made: np.ndarray, stored: np.ndarray) 
     index = np.unravel_index(np.flatnonzero(unequal)[0], made.shape)
     place = ", ".join(str(lo + int(i)) for (lo, _), i in zip(box, index, strict=True))
     should, got = (f"{x[index]} (0x{int(x.view(unsigned)[index]):x})" for x in (made, stored))
-    return f"{leaf.name}[{place}] is {got}, numpy makes it {should} from the source."
+    return f"{leaf.name}[{place}] is {got}, but should be {should} according to numpy."
 
 
 def _has_sums(expr: Expr) -> bool:
-    """Whether it has a product of matrices, whose sums libraries add up in orders of their own."""
+    """Whether it has a matrix product, whose rounding depends on the order of summation."""
     return any(isinstance(node, Combine) and node.op == "matmul" for node in nodes(expr))
 
 
 def _is_near(made: np.ndarray, stored: np.ndarray) -> np.ndarray:
-    """Where two sums of the same terms may be: one step of the dtype apart, and what cancels."""
+    """Where values agree up to rounding: one step of the dtype, plus cancellation in sums."""
     a, b = (x.astype(np.float32) for x in (made, stored))
     step = float(ml_dtypes.finfo(made.dtype).eps)
     return np.isclose(a, b, rtol=step, atol=1e-5 * float(np.abs(a).max(initial=0)), equal_nan=True)

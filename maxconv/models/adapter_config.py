@@ -29,15 +29,15 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 _MERGE = "merge it with PEFT first"
 
-# PEFT takes any regular expression for a pattern of modules, and some never end. These do: names,
-# character classes, alternatives, and repetitions of single characters.
+# PEFT accepts any regular expression as a pattern of modules, and matching some takes forever.
+# These are safe: names, character classes, alternatives, and repetitions of single characters.
 _PATTERN = re.compile(r"\^?(?:[\w/:-]|\.|\\[.dw]|\[[\w-]+\]|(?<!\))[*+?]|[(|)])*\$?", re.ASCII)
 LONGEST_NAME = 128  # of a module, or a pattern
 _MOST_STEPS = 1 << 32  # of matching all patterns with all modules, at worst
 
 
 def config_problems(config: Mapping[str, Any], alone: bool = False) -> Iterator[str]:
-    """What is no plain LoRA, or is not MaxText's if it is to stand `alone`, each in a sentence."""
+    """A sentence for everything that is not plain LoRA, or that MaxText lacks if it is `alone`."""
     for problem in _problems(config, alone):
         yield f"adapter_config.json: {problem}"
 
@@ -57,8 +57,8 @@ def _problems(config: Mapping[str, Any], alone: bool) -> Iterator[str]:
     for key in ("rank_pattern", "alpha_pattern") if alone else ():
         if config.get(key):
             yield (
-                f"{key} is not supported, as MaxText has one for all; give the model as "
-                "--hf_model_path, to merge the adapter"
+                f"{key} is not supported for an adapter alone, as MaxText has one value for all "
+                "modules; add --hf_model_path= to merge the adapter"
             )
     for key in ("use_dora", "fan_in_fan_out"):
         if config.get(key):
@@ -82,9 +82,10 @@ def scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
-    """The function that gives the alpha of a module by its name.
+    """A function that returns the alpha of a module by its name.
 
-    The first pattern counts that fits the name, or its end after a dot (PEFT's get_pattern_key).
+    The first pattern counts that matches the name or the end of it after a dot, as in PEFT's
+    get_pattern_key.
     """
     default = schema.entry(config, "lora_alpha", 8)
     own = [
@@ -103,7 +104,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def pattern_problems(config: Mapping[str, Any], modules: int) -> Iterator[str]:
-    """Patterns that are none, or may take too long to match with so many modules."""
+    """Sentences about patterns that are invalid or may take too long to match."""
     patterns = schema.entry(config, "alpha_pattern", {})
     for pattern in patterns:
         if not _is_simple(pattern):
@@ -126,6 +127,6 @@ def _is_simple(pattern: str) -> bool:
 
 
 def _most_steps(pattern: str) -> int:
-    """Backtracking tries each place for a repetition, and each of two alternatives."""
+    """Upper bound of a match's steps: all positions per repetition, both alternatives per |."""
     repetitions = 1 + sum(pattern.count(c) for c in "*+?")  # one before the pattern
     return LONGEST_NAME**repetitions << pattern.count("|")

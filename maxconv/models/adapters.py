@@ -1,9 +1,9 @@
-"""A LoRA adapter by itself: the leaves that it has in MaxText, out of the table of its model.
+"""Converts a LoRA adapter alone, using the table of its model.
 
-The kernel of a weight W has the axes of what goes in and of what comes out. To W belongs the
-product B A of an adapter: A is on the side of what goes in, B of what comes out. So what a row does
-to the axes of a side is done to that part, and a scale to B. MaxText keeps A as (inputs, rank) and
-B as (rank, outputs), replicated, each axis flat.
+A kernel has input axes and output axes. The update of its weight W is the product B A of the
+adapter: A has the input axes, B the output axes. So whatever a row does to input axes is applied to
+A, and what it does to output axes, or a scale, to B. MaxText stores A as (inputs, rank) and B as
+(rank, outputs), replicated, with inputs and outputs flattened.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -33,9 +33,9 @@ from maxconv.models.resolve import Model, unit
 from maxconv.models.stored_names import renamer
 from maxconv.sources import Source
 
-IN, OUT = "A", "B"  # the sides of a weight are called after their parts
+IN, OUT = "A", "B"  # the input and output sides of a weight, named after their factors
 RANK = "rank"
-_MOST_TENSORS = 1 << 20  # of the model that an adapter is of
+_MOST_TENSORS = 1 << 20  # in the adapter's model
 
 
 def adapter_model(
@@ -45,19 +45,19 @@ def adapter_model(
     words: Mapping[str, Any],
     scans: bool,
 ) -> Model:
-    """An adapter, as a model whose tensors are all adapted.
+    """An adapter as a `Model`, whose parameters are the factors A and B.
 
     Args:
-        adapter: as PEFT saves it: `config` is its adapter_config.json.
-        name, facts: of the model that it adapts, as MaxText knows it.
-        words: what the user typed, which wins.
-        scans: layers are stacked. What is missing of a stack is zeros.
+        adapter: as saved by PEFT: its `config` is adapter_config.json.
+        name, facts: MaxText's name and configuration of the model that it adapts.
+        words: sizes given as arguments, which override `facts`.
+        scans: whether layers are stacked. Layers of a stack that are not adapted are zeros.
 
     Raises:
-        UserError: everything in the adapter that fits nothing, or is no plain LoRA.
+        UserError: with every tensor that matches no weight, and everything that is not plain LoRA.
     """
     if name is None or facts is None:
-        raise UserError("Say which model the adapter is of: model_name=.")
+        raise UserError("Converting an adapter alone needs the name of its model: add model_name=.")
     check(config_problems(adapter.config, alone=True), adapter)
     family, dims = described(name, {"mtp_num_layers": 0, **facts, **words})
     rows = list(family.rows(dims))
@@ -72,9 +72,9 @@ def adapter_model(
             parts += adapted.rows
             tensors |= adapted.tensors(found)
     notices = (
-        "just the adapter is converted: with --hf_model_path=, it is merged into that model",
-        "lora.lora_restore_path of MaxText 0.2.5 wants a tree without params/params/, unlike this, "
-        "and unlike what MaxText's own converter makes",
+        "only the adapter is converted; to merge it into its model, add --hf_model_path=",
+        "lora.lora_restore_path of MaxText 0.2.5 expects a tree without params/params/, which "
+        "neither this checkpoint nor that of MaxText's own converter has",
     )
     return Model(
         family,
@@ -92,14 +92,14 @@ def _check_count(rows: Sequence[Row], name: str, dims: Dims) -> None:
     if sum(r.times for r in rows) > _MOST_TENSORS:
         raise UserError(
             f"{name} would have {dims.layers} layers and {dims.experts} experts, more than an "
-            "adapter can be converted for: take out what you have typed of its sizes."
+            "adapter can be converted for; remove the sizes from the arguments."
         )
 
 
 def _found(
     adapter: Source, family: Family, adaptable: Sequence["Adaptable"]
 ) -> tuple[dict[str, dict[str, Expr]], list[str]]:
-    """The parts of each weight that is adapted, and what is wrong with them."""
+    """The factors of each adapted weight, and problems with them."""
     rename = renamer(family.names)
     weights = set().union(*(a.row.names() for a in adaptable))
     found, problems = pairs(adapter, lambda n: rename(n)[0], weights, alone=True)
@@ -108,12 +108,12 @@ def _found(
     stated = _rank(adapter)
     if ranks and ranks != {stated}:
         have = " and ".join(map(str, sorted(ranks)))
-        problems.append(f"adapter_config.json: r={stated}, but tensors have {have}")
+        problems.append(f"adapter_config.json: r={stated}, but the tensors have rank {have}")
     return found, problems
 
 
 def described(name: str, facts: Mapping[str, Any]) -> tuple[Family, Dims]:
-    """The family and sizes of a model as MaxText describes it, without a checkpoint."""
+    """The family and sizes of a model from MaxText's configuration, without a checkpoint."""
     (family,) = (
         family
         for family in BY_ARCHITECTURE[facts["architecture"]]
@@ -128,27 +128,27 @@ def described(name: str, facts: Mapping[str, Any]) -> tuple[Family, Dims]:
         return family, family.complete(sizes)
     except KeyError as error:
         raise UserError(
-            f"MaxText does not say {error} of {name}, so that its adapters cannot be converted "
-            "alone: give the model as --hf_model_path, to merge them."
+            f"MaxText's configuration of {name} lacks {error}, so adapters for it cannot be "
+            "converted alone; add --hf_model_path= to merge the adapter."
         ) from None
 
 
 @dataclass(frozen=True)
 class Adaptable:
-    """A row of a kernel, and what becomes of the parts of an adapter."""
+    """The row of a kernel, and the expressions of the adapter's factors for it."""
 
     row: Row
     parts: Mapping[str, Expr]
 
     @classmethod
     def of(cls, r: Row) -> "Adaptable | None":
-        """None if it is no kernel of one weight, (outputs, inputs)."""
+        """None unless the row is a kernel made from one weight, (outputs, inputs)."""
         is_kernel = r.path.endswith("/kernel") or r.experts
         parts = _parts(r.expr) if is_kernel else None
         return cls(r, parts) if parts else None
 
     def restricted(self, adapted: Set[str], scans: bool) -> "Adaptable | None":
-        """The same for leaves of which something is adapted; None if there are none."""
+        """Restricted to leaves that have adapted weights; None if there are none."""
         r = self.row
         if r.layers is None:
             return None if r.names().isdisjoint(adapted) else self
@@ -160,7 +160,7 @@ class Adaptable:
 
     @property
     def rows(self) -> Iterator[Row]:
-        """One for each part."""
+        """A row for each factor."""
         at = self.row.path.removesuffix("/kernel")
         logical = ("-", "-", "-") if self.row.experts else ("-", "-")
         for letter, expr in self.parts.items():
@@ -168,7 +168,7 @@ class Adaptable:
             yield replace(self.row, path=path, logical=logical, expr=expr)
 
     def tensors(self, found: Mapping[str, Mapping[str, Expr]]) -> dict[str, Expr]:
-        """Those that its rows name; of weights that are not adapted, zeros."""
+        """The tensors that its rows use; zeros for weights that are not adapted."""
         names = self.row.names()
         like = found[next(name for name in sorted(names) if name in found)]
         zeros = {letter: Fill(part.shape, 0.0) for letter, part in like.items()}
@@ -213,7 +213,7 @@ def _parts(template: Expr) -> dict[str, Expr] | None:
 
 
 def _sides_after(op: Pattern, sides: Sequence[str]) -> list[str] | None:
-    """The side of each axis after a movement; None if it mixes them or is of something else."""
+    """The side of each axis after a rearrangement; None if it mixes sides or does not apply."""
     before, after = op.groups
     if len(before) != len(sides):
         return None
@@ -223,13 +223,13 @@ def _sides_after(op: Pattern, sides: Sequence[str]) -> list[str] | None:
 
 
 def _axes(sides: Sequence[str], letter: str) -> list[int]:
-    """The axes that a part has: those of its side, and the rank in place of the others' first."""
+    """The axes of a factor: those of its side, with the rank in place of the first other axis."""
     other = next(i for i, side in enumerate(sides) if side != letter)
     return [i for i, side in enumerate(sides) if side == letter or i == other]
 
 
 def _of_part(op: Pattern, before: Sequence[str], after: Sequence[str], letter: str) -> Pattern:
-    """What a movement does to a part."""
+    """A rearrangement of the weight, restricted to one factor."""
     texts = []
     for groups, sides in zip(op.groups, (before, after), strict=True):
         own = (groups[i] if sides[i] == letter else [RANK] for i in _axes(sides, letter))
@@ -246,7 +246,7 @@ def _flat(sides: Sequence[str], letter: str) -> Pattern:
 
 
 def _lora(adapter: Source) -> dict[str, Any]:
-    """What MaxText wants to know of an adapter; it scales by alpha / rank."""
+    """MaxText's metadata for an adapter; MaxText scales by alpha / rank."""
     rank, alpha = _rank(adapter), schema.entry(adapter.config, "lora_alpha", 8)
     return {"lora": {"lora_rank": rank, "lora_alpha": rank * scaling(alpha, rank, adapter.config)}}
 

@@ -27,8 +27,8 @@ def family_of(source: Source, facts: Mapping[str, Any] | None = None) -> Family:
     what = ", ".join(_architectures(source.config)) or "model without an architecture"
     where = "" if _architectures(source.config) else " in config.json"
     raise UserError(
-        f"{source.root} is a {what}{where}; maxconv knows {', '.join(BY_ARCHITECTURE)}. "
-        'To teach it another, see "Add a model" in its README.'
+        f"{source.root} is a {what}{where}, which is not supported; supported architectures are "
+        f"{', '.join(BY_ARCHITECTURE)}. To add one, see `maxconv help models`."
     )
 
 
@@ -36,7 +36,7 @@ def check_config(source: Source, problems: Iterable[str]) -> None:
     """Raises a UserError about config.json if there are problems."""
     if found := list(problems):
         raise UserError(
-            [f"config.json in {source.root}: {p}; take that of the original model." for p in found]
+            [f"config.json in {source.root}: {p}; use that of the original model." for p in found]
         )
 
 

@@ -1,8 +1,8 @@
-"""The tensors that a family's table names, as expressions over those that a checkpoint holds.
+"""Maps the canonical tensor names of a family's table to the tensors of a checkpoint.
 
-Checkpoints of one architecture come under several names: `model.layers.0.mlp.up_proj.weight` is
-`language_model.model.layers.0...` in some. The table is written once, in canonical names, and a
-family lists the others. Quantised tensors are decoded by their codec.
+Checkpoints of one architecture may use different names: `model.layers.0.mlp.up_proj.weight` is
+`language_model.model.layers.0...` in some. The table uses canonical names, and the family lists the
+alternatives. Quantised tensors are decoded by their codec.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from maxconv.algebra import (
 )
 from maxconv.errors import UserError
 from maxconv.families import Family
-from maxconv.families.table import MOST_EXPERTS
+from maxconv.families.dims import MOST_EXPERTS
 from maxconv.models.codecs import SCALE, decoded
 from maxconv.models.lora import merged
 from maxconv.models.stored_names import left_out, no_weights, unwrapped
@@ -43,20 +43,20 @@ Names = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Logical:
-    """A checkpoint's tensors by their canonical names; `notices` say how it was read."""
+    """A checkpoint's tensors by canonical name, and notices about how it was read."""
 
     tensors: Mapping[str, Expr]
     notices: tuple[str, ...] = ()
 
 
 def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> Logical:
-    """The tensors of a checkpoint by the names of its family's table, dequantised and adapted.
+    """The tensors of a checkpoint by canonical name, dequantised, with LoRA merged.
 
-    `keep_fp8`: fp8 weights are not dequantised, and their scales are tensors like others.
+    `keep_fp8`: keep fp8 weights and their scales as separate tensors.
 
     Raises:
-        UserError: it is not in a form that is read, two tensors have the same canonical name, or
-            packed ones do not fit together.
+        UserError: the checkpoint is in a form that cannot be read, two tensors have the same
+            canonical name, or packed tensors do not match.
     """
     check_readable(source)
     beside = source.adapter.tensors if source.adapter else ()
@@ -83,7 +83,7 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     if source.adapter is not None:
         if any(name.endswith(SCALE) for name in found):
             raise UserError(
-                "An adapter cannot be merged into fp8 weights: add --save_dtype=bfloat16, to "
+                "An adapter cannot be merged into fp8 weights; add --save_dtype=bfloat16 to "
                 "dequantise them."
             )
         found = merged(found, source.adapter, lambda name: rename(name)[0])
@@ -93,13 +93,13 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     except AlgebraError as error:
         raise UserError(f"{source.root}: {error}.") from None
     if n:
-        notices = (*notices, f"rows and columns are exchanged in the experts of {n} layers")
+        notices = (*notices, f"the experts of {n} layers are stored transposed")
     renamed = (f"tensors {theirs}* are read as {ours}*" for theirs, ours in used.items())
     return Logical(found, (*notices, *renamed))
 
 
 def fused_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
-    """The weights, those of single experts concatenated to the fused ones that the table has."""
+    """The weights, with those of single experts concatenated into the table's fused ones."""
     found = dict(weights)
     for whole, pieces in (*family.fuse_experts, *_of_scales(family.fuse_experts)):
         first = pieces[0].format(e=0)
@@ -122,17 +122,17 @@ def _of_scales(fused: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def split_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
-    """The weights, fused ones of all experts cut into the tensors of each that the table has.
+    """The weights, with fused ones split into the table's tensors for each expert.
 
     Raises:
-        AlgebraError: a tensor that is not of all experts.
+        AlgebraError: a tensor does not have the shape of fused experts.
     """
     found = dict(weights)
     for whole, pieces in family.split_experts:
         for name in [name for name in weights if name.endswith(whole)]:
             fused, layer = found.pop(name), name.removesuffix(whole)
             if len(fused.shape) != 3 or fused.shape[1] % len(pieces) or not _is_filled(fused):
-                raise AlgebraError(f"tensor {name} {fused.shape} is not of all experts")
+                raise AlgebraError(f"tensor {name} {fused.shape} is not a tensor of all experts")
             experts, n = fused.shape[0], fused.shape[1] // len(pieces)
             for e, (i, piece) in product(range(experts), enumerate(pieces)):
                 one = apply(Slice(1, i * n, n), apply(Slice(0, e, 1), fused))
@@ -141,12 +141,12 @@ def split_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr
 
 
 def _is_filled(experts: Expr) -> bool:
-    """Whether there is anything of each expert, and no more of them than any model has."""
+    """Whether no axis is empty, and the number of experts is plausible."""
     return 0 not in experts.shape and experts.shape[0] <= MOST_EXPERTS
 
 
 def _add(weights: dict[str, Expr], name: str, weight: Expr) -> None:
-    """Adds a weight, of which there must not be another."""
+    """Adds a weight; AlgebraError if there is one of that name already."""
     if name in weights:
         one, other = (next(tensors(x)).name for x in (weights[name], weight))
         raise AlgebraError(f"{one} and {other} are the same tensor")
@@ -154,7 +154,11 @@ def _add(weights: dict[str, Expr], name: str, weight: Expr) -> None:
 
 
 def transposed_experts(weights: Mapping[str, Expr], family: Family) -> tuple[dict[str, Expr], int]:
-    """The weights, experts' (x, 2m, e) and (x, e, m) as (x, e, 2m) and (x, m, e); and how often."""
+    """Transposes experts of (x, 2m, e) and (x, e, m) to (x, e, 2m) and (x, m, e).
+
+    Returns:
+        The weights, and the number of layers whose experts were transposed.
+    """
     found, count = dict(weights), 0
     for fused, down in family.transposed_experts:
         for name in [name for name in weights if name.endswith(fused)]:
@@ -170,13 +174,13 @@ def transposed_experts(weights: Mapping[str, Expr], family: Family) -> tuple[dic
 
 
 def saved_dtype(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> np.dtype:
-    """The dtype in which MaxText saves what is made of some tensors.
+    """The dtype in which MaxText saves an expression.
 
     Args:
-        expr: what is made.
+        expr: the expression.
         dtypes: of the stored tensors, by name.
-        to: --save_dtype. With float8_e4m3fn nothing is rounded: what is fp8, bfloat16 or float32
-            stays that, the rest becomes float32.
+        to: --save_dtype. With float8_e4m3fn nothing is rounded: fp8, bfloat16 and float32 are kept,
+            everything else becomes float32.
     """
     if to != FP8:
         return to
@@ -185,7 +189,7 @@ def saved_dtype(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> np.
 
 
 def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
-    """A weight in the dtype that is stored: MaxText rounds before it computes, too.
+    """A weight rounded to the dtype that is saved: MaxText rounds before it computes as well.
 
     Args:
         weight: one of `Logical.tensors`.
@@ -200,7 +204,7 @@ def rounded(weight: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> Expr:
 
 
 def misfit(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> str | None:
-    """Why tensors cannot become a leaf, as far as their dtypes tell, in a sentence.
+    """Why the dtypes of tensors do not fit a leaf, in a sentence; None if they do.
 
     Args:
         expr: the leaf.
@@ -212,7 +216,7 @@ def misfit(expr: Expr, dtypes: Mapping[str, np.dtype], to: np.dtype) -> str | No
         if dtype.kind in "bc":
             return f"tensor {tensor.name} is {dtype}, but weights are real numbers"
         if to.kind in "iu" and dtype.kind not in "iu":
-            return f"tensor {tensor.name} is {dtype}, but MaxText keeps integers of it"
+            return f"tensor {tensor.name} is {dtype}, but the leaf in MaxText has integers"
     return None
 
 

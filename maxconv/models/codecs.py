@@ -1,6 +1,6 @@
-"""Quantised checkpoints: each weight as an expression over what is stored in its stead.
+"""Quantised checkpoints: each weight as an expression over the packed tensors that are stored.
 
-A codec is a property of the source. Families never see it, and a box of a weight is pulled back
+A codec is a property of the source, which families never see. A box of a weight is pulled back
 through it to the packed bytes. Results are float32, unrounded.
 """
 
@@ -28,20 +28,20 @@ from maxconv.families import Dims, Family, Row
 from maxconv.models.schema import entry
 
 QUANTIZATION = "quantization_config"  # the entry of config.json
-SCALE = "_scale_inv"  # how the names end of the scales of fp8 blocks
+SCALE = "_scale_inv"  # suffix of the names of fp8 block scales
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A format.
+    """A quantisation format.
 
     Attributes:
-        name: what messages call it.
-        mark: how the name ends of a tensor that only this format has.
-        parts: how the names of what is decoded end, after the name of the weight.
-        decode: the weight, given these and the checkpoint's `quantization_config`.
-        others: how the names of tensors end that decoding does not need.
-        dtypes: of the parts, by name; empty for any number.
+        name: for messages.
+        mark: name suffix of a tensor that only this format has.
+        parts: name suffixes of the packed tensors, after the name of the weight.
+        decode: returns the weight, given these and the checkpoint's `quantization_config`.
+        others: name suffixes of tensors that decoding does not need.
+        dtypes: of the parts; empty for any dtype.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Codec:
     dtypes: tuple[str, str] = ("", "")
 
     def misfit(self, parts: Sequence[Tensor], dtypes: Mapping[str, np.dtype]) -> str | None:
-        """Why the parts are not of this format, as far as their dtypes tell."""
+        """A phrase if the dtypes of the parts do not match this format, else None."""
         for part, dtype in zip(parts, self.dtypes, strict=True):
             if dtype and (found := dtypes.get(part.name, dtype)) != dtype:
                 return f"{part.name} is {found}, where {self.name} has {dtype}"
@@ -65,19 +65,19 @@ def decoded(
     keep_fp8: bool = False,
     dtypes: Mapping[str, np.dtype] | None = None,
 ) -> tuple[dict[str, Expr], tuple[str, ...]]:
-    """The tensors with the packed ones replaced by the weights they stand for.
+    """The tensors, with packed ones replaced by the weights they encode.
 
     Args:
-        tensors: all that the checkpoint holds, by name.
+        tensors: all tensors of the checkpoint, by name.
         config: its config.json.
-        keep_fp8: fp8 weights stay as they are, and so do their scales.
+        keep_fp8: leave fp8 weights and their scales as they are.
         dtypes: of the tensors, as they are read.
 
     Returns:
-        The weights, and a sentence for each codec that was used.
+        The weights, and a notice for each codec that was used.
 
     Raises:
-        UserError: naming each packed tensor whose parts do not fit together.
+        UserError: with each packed tensor whose parts do not match.
     """
     weights: dict[str, Expr] = dict(tensors)
     counts: dict[str, int] = {}
@@ -108,23 +108,23 @@ def decoded(
 def scale_rows(
     family: Family, dims: Dims, config: Mapping[str, Any], names: Iterable[str]
 ) -> Iterator[Row]:
-    """The rows of scales that are kept.
+    """The rows for fp8 scales that are kept.
 
     Args:
         family, dims: the model.
         config: its config.json.
-        names: of all tensors, in the table's terms.
+        names: canonical names of all tensors.
 
     Raises:
-        UserError: when MaxText has no place for them.
+        UserError: MaxText has no parameters for them.
     """
     scaled = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
     if not scaled:
         return
     if family.in_blocks is None:
         raise UserError(
-            f"MaxText keeps no fp8 weights of {family.architectures[0]}: add "
-            "--save_dtype=bfloat16, to dequantise them."
+            f"MaxText has no fp8 weights for {family.architectures[0]}; add --save_dtype=bfloat16 "
+            "to dequantise them."
         )
     block, columns = _block_size(entry(config, QUANTIZATION, {}))
     if block != columns:

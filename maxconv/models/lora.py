@@ -1,6 +1,6 @@
 """LoRA adapters (arXiv:2106.09685), merged into the weights they adapt: W + (alpha / r) B A.
 
-For those that stay by themselves see `adapters.py`.
+For adapters that are converted alone see `adapters.py`.
 """
 
 import re
@@ -35,12 +35,12 @@ def merged(weights: Mapping[str, Expr], adapter: Source, rename: Rename) -> dict
     """The weights with an adapter's products added, in float32, and its whole weights as theirs.
 
     Args:
-        weights: of the base model, by the names of the family's table.
-        adapter: as PEFT saves it: `config` is its adapter_config.json.
-        rename: from a checkpoint's name of a tensor to the table's.
+        weights: of the base model, by canonical name.
+        adapter: as saved by PEFT: its `config` is adapter_config.json.
+        rename: maps a checkpoint's name of a tensor to its canonical name.
 
     Raises:
-        UserError: everything in the adapter that fits nothing, or is no plain LoRA.
+        UserError: with every tensor that matches no weight, and everything that is not plain LoRA.
     """
     whole, problems = _whole_weights(adapter, rename, weights)
     result = {**weights, **whole}
@@ -101,7 +101,7 @@ def _whole_weights(
             continue  # `pairs` names it
         if base.shape != info.shape:
             problems.append(
-                f"tensor {name} {info.shape} fits no weight of the model: {weight} is {base.shape}"
+                f"tensor {name} {info.shape} matches no weight of the model: {weight} is {base.shape}"
             )
         if weight in found:
             other = next(tensors(found[weight])).name
@@ -113,16 +113,16 @@ def _whole_weights(
 def pairs(
     adapter: Source, rename: Rename, weights: Set[str], alone: bool = False
 ) -> tuple[dict[str, dict[str, Expr]], list[str]]:
-    """The parts "A", (rank, inputs), and "B", (outputs, rank), of each weight that is adapted.
+    """The factors "A", (rank, inputs), and "B", (outputs, rank), of each adapted weight.
 
     Args:
-        adapter: as PEFT saves it.
-        rename: from a checkpoint's name of a tensor to the table's.
-        weights: what can be adapted, by the table's names.
-        alone: whole weights fit nothing.
+        adapter: as saved by PEFT.
+        rename: maps a checkpoint's name of a tensor to its canonical name.
+        weights: canonical names of the weights that can be adapted.
+        alone: whether the adapter is converted alone, and so may not contain whole weights.
 
     Returns:
-        The parts, and a sentence for each tensor that fits nothing.
+        The factors by weight, and a sentence for each tensor that matches no weight.
     """
     found: dict[str, dict[str, Expr]] = {}
     problems = []
@@ -135,7 +135,7 @@ def pairs(
             problems.append(_of_tied_head(name))
             continue
         if match is None or len(match[1]) > LONGEST_NAME or weight not in weights:
-            problems.append(f"tensor {name} fits no weight of the model")
+            problems.append(f"tensor {name} matches no weight of the model")
             continue
         part: Expr = Tensor(name, info.shape)
         letter = match[3]
@@ -146,7 +146,7 @@ def pairs(
             )
             continue
         if len(info.shape) != 2:
-            problems.append(f"tensor {name} {info.shape} is no matrix")
+            problems.append(f"tensor {name} {info.shape} is not a matrix")
             continue
         if match[2]:  # an embedding is adapted by the transpose, A' B'
             part, letter = apply(rearrange("i o -> o i"), part), _OTHER[letter]
@@ -163,7 +163,7 @@ def _is_whole(name: str, rename: Rename, weights: Set[str]) -> bool:
 
 
 def missing_parts(found: Mapping[str, Mapping[str, Expr]]) -> Iterator[str]:
-    """A sentence for each weight that has only one of the two parts."""
+    """A sentence for each weight that has only one of the two factors."""
     for weight, parts in found.items():
         yield from (f"{weight}: there is no lora_{part}" for part in _OTHER if part not in parts)
 
@@ -182,7 +182,7 @@ def _sum(
 
 
 def _module(part: Expr) -> str:
-    """The module that PEFT knows by this name, which its patterns are for."""
+    """PEFT's name of the module, which its patterns match."""
     match = _PART.fullmatch(next(tensors(part)).name)
     assert match is not None
     return match[1]

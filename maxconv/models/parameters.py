@@ -1,4 +1,4 @@
-"""The parameters of a model as MaxText has them, bound to the tensors of a checkpoint."""
+"""The parameters of a MaxText model, bound to the tensors of a checkpoint."""
 
 from maxconv.algebra import AlgebraError, check_covered, tensors, unused
 from maxconv.errors import UserError
@@ -10,28 +10,28 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
     """Every parameter of a model, over its canonical tensors, in the order of MaxText's tree.
 
     Args:
-        model: what the checkpoint is.
-        root: what to call the checkpoint in messages.
+        model: the model that was identified.
+        root: the path or URL of the checkpoint, for messages.
         scan_axis: MaxText's param_scan_axis, or None for unscanned layers.
 
     Raises:
-        UserError: every row that does not fit, and every tensor that has no use, at once.
+        UserError: with every row that does not match, and every tensor that is not used.
     """
     family = model.family
     architecture = family.architectures[0]
     if scan_axis is not None and not family.scans:
-        raise UserError(f"MaxText cannot scan the layers of {architecture}: add scan_layers=False.")
+        raise UserError(f"MaxText cannot scan the layers of {architecture}; add scan_layers=False.")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     bound, problems = bind_rows(model.rows, shapes, scan_axis)
     expressions = {parameter.name: parameter.expr for parameter in bound}
     if not problems:
         try:
-            check_covered(expressions)  # only a table whose slices tile can be inverted
+            check_covered(expressions)  # a table can only be inverted if its slices tile tensors
         except AlgebraError as error:
             problems += str(error).splitlines()
         left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]
         found = [next(tensors(model.tensors[n])).name for n in left]
-        problems += [f"{architecture} has no use for tensor {n}" for n in found]
+        problems += [f"tensor {n} has no counterpart in {architecture}" for n in found]
     if problems:
         raise UserError([f"{root}: {p}." for p in problems])
     return bound

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is: config.json, MaxText's table and the user's words, together."""
+"""Identifies the model of a checkpoint from config.json, MaxText's configuration and arguments."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -7,7 +7,7 @@ from typing import Any
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row, number_after, stated_sizes
-from maxconv.families.table import DECODER_LAYERS
+from maxconv.families.dims import DECODER_LAYERS
 from maxconv.models import schema
 from maxconv.models.architecture import check_config, family_of
 from maxconv.models.architecture import notices as found_as
@@ -17,18 +17,21 @@ from maxconv.models.head import Head, head, head_problems
 from maxconv.models.stored_names import HEAD
 from maxconv.sources import Source
 
-_MOST_PADDING = 2  # times the vocabulary: beyond that, it is a mistake
+_MOST_PADDING = 2  # times the vocabulary; more is a mistake
 
 
 @dataclass(frozen=True)
 class Model:
-    """A family at its sizes.
+    """A family with concrete sizes.
 
-    `published` are the sizes that the checkpoint has; `dims` those that MaxText is to have: its
-    vocabulary may be padded or cut, its layers may be fewer. `rows` is the family's table at these.
-    `tensors` are the checkpoint's, by the names of that table. `notices` says where they differ.
-    `rounds`: tensors are rounded to what is saved before anything is computed. `metadata` is what
-    MaxText wants to know beside the tree.
+    Attributes:
+        dims: the sizes in MaxText: its vocabulary may be padded or cut, its layers may be fewer.
+        published: the sizes of the checkpoint.
+        rows: the family's table for `dims`.
+        tensors: those of the checkpoint, by canonical name.
+        notices: sentences about how `dims` and `published` differ, and other choices.
+        rounds: whether tensors are rounded to the saved dtype before anything is computed.
+        metadata: what MaxText reads in addition to the tree.
     """
 
     family: Family
@@ -41,9 +44,9 @@ class Model:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def is_dropped(self, name: str) -> bool:
-        """Whether a tensor is left out on purpose: ignored, tied, or of a layer not wanted.
+        """Whether a tensor is left out on purpose: ignored, tied, or of a layer that is not wanted.
 
-        `name` is that of the family's table.
+        `name` is its canonical name.
         """
         if self.family.leaves_out(name, self.dims) or (self.dims.tied and name == HEAD):
             return True
@@ -68,23 +71,23 @@ def resolve(
     """The model of a checkpoint.
 
     Args:
-        source: where config.json and the tensor names come from.
+        source: the checkpoint, with its config.json.
         name: MaxText's model_name, or None to take everything from config.json.
-        facts: MaxText's own configuration of that model.
-        words: what the user typed, which overrides both.
-        keep_fp8: fp8 weights are kept, and scales beside them.
-        head_differs: the head that is stored beside a tied table has other values.
+        facts: MaxText's configuration of that model.
+        words: sizes given as arguments, which override both.
+        keep_fp8: keep fp8 weights, and their scales as separate parameters.
+        head_differs: whether a head that is stored beside a tied table has other values.
 
     Raises:
-        UserError: an architecture that is not known, or every difference between config.json and
-            what MaxText would build, at once.
+        UserError: the architecture is not supported; or with every difference between config.json
+            and what MaxText would build.
     """
     family = family_of(source, facts)
     check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
     logical = logical_tensors(source, family, keep_fp8)
     ends = head(source, family, logical.tensors, head_differs)
     published = _published(source, family, ends)
-    # Layers of multi-token prediction are there if they are asked for.
+    # Layers for multi-token prediction are converted only if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
     problems = _architecture_problems(family, name, facts)
     chosen, contradictions = _chosen(source, family, published, name, facts, words)
@@ -112,7 +115,7 @@ def _chosen(
     facts: Mapping[str, Any],
     words: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The sizes that MaxText or the user say, and a sentence for each that cannot be."""
+    """The sizes from MaxText or the arguments, and a sentence for each that is not possible."""
     chosen: dict[str, Any] = {}
     problems: list[str] = []
     wanted = {**facts, **words}
@@ -129,13 +132,13 @@ def _chosen(
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
                 f"{_entry(source, f)}={theirs} in config.json; "
-                f"if the checkpoint is right, say {mend}."
+                f"if the checkpoint is right, add {mend}."
             )
     return chosen, problems
 
 
 def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]:
-    """Parts that are wanted, but MaxText does not have them, or not without all layers."""
+    """Parts that were asked for but that MaxText does not have, or only with all layers."""
     predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(dims))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
@@ -144,18 +147,18 @@ def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]
     ):
         if wants and not has:
             yield (
-                f"{key}={wants}, but MaxText has no such part of {family.architectures[0]}: "
-                "take it out."
+                f"{key}={wants}, but MaxText's {family.architectures[0]} has no such part; "
+                "remove it."
             )
     if dims.mtp and dims.layers < published.layers:
         yield (
-            f"mtp_num_layers={dims.mtp} needs all {published.layers} layers before: "
-            "take base_num_decoder_layers out."
+            f"mtp_num_layers={dims.mtp} needs all {published.layers} decoder layers; remove "
+            "base_num_decoder_layers."
         )
 
 
 def _published(source: Source, family: Family, ends: Head) -> Dims:
-    """The sizes in config.json; UserError when they are not those of the tensors."""
+    """The sizes in config.json; UserError if the tensors have different ones."""
     try:
         dims = replace(family.dims(source.config), tied=ends.tied)
     except KeyError as error:
@@ -166,7 +169,7 @@ def _published(source: Source, family: Family, ends: Head) -> Dims:
 
 
 def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> Iterator[str]:
-    """Sizes that follow from others and are none, lists of another length, another embedding."""
+    """Inconsistent sizes: invalid defaults, lists of a wrong length, another embedding shape."""
     for f in fields(dims):
         value, rule = getattr(dims, f.name), schema.size_rule(f)
         if callable(f.metadata["default"]) and not rule.fits(value):
@@ -179,9 +182,9 @@ def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> I
 
 
 def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
-    """Layers that the checkpoint cannot have, as no tensors are numbered so: before rows are made.
+    """Layer counts that exceed the layers in the checkpoint, checked before rows are made.
 
-    Of encoders only if they are wanted.
+    Those of encoders only if they are wanted.
     """
     wanted: dict[str, int] = {}
     for f in fields(dims):
@@ -196,13 +199,13 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
     for prefix, count in wanted.items():
         if count > len(found[prefix]):
             yield (
-                f"config.json and the arguments tell of {count} layers {prefix}*, but there are "
-                f"tensors of {len(found[prefix])}: download the checkpoint again."
+                f"config.json and the arguments ask for {count} layers {prefix}*, but the "
+                f"checkpoint has tensors of {len(found[prefix])}; download it again."
             )
 
 
 def _entry(source: Source, f: Field) -> str:
-    """The entry of config.json that states a field, or would."""
+    """The entry of config.json that a field is read from, or would be."""
     return next(iter(stated_sizes(source.config, f)), f.metadata["hf"][0])
 
 
@@ -212,18 +215,18 @@ def _architecture_problems(family: Family, name: str | None, facts: Mapping[str,
         return []
     return [
         f"model_name={name} is a {architecture}, but config.json says {family.architectures[0]}; "
-        "name the model it is."
+        "correct model_name, or leave it out."
     ]
 
 
 def _encoder(f: Field) -> str:
-    """Which encoder a size is of, "multimodal" or "audio": it has an entry of its own."""
+    """The encoder that a size belongs to, "multimodal" or "audio", by its entry in config.json."""
     entry = next(iter(f.metadata["hf"]), "").partition(".")[0]
     return {"vision_config": "multimodal", "audio_config": "audio"}.get(entry, "")
 
 
 def unit(name: str, family: Family) -> int:
-    """How many of HF's one of MaxText's is."""
+    """How many HF layers one unit of a size is in MaxText; 1 for other sizes."""
     return family.layers_per_block if name == "layers" else 1
 
 
@@ -235,7 +238,7 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
             may_pad = family.pads_vocab or typed
             may_cut = family.pads_vocab and (typed or theirs - ours <= family.spare_rows)
             return (may_pad if ours > theirs else may_cut) and ours <= _MOST_PADDING * theirs
-        case "layers":  # the first N, as people test
+        case "layers":  # the first N, for tests
             return typed and 0 < ours < theirs
         case "mtp":
             return ours < theirs
@@ -245,20 +248,26 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
 
 def _notices(dims: Dims, published: Dims):
     if dims.vocab > published.vocab:
-        yield f"vocabulary padded with zeros from {published.vocab} to {dims.vocab} rows"
+        yield f"the vocabulary is padded with zeros from {published.vocab} to {dims.vocab} rows"
     if dims.vocab < published.vocab:
-        yield f"vocabulary cut from {published.vocab} to {dims.vocab} rows, as MaxText does"
+        yield f"the vocabulary is cut from {published.vocab} to {dims.vocab} rows, as MaxText does"
     if dims.layers < published.layers:
-        yield f"only the first {dims.layers} of {published.layers} layers"
+        yield f"only the first {dims.layers} of {published.layers} layers are converted"
     if dims.mtp < published.mtp:
         yield (
-            f"the layers of multi-token prediction are left out: mtp_num_layers={published.mtp} "
-            "would take them, too"
+            "the layers for multi-token prediction are left out; to include them, add "
+            f"mtp_num_layers={published.mtp}"
         )
 
 
 def _advice(family: Family, name: str | None, facts: Mapping[str, Any]):
     if name is None and family.train_with:
-        yield f"train it with {family.train_with}, or under a model_name of this family"
+        yield (
+            f"to train this checkpoint, pass MaxText {family.train_with}, or a model_name of this "
+            "family"
+        )
     if train_as := facts.get("train_as"):
-        yield f"train it with model_name={train_as}: only MaxText's converter knows {name}"
+        yield (
+            f"to train this checkpoint, pass MaxText model_name={train_as}: only its converter "
+            f"knows {name}"
+        )

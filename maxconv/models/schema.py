@@ -1,7 +1,7 @@
-"""What the JSON files of a checkpoint may hold: for each entry that is read, what it must be.
+"""Validates the JSON files of a checkpoint: a rule for each entry that is read.
 
-The sizes of a model are declared with its family (`families.table.size`), the other entries here.
-An entry that is absent or null is no problem of these tables.
+The sizes of a model are declared with its family (`families.dims.size`), the other entries here.
+Absent and null entries are always valid here.
 """
 
 import json
@@ -11,12 +11,12 @@ from typing import Any
 
 from maxconv.families import Dims, stated
 
-_LARGEST = 3.4e38  # of a float32, which scales become
+_LARGEST = 3.4e38  # finite as a float32, the dtype of scales
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`what` an entry must be, and whether a value is it."""
+    """`what` an entry must be, as text, and a function that checks a value."""
 
     what: str
     fits: Callable[[Any], bool]
@@ -50,7 +50,7 @@ def _is_block(value: Any) -> bool:
 
 
 OBJECT = Rule("an object", lambda value: isinstance(value, dict))
-TEXT = Rule("a text", _is_text)
+TEXT = Rule("a string", _is_text)
 TRUTH = Rule("true or false", lambda value: isinstance(value, bool))
 NUMBER = Rule("a finite number", _is_number)
 RANK = Rule("a rank", lambda value: _is_whole(value, 1, 1 << 20))
@@ -60,9 +60,9 @@ CONFIG: Schema = {
     "thinker_config": OBJECT,
     "text_config": OBJECT,
     "quantization_config": OBJECT,
-    "quantization_config.weight_block_size": Rule("two whole numbers from 1 on", _is_block),
+    "quantization_config.weight_block_size": Rule("two positive whole numbers", _is_block),
 }
-"""Of config.json, beside the sizes of its family."""
+"""The schema of config.json, without the sizes of its family."""
 
 ADAPTER: Schema = {
     "peft_type": TEXT,
@@ -75,11 +75,11 @@ ADAPTER: Schema = {
     "rank_pattern": Rule("an object of ranks", _object_of(RANK.fits)),
     "alpha_pattern": Rule("an object of finite numbers", _object_of(_is_number)),
 }
-"""Of adapter_config.json (peft.LoraConfig)."""
+"""The schema of adapter_config.json (peft.LoraConfig)."""
 
 
 def sizes(dims: type[Dims]) -> Schema:
-    """Of a family's sizes in config.json, and of the objects that hold some."""
+    """The schema of a family's sizes in config.json, and of the objects that contain them."""
     rules: dict[str, Rule] = {}
     for f in fields(dims):
         for key in f.metadata["hf"]:
@@ -90,7 +90,7 @@ def sizes(dims: type[Dims]) -> Schema:
 
 
 def size_rule(f: Field) -> Rule:
-    """Of a field of Dims."""
+    """The rule for a field of Dims."""
     if f.type is bool:
         return TRUTH
     if f.type is list:
@@ -102,10 +102,10 @@ def size_rule(f: Field) -> Rule:
 
 
 def problems(content: Mapping[str, Any], schema: Schema) -> Iterator[str]:
-    """Each entry that is not what it must be, such as `hidden_size="42" is not a size`.
+    """A phrase for each invalid entry, such as `hidden_size="42" is not a whole number ...`.
 
     Args:
-        content: of the file. The entries of a `text_config` are found without its name.
+        content: of the file. Entries of a `text_config` are found without that prefix.
         schema: for each path, with dots between nested entries.
     """
     for path, rule in schema.items():

@@ -116,11 +116,11 @@ def _anchors(names: Sequence[tuple[str, str]], wanted: str) -> Iterator[str]:
 
 
 def renamer(names: Sequence[tuple[str, str]]) -> Renamer:
-    """The function that gives a tensor's name in the table, and the pattern that was used if any.
+    """A function that maps a tensor's name to its canonical name, and the pattern used, if any.
 
     Args:
-        names: pairs of patterns, the first that fits is used: how a name begins, and how it begins
-            in the table. A `*` stands for a part without dots, which is kept.
+        names: pairs of a prefix and its canonical form; the first that matches is used. A `*`
+            stands for one part without dots, which is kept.
     """
     compiled = [(_regex(theirs), theirs, ours.replace("*", "{}")) for theirs, ours in names]
 

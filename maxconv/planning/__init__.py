@@ -1,1 +1,1 @@
-"""Which bytes go to which device, and in which steps: decided before a tensor byte is read."""
+"""Plans which bytes go to which device, in which steps, before any tensor is read."""

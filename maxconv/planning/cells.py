@@ -1,12 +1,13 @@
-"""How a leaf is made: cut into cells, each with what it reads and how that is sharded.
+"""Splits a leaf into cells, and determines what each reads and how its inputs are sharded.
 
 A *cell* is the part of a leaf that one evaluation makes, such as one layer of a scanned kernel.
-Where the axis along which cells follow each other is itself sharded (experts over devices), a
-*step* makes one cell in each shard at once, or several: these are its lanes (`lanes`). A cell that
-takes more than a budget is made in slices, in the same way.
+If the axis along which cells are stacked is itself sharded (experts over devices), a *step* makes
+one cell in each shard at once, or several: these are its lanes (`lanes.py`). A cell that exceeds
+the budget is made in slices, in the same way.
 
-What a cell reads is needed sharded as its output is, pulled back through the expression, so that
-each device computes its part by itself. Who reads it from storage is another matter: `shares`.
+The inputs of a cell are sharded like its output, pulled back through the expression, so that each
+device can compute its own part. Which process reads them from storage is decided separately, in
+`redistribution.py`.
 """
 
 import math
@@ -43,9 +44,9 @@ class Recipe:
 
     Attributes:
         cell: expression over tensors named "0", "1", ...
-        box: the part of it that is made, in the first lane of the first slice.
-        reads: in the order of `algebra.trace(cell, box).reads`.
-        lanes: the axis of the leaf that is cut into lanes, as many in each shard; or None.
+        box: the part of it that is computed, in the first lane of the first slice.
+        reads: its inputs, in the order of `algebra.trace(cell, box).reads`.
+        lanes: the axis of the leaf that is divided into lanes, equally many per shard; or None.
         shape, dtype, sharding: of the leaf, or the slab of it, that the cell is written into.
     """
 
@@ -59,43 +60,45 @@ class Recipe:
 
     @property
     def size(self) -> int:
-        """Elements that a step makes."""
+        """Number of elements that a step makes, over all devices."""
         lanes = 1 if self.lanes is None else self.reads[0].shape[0]
         return lanes * volume(self.box)
 
     @property
     def is_whole(self) -> bool:
-        """A step makes all of the leaf: there is nothing to write it into."""
+        """Whether one step makes the whole leaf, so that it is not written into a buffer."""
         return self.size == math.prod(self.shape)
 
     @cached_property
     def buffer_nbytes(self) -> int:
-        """Host bytes that the reads of one step take, in the process that reads most."""
+        """Host memory for the reads of one step, in bytes, in the process that reads most."""
         return sum(read.buffer_nbytes for read in self.reads)
 
     @cached_property
     def device_nbytes(self) -> int:
-        """Bytes that a device is given for one step, and what it has of them once exchanged."""
+        """Device memory for the inputs of one step, in bytes, before and after the exchange."""
         return sum(
             read.shard_nbytes + (read.needed_nbytes if read.share else 0) for read in self.reads
         )
 
     @property
     def cost(self) -> int:
-        """Bytes that a step is bounded by: of packed weights twice as much is made as read, of what
-        is replicated many times as much."""
+        """Memory cost of a step in bytes: the largest of host reads, device reads, half its output.
+
+        Half, because packed weights are twice as large once they are decoded.
+        """
         return max(self.buffer_nbytes, self.device_nbytes, self.made_nbytes // 2)
 
     @property
     def lanes_in_shard(self) -> int:
-        """Cells that a step makes in each shard, one after another on the axis of lanes."""
+        """Number of cells that a step makes in each shard, adjacent on the axis of lanes."""
         if self.lanes is None:
             return 1
         return self.reads[0].shape[0] // shards(self.sharding, self.lanes)
 
     @cached_property
     def made_nbytes(self) -> int:
-        """Bytes that a step makes in a process, on all its devices."""
+        """Bytes that a step makes on all devices of a process."""
         shard = shard_nbytes(self.sharding, self.shape, self.dtype)
         made = shard * self.size // max(math.prod(self.shape), 1)
         return made * local_devices(self.sharding)
@@ -106,8 +109,8 @@ class Step:
     """One evaluation of a recipe.
 
     Attributes:
-        offset: where in the leaf the cell goes; on the axis of lanes, where in each shard.
-        sources: for each read, the box of a tensor that each lane reads.
+        offset: of the cell in the leaf; on the axis of lanes, within each shard.
+        sources: for each read, the box of a tensor for each lane.
     """
 
     recipe: Recipe
@@ -116,7 +119,7 @@ class Step:
 
     @property
     def reading(self) -> tuple[object, ...]:
-        """What is read, and how: the same of steps that can be made of one reading."""
+        """What is read, and how; steps for which this is equal can share one read."""
         return self.recipe.reads, self.sources
 
     def reads_of(self, process: int) -> Iterator[tuple[CellRead, frozenset[Read]]]:
@@ -126,13 +129,12 @@ class Step:
             yield read, frozenset(self._source(i, lane) for lane in lanes)
 
     def filling(self, read: int, box: Box) -> Iterator[tuple[Box, Read]]:
-        """What fills a box of a read's array as it is read: where in its buffer, and of which
-        tensor which box."""
+        """How to fill a box of a read's array: pairs of a box in its buffer and one of a tensor."""
         for within, part in self.recipe.reads[read].pieces(box):
             yield within, self._source(read, part)
 
     def _source(self, read: int, box: Box) -> Read:
-        """The part of a tensor that is a box of a read's array."""
+        """The box of a tensor that corresponds to a box of a read's array."""
         if self.recipe.lanes is None:
             (whole,), inner = self.sources[read], box
         else:
@@ -155,9 +157,8 @@ def steps(
     Args:
         expr: the leaf.
         dtypes: of the tensors, by name.
-        dtype, to: of the leaf.
-        budget: bytes that a step should read at most in a process, and half of what it should make;
-            cells are cut down to it.
+        dtype, to: dtype and sharding of the leaf.
+        budget: maximum `Recipe.cost` of a step, in bytes; larger cells are made in slices.
     """
     found = []
     cells = placed_cells(expr, dtypes)
@@ -173,7 +174,7 @@ def steps(
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell without its names, and the leaf that it goes into."""
+    """A cell without tensor names, and the leaf that it belongs to."""
 
     expr: Expr
     dtypes: tuple[np.dtype, ...]
@@ -184,7 +185,7 @@ class _Cell:
     def steps(
         self, lanes: int | None, offset: Offset, names: Sequence[tuple[str, ...]], budget: int
     ) -> Iterator[Step]:
-        """One step, or as many as there are slices. `names`: of the tensors of each lane."""
+        """One step, or one for each slice. `names`: of the tensors, for each lane."""
         whole = full(self.expr.shape)
         in_shard = 1 if lanes is None else len(names) // shards(self.to, lanes)
         recipe = _recipe(self, whole, lanes, in_shard)
@@ -193,7 +194,7 @@ class _Cell:
             yield self._step(recipe, offset, names, [whole] * len(names))
             return
         axis, n, pieces = cut
-        in_shards = lanes is None and pieces > 1  # then the slices of all shards go together
+        in_shards = lanes is None and pieces > 1  # then a step makes a slice in each shard
         part = with_axis(whole, axis, (0, n))
         recipe = _recipe(self, part, axis if in_shards else lanes, in_shard)
         for at in range(0, self.expr.shape[axis] // pieces, n):
@@ -221,9 +222,10 @@ class _Cell:
 
 @cache
 def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int] | None:
-    """Along which axis to cut a cell, into slices how long, in how many shards of the axis.
+    """How to slice a cell: the axis, the length of a slice, the number of shards of the axis.
 
-    It is cut where every read is cut alike, by preference where the runs in the file stay long.
+    Only axes along which every read is cut evenly are used; preferably one that keeps runs in the
+    file long. None if there is no such axis.
     """
     best: tuple[int, tuple[int, int, int]] | None = None
     for axis, n in enumerate(cell.expr.shape):
@@ -242,8 +244,8 @@ def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, in
 
 @cache
 def _at_once(cell: _Cell, axis: int, most: int, budget: int) -> int:
-    """How many cells that follow each other in a shard a step had best make: no more than it takes
-    for processes to read long runs, or whole tensors."""
+    """How many adjacent cells of a shard one step should make: as few as give long runs, or whole
+    tensors, to each process."""
     best, longest = 1, 0.0
     for n in (n for n in range(1, most + 1) if most % n == 0):
         recipe = _recipe(cell, full(cell.expr.shape), axis, n)
@@ -281,11 +283,11 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Reci
 
 
 def _pulled_back(cell: _Cell, box: Box, lanes: int | None) -> list[tuple[Read, list[Any]]]:
-    """Each read with its sharding, one PartitionSpec entry an axis.
+    """Each read with its sharding, one PartitionSpec entry per axis.
 
-    An axis of the leaf passes its mesh axes on to the axis of the tensor that it cuts into equal,
-    ordered pieces. Where there is none (it is cut inside a permuted atom, or another axis took its
-    place) the read is replicated over those mesh axes.
+    The mesh axes of a leaf's axis pass on to the axis of the tensor that it divides into equal,
+    ordered pieces. If there is none (it is divided inside a permuted atom, or that axis is already
+    sharded) the read is replicated over these mesh axes.
     """
     reads = _reads(cell.expr, box)
     specs: list[list[Any]] = [[None] * len(read.box) for read in reads]
@@ -302,7 +304,7 @@ def _pulled_back(cell: _Cell, box: Box, lanes: int | None) -> list[tuple[Read, l
 
 
 def _cuts(expr: Expr, box: Box, axis: int, pieces: int) -> list[int | None]:
-    """For each read of a box: its axis that is cut evenly, in order, when `axis` is; or None."""
+    """For each read of a box: its axis that is divided evenly, in order, if `axis` is; or None."""
     lo, hi = box[axis]
     n = (hi - lo) // pieces
     parts = [
@@ -333,8 +335,8 @@ def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
 def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
     """Bytes that each process reads for some steps.
 
-    The steps of a recipe read alike but at the ends of tensors and where lanes read the same, so
-    the others are counted at once: there may be 50,000 of them, and a thousand processes.
+    All steps of a recipe read equally many bytes, except at the ends of tensors and where lanes
+    read the same box; the others are counted together, as there may be 50,000, and 1000 processes.
     """
     total: Counter[int] = Counter()
     alike: Counter[Recipe] = Counter()
@@ -355,7 +357,7 @@ def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Cou
 
 
 def nbytes_read(step: Step, shapes: Mapping[str, Shape], process: int) -> int:
-    """Bytes that a process reads for a step; what lies past a tensor's end is not read."""
+    """Bytes that a process reads for a step, without those past the end of a tensor."""
     total = 0
     for read, sources in step.reads_of(process):
         elements = sum(volume(clip(s.box, shapes[s.name])) for s in sources)

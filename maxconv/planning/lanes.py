@@ -1,4 +1,4 @@
-"""Which cells of a leaf one step makes at once: its lanes."""
+"""Groups the cells of a leaf into steps: the cells of one step are its lanes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ Offset = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PlacedCell:
-    """A cell, and where it goes.
+    """A cell and its position.
 
     Attributes:
         offset: in the leaf.
         expr: over tensors named "0", "1", ...
-        names: that these stand for.
-        dtypes: of them.
+        names: the real names of these tensors.
+        dtypes: of these tensors.
     """
 
     offset: Offset
@@ -30,17 +30,17 @@ class PlacedCell:
 
     @property
     def kind(self) -> tuple[Expr, tuple[np.dtype, ...]]:
-        """What cells have in common that one program can make."""
+        """Cells for which this is equal can be made by one program."""
         return self.expr, self.dtypes
 
 
 Group = tuple[int | None, Offset, Sequence[PlacedCell]]
-"""Cells of one step: the axis of lanes, if they are lanes; their offset, on that axis in each
+"""Cells of one step: the axis of lanes, or None; the offset in the leaf, on that axis within each
 shard; the cells, lane by lane."""
 
 
 def placed_cells(expr: Expr, dtypes: Mapping[str, np.dtype]) -> list[PlacedCell]:
-    """The parts of a leaf that stand side by side. `dtypes`: of tensors, by name."""
+    """The cells of a leaf: the parts that it concatenates. `dtypes`: of tensors, by name."""
     cells = []
     for offset, cell in _cells(expr, (0,) * len(expr.shape)):
         anonymous, names = _anonymous(cell)
@@ -49,7 +49,7 @@ def placed_cells(expr: Expr, dtypes: Mapping[str, np.dtype]) -> list[PlacedCell]
 
 
 def in_lanes(cells: Sequence[PlacedCell], shape: Shape, to: NamedSharding) -> Iterator[Group]:
-    """The cells of a leaf, those at the same place of each shard together if they are alike."""
+    """Groups the cells of a leaf that are at the same place in each shard, if they are alike."""
     for axis, n in enumerate(shape):
         pieces = shards(to, axis)
         if pieces > 1 and any(cell.expr.shape[axis] != n for cell in cells):
@@ -67,12 +67,12 @@ def in_lanes(cells: Sequence[PlacedCell], shape: Shape, to: NamedSharding) -> It
 def with_neighbours(
     groups: Iterator[Group], to: NamedSharding, at_once: Callable[[PlacedCell, int, int], int]
 ) -> Iterator[Group]:
-    """The groups of a leaf, neighbours made one where processes would read short runs for each.
+    """Merges adjacent groups of a leaf if processes would read only short runs for each.
 
-    `at_once` says of a row of cells, by the first of them, its axis and how many there are in a
-    shard, how many of them a step should make; the row consists of as many each.
+    `at_once` is given the first cell of a row, the axis of the row and its number of cells per
+    shard; it returns how many of them one step should make, a divisor of that number.
     """
-    if local_devices(to) == len(to.device_set):  # one process reads all in runs as long as can be
+    if local_devices(to) == len(to.device_set):  # a single process reads the longest runs anyway
         yield from groups
         return
     found = list(groups)
@@ -95,7 +95,7 @@ def with_neighbours(
 
 
 def _axis_of_rows(groups: Sequence[Group], to: NamedSharding) -> int | None:
-    """That of the lanes; else the one along which most cells follow each other in all shards."""
+    """The axis of the lanes; else the unsharded axis along which most cells are adjacent."""
     lanes, offset, _ = groups[0]
     if lanes is not None:
         return lanes
@@ -109,14 +109,14 @@ def _axis_of_rows(groups: Sequence[Group], to: NamedSharding) -> int | None:
 
 
 def _is_even(row: Sequence[Group], axis: int) -> bool:
-    """Whether the groups of a row follow each other without gaps."""
+    """Whether the groups of a row are adjacent, without gaps."""
     extent = row[0][2][0].expr.shape[axis]
     start = row[0][1][axis]
     return [at[axis] for _, at, _ in row] == [start + k * extent for k in range(len(row))]
 
 
 def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
-    """The parts of a leaf that stand side by side, and where."""
+    """The parts that a leaf concatenates, with their offsets."""
     if not isinstance(expr, Concat):
         yield offset, expr
         return
@@ -126,12 +126,12 @@ def _cells(expr: Expr, offset: Offset) -> Iterator[tuple[Offset, Expr]]:
 
 
 def _alike(cells: Sequence[PlacedCell]) -> bool:
-    """Whether one program can make them all: their tensors differ in names only."""
+    """Whether one program can make them all: they differ only in the names of tensors."""
     return len({cell.kind for cell in cells}) == 1
 
 
 def _anonymous(expr: Expr) -> tuple[Expr, tuple[str, ...]]:
-    """An expression over "0", "1", ... and the names that these stand for."""
+    """The expression with tensors renamed to "0", "1", ..., and their real names."""
     names = list(dict.fromkeys(t.name for t in tensors(expr)))
 
     numbers = {name: str(number) for number, name in enumerate(names)}

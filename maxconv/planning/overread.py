@@ -1,4 +1,4 @@
-"""What a conversion asks of a bucket or of the Hub beyond the bytes that it needs."""
+"""Bytes that are requested from a bucket or the Hub in addition to those that are needed."""
 
 from maxconv.algebra import Box, clip
 from maxconv.planning.plan import Plan
@@ -6,7 +6,7 @@ from maxconv.sources import Source
 
 
 def between(plan: Plan, source: Source, process: int) -> int:
-    """Upper bound of the bytes in gaps between boxes of a tensor that are read through."""
+    """Upper bound of the bytes in gaps between boxes of a tensor that are read as well."""
     total = 0
     for step in plan.readings:
         for _, reads in step.reads_of(process):

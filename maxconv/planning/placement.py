@@ -9,29 +9,29 @@ from jax.sharding import NamedSharding
 
 from maxconv.algebra import Box, Shape
 
-Device = Any  # jax.Device, which type checkers do not take for a type
+Device = Any  # jax.Device, which type checkers do not accept as a type
 
 
 def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
-    """The mesh axes, of more than one device, that cut an axis of an array; the first outermost."""
+    """The mesh axes larger than 1 over which an axis of an array is sharded, outermost first."""
     entry = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = entry if isinstance(entry, tuple) else (entry,)
     return tuple(n for n in names if n is not None and sharding.mesh.shape[n] > 1)
 
 
 def shards(sharding: NamedSharding, axis: int) -> int:
-    """Into how many pieces an axis of an array is cut."""
+    """Number of shards along an axis of an array."""
     return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
 
 
 def shard_nbytes(sharding: NamedSharding, shape: Shape, dtype: np.dtype) -> int:
-    """Bytes of an array that a device holds."""
+    """Bytes of an array per device."""
     return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
 
 
 @cache
 def local_devices(sharding: NamedSharding) -> int:
-    """Devices of a process in the mesh, which are as many in each."""
+    """Number of devices per process in the mesh; equal for all processes."""
     processes = {device.process_index for device in sharding.device_set}
     return len(sharding.device_set) // len(processes)
 
@@ -47,14 +47,14 @@ def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
 
 @cache
 def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
-    """`device_boxes` of this process."""
+    """`device_boxes` of this process' devices."""
     mine = sharding.addressable_devices
     return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}
 
 
 @cache
 def boxes_by_process(sharding: NamedSharding, shape: Shape) -> dict[int, frozenset[Box]]:
-    """The different boxes of an array that the devices of each process hold."""
+    """The distinct boxes of an array that the devices of each process hold."""
     boxes: dict[int, set[Box]] = {}
     for device, box in device_boxes(sharding, shape).items():
         boxes.setdefault(device.process_index, set()).add(box)

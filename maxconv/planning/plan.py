@@ -1,9 +1,11 @@
-"""The plan: every leaf with its sharding and its steps, before a tensor byte moves.
+"""The plan: every leaf with its sharding and its steps, before any tensor is read.
 
-It is made from leaves, each an expression over the tensors of a source, and budgets. Where these
-come from, a model to convert or a checkpoint to read, is not known here.
+It is made from leaves, each an expression over the tensors of a source, and memory budgets. It does
+not depend on where these come from: a model to convert, or a checkpoint to read.
 """
 
+import hashlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,9 +24,9 @@ from maxconv.sources import TensorInfo
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array that is wanted: its name in the target, what makes it, and where it should be.
+    """An array to make: its name in the target, its dtype and its sharding.
 
-    `expr` is over the tensors of a source.
+    `expr` computes it from the tensors of a source.
     """
 
     name: str
@@ -38,7 +40,7 @@ class Leaf:
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
-        """The names of all that it is made of, with repeats."""
+        """The names of the tensors it is computed from, with repeats."""
         return tuple(tensor.name for tensor in tensors(self.expr))
 
 
@@ -79,7 +81,7 @@ class LeafPlan:
 
     @property
     def local_nbytes(self) -> int:
-        """Bytes of a process' shards on all its devices."""
+        """Bytes of its shards on all devices of a process."""
         return self.shard_nbytes * local_devices(self.sharding)
 
 
@@ -105,7 +107,7 @@ class Plan:
 
     @property
     def readings(self) -> Iterator[Step]:
-        """Of steps that are made of one reading, the first."""
+        """The steps that read: of those that share one read, the first."""
         return (s for group in self.groups for s in group[0][1].steps)
 
     @cached_property
@@ -118,8 +120,23 @@ class Plan:
 
     @property
     def blanks(self) -> set[tuple[Shape, np.dtype, NamedSharding]]:
-        """The kinds of slabs that are written cell by cell: each is compiled, too."""
+        """Shape, dtype and sharding of slabs that are written cell by cell; each is a program."""
         return {(r.shape, r.dtype, r.sharding) for r in self.recipes if not r.is_whole}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that processes must do alike: what differs are programs that wait for each other
+        in vain, or abort."""
+        devices = [(d.id, d.process_index) for d in self.mesh.devices.flat]
+        digest = hashlib.sha256(repr((self.mesh.shape, devices)).encode())
+        numbers = {recipe: i for i, recipe in enumerate(self.recipes)}
+        for recipe in numbers:
+            digest.update(repr(recipe).encode())
+        for leaf, slab in itertools.chain.from_iterable(self.groups):
+            digest.update(repr((leaf.name, leaf.shape, slab.shape, slab.offset)).encode())
+            for step in slab.steps:
+                digest.update(repr((numbers[step.recipe], step.offset, step.sources)).encode())
+        return digest.hexdigest()[:12]
 
     @property
     def output_nbytes(self) -> int:
@@ -140,7 +157,7 @@ class Plan:
 
     @cached_property
     def needed_nbytes(self) -> int:
-        """Bytes of tensors that the leaves are made of, each counted once."""
+        """Bytes of tensors that the leaves are computed from, each counted once."""
         itemsizes = {
             source: step.recipe.reads[i].dtype.itemsize
             for step in self.steps
@@ -153,9 +170,9 @@ class Plan:
 
 
 def groups(leaves: Iterable[LeafPlan]) -> tuple[Group, ...]:
-    """The slabs of leaves, in order; those together that are made of the same bytes.
+    """The slabs of leaves, in order; those that are made from the same bytes are grouped.
 
-    So gate and up projections whose columns alternate in one tensor are made side by side.
+    For example gate and up projections whose columns alternate in one tensor.
     """
     near: dict[object, list[tuple[LeafPlan, Slab]]] = {}
     for leaf in leaves:
@@ -183,8 +200,8 @@ def make_plan(
     Args:
         leaves: over `tensors`, all on `mesh`.
         tensors: of the source, by name.
-        budget: bytes that a step should read at most, in a process.
-        slab: bytes of a leaf that should be made before they are written, in a process.
+        budget: maximum memory cost of a step, in bytes per process.
+        slab: maximum size of a slab, in bytes per process.
     """
     dtypes = {name: info.dtype for name, info in tensors.items()}
     sharing = Counter(leaf.tensors for leaf in leaves)

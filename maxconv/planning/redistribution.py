@@ -1,10 +1,10 @@
-"""Who reads what of an array, so that no byte is read twice, and how it gets where it is needed.
+"""Which process reads which part of an array, and how it gets to the devices that need it.
 
-What a cell reads is needed in some sharding. Where the processes need different parts of it that
-lie well in the file, each reads its own. Else (replicas, columns) each device is given an even
-share of the rows, and the compiled cell exchanges them over the interconnect: an all-to-all over
-each mesh axis that cuts another axis than the rows, an all-gather over those that have replicas.
-No chip ever holds more than the part that it needs.
+No byte is read twice. The inputs of a cell are needed in some sharding. If the processes need
+different parts that are long runs in the file, each reads its own. Otherwise (replicas, columns)
+each device gets an equal share of the rows, and the compiled cell redistributes them over the
+interconnect: with an all-to-all over each mesh axis that shards another axis than the rows, and an
+all-gather over those with replicas. No chip ever holds more than the part that it needs.
 """
 
 import math
@@ -21,26 +21,26 @@ from maxconv.algebra import Box, Interval, Shape, dims, full, volume, with_axis
 from maxconv.algebra.storage import coalesce
 from maxconv.planning.placement import boxes_by_process, mesh_axes, shard_nbytes, shards
 
-LONG = 1 << 20  # bytes in a row that are worth more than what an exchange costs
-RUN = 8 << 20  # bytes in a row: longer runs of a file are not read any better
+LONG = 1 << 20  # bytes: runs of this length are read directly rather than redistributed
+RUN = 8 << 20  # bytes: longer runs are not read any faster
 
 
 @dataclass(frozen=True)
 class Share:
-    """An array cut into even shares along one axis, its rows.
+    """An array divided into equal shares along one axis, its rows.
 
-    Where the rows are sharded, each of these blocks is cut by itself. A share may have one row less
-    than another; as it is read it ends in zeros then.
+    If the rows are sharded, each shard of them (a block) is divided separately. A share may have
+    one row less than another; it is then padded with zeros when it is read.
 
     Attributes:
         axis: of the rows.
-        inner: rows that a lane has, where those of all lanes are the rows: then the array is cut as
-            if it were (lanes * inner, ...). Else 0.
-        block: rows in a block.
-        shares: of a block.
-        rows: of the longest share.
-        moves: mesh axes whose all-to-all brings what the array has on another axis, in order; and
-            that axis.
+        inner: rows per lane when lanes and rows are flattened into one axis, (lanes * inner, ...);
+            else 0.
+        block: number of rows in a block.
+        shares: number of shares of a block.
+        rows: number of rows of the longest share.
+        moves: pairs of a mesh axis and the array axis that it shards, in the order of their
+            all-to-alls.
         copies: mesh axes over which the array is replicated.
         sharding: of the array as it is read, (..., blocks, shares * rows, ...).
     """
@@ -55,15 +55,15 @@ class Share:
     sharding: NamedSharding
 
     def shape(self, needed: Shape) -> Shape:
-        """Of the array as it is read."""
+        """The shape of the array as it is read."""
         if self.inner:
             needed = (needed[0] * self.inner, *needed[2:])
         blocks, rows = needed[self.axis] // self.block, self.shares * self.rows
         return (*needed[: self.axis], blocks, rows, *needed[self.axis + 1 :])
 
     def needed(self, box: Box) -> Iterator[tuple[int, Box]]:
-        """What lies in a share, a box of the array as it is read: boxes of the array, and of the
-        share the row where each begins."""
+        """The contents of a share, given as a box of the array as it is read: pairs of the first
+        row within the share and a box of the array."""
         (block, _), (lo, _) = box[self.axis : self.axis + 2]
         first, end = (block * self.block + at for at in self._rows(lo // self.rows))
         rest = box[self.axis + 2 :]
@@ -82,12 +82,12 @@ class Share:
             at += rows
 
     def _rows(self, share: int) -> Interval:
-        """Those of a block that a share has."""
+        """The rows of a block that belong to a share."""
         first, end = (i * self.block // self.shares for i in (share, share + 1))
         return first, end
 
     def exchanged(self, x: jax.Array, to: NamedSharding) -> jax.Array:
-        """The array in its own sharding, `to`, from its shares; for use in a jitted function."""
+        """Redistributes shares to the array's own sharding, `to`; for use in a jitted function."""
 
         def on_device(x: jax.Array) -> jax.Array:
             x = lax.squeeze(x, [self.axis])
@@ -103,9 +103,9 @@ class Share:
             mesh=to.mesh,
             in_specs=self.sharding.spec,
             out_specs=to.spec,
-            check_vma=False,  # what is gathered is the same on all, which it cannot tell
+            check_vma=False,  # it cannot infer that gathered values are equal on all devices
         )
-        # Else XLA would exchange it in the tiles that the next op likes, mostly padding.
+        # Else XLA would exchange it in the layout of the next op, which is mostly padding.
         return lax.optimization_barrier(on_mesh(x))
 
     def _without_gaps(self, x: jax.Array) -> jax.Array:
@@ -125,10 +125,10 @@ class CellRead:
 
     Attributes:
         shape, dtype: of the array.
-        sharding: that it is needed in.
-        of: shape of the tensor that it, or each of its lanes, is a box of.
-        has_lanes: its first axis is that of the lanes.
-        share: how it is read, if not in that sharding.
+        sharding: the one in which it is needed.
+        of: shape of the tensor of which it, or each of its lanes, is a box.
+        has_lanes: whether its first axis is that of the lanes.
+        share: how it is divided for reading, if not by `sharding`.
     """
 
     shape: Shape
@@ -146,8 +146,8 @@ class CellRead:
         return self.share.shape(self.shape), self.share.sharding
 
     def pieces(self, box: Box) -> Iterator[tuple[Box, Box]]:
-        """What fills a box of the array as it is read, lane by lane: where in its `buffer`,
-        and which box of the array."""
+        """How to fill a box of the array as it is read, lane by lane: pairs of a box in its
+        `buffer` and a box of the array."""
         for row, part in [(0, box)] if self.share is None else self.share.needed(box):
             extents = dims(part)
             if not self.has_lanes:
@@ -162,7 +162,7 @@ class CellRead:
                 yield within, lane
 
     def lanes(self, part: Box) -> Iterator[Box]:
-        """A box of the array lane by lane: each of one tensor."""
+        """Splits a box of the array into lanes, each of which is a box of one tensor."""
         if not self.has_lanes:
             yield part
             return
@@ -170,17 +170,17 @@ class CellRead:
             yield (lane, lane + 1), *part[1:]
 
     def buffer(self, box: Box) -> Shape:
-        """The shape, of as many axes as the array has, of a box of it as it is read."""
+        """The shape of the buffer for a box of the array as it is read; same rank as the array."""
         axis = len(box) if self.share is None else self.share.axis
         return (*dims(box)[:axis], *dims(box)[axis + 1 :])
 
     def local(self, x: jax.Array) -> jax.Array:
-        """The array where it is needed; for use in a jitted function."""
+        """The array in the sharding in which it is needed; for use in a jitted function."""
         return x if self.share is None else self.share.exchanged(x, self.sharding)
 
     @property
     def way(self) -> str:
-        """How it comes from storage to the devices, in words."""
+        """How it gets from storage to the devices, as text: direct, or by which collectives."""
         if self.share is None:
             return "direct"
         moves = "+".join(name for name, _ in self.share.moves)
@@ -193,13 +193,13 @@ class CellRead:
 
     @property
     def shard_nbytes(self) -> int:
-        """Bytes that a device is given."""
+        """Bytes per device as it is read."""
         shape, sharding = self.as_read
         return shard_nbytes(sharding, shape, self.dtype)
 
     @property
     def needed_nbytes(self) -> int:
-        """Bytes that a device computes with."""
+        """Bytes per device in the sharding in which it is needed."""
         return shard_nbytes(self.sharding, self.shape, self.dtype)
 
     @cached_property
@@ -216,18 +216,18 @@ class CellRead:
 
     @cached_property
     def buffer_nbytes(self) -> int:
-        """Bytes that the process that reads most has it in."""
+        """Size of the host buffers, in bytes, in the process that reads most."""
         shape, sharding = self.as_read
         return self.shard_nbytes * max(map(len, boxes_by_process(sharding, shape).values()))
 
     @property
     def best_run(self) -> int:
-        """Bytes of runs that reading gains nothing from being longer than."""
+        """Run length in bytes beyond which reading gets no faster."""
         return min(RUN, math.prod(self.of) * self.dtype.itemsize)
 
     @cached_property
     def run(self) -> float:
-        """Bytes of the runs in the files that a process reads for itself, on average."""
+        """Average length in bytes of the runs that a process reads from files."""
         by_lanes: dict[Interval | None, list[Box]] = {}
         for part in filter(volume, next(iter(self.parts.values()))):  # the others' are alike
             lanes, box = (part[0], part[1:]) if self.has_lanes else (None, part)
@@ -250,14 +250,14 @@ class CellRead:
 def cell_read(
     shape: Shape, dtype: np.dtype, sharding: NamedSharding, of: Shape, lanes: bool
 ) -> CellRead:
-    """A read that takes each byte once over all processes, in the longest runs there are.
+    """Chooses how to read an array: each byte once over all processes, in runs as long as possible.
 
     Args:
         shape: of the array.
         dtype: of the array.
-        sharding: in which it is needed.
-        of: shape of the tensor that it, or each of its lanes, is a box of.
-        lanes: its first axis is that of the lanes.
+        sharding: the one in which it is needed.
+        of: shape of the tensor of which it, or each of its lanes, is a box.
+        lanes: whether its first axis is that of the lanes.
     """
     direct = CellRead(shape, dtype, sharding, of, lanes)
     if len(direct.parts) == 1:
@@ -271,7 +271,7 @@ def cell_read(
 
 
 def _even(shape: Shape, to: NamedSharding, lanes: bool) -> Share | None:
-    """Even shares of an array, of the first axis that is long enough for all devices."""
+    """Equal shares of an array, along the first axis that is long enough for all devices."""
     names = [mesh_axes(to, axis) for axis in range(len(shape))]
     found: list[Share] = []
     if lanes and shape[0] > shards(to, 0):  # several in each shard
@@ -289,13 +289,13 @@ def _even(shape: Shape, to: NamedSharding, lanes: bool) -> Share | None:
 def _share(
     shape: Shape, to: NamedSharding, names: Sequence[tuple[str, ...]], axis: int, inner: int = 0
 ) -> Share:
-    """Even shares along an axis. `names`: the mesh axes that cut each axis."""
+    """Equal shares along an axis. `names`: the mesh axes that shard each axis."""
     sizes = {name: n for name, n in to.mesh.shape.items() if n > 1}
     copies = tuple(name for name in sizes if not any(name in cut for cut in names))
     moves = tuple((name, a) for a in range(axis + 1, len(shape)) for name in names[a])
     block = shape[axis] // math.prod(sizes[name] for name in names[axis])
     shares = math.prod(sizes[name] for name in (*copies, *(name for name, _ in moves)))
-    # What is exchanged first is cut last: axes that stay, replicas, then the moves backwards.
+    # What is exchanged first is divided last: axes that stay, replicas, then the moves in reverse.
     order = (*names[axis], *copies, *(name for name, _ in reversed(moves)))
     blocks, cut = order[: len(names[axis])], order[len(names[axis]) :]
     before = (n or None for n in names[:axis])
@@ -304,6 +304,6 @@ def _share(
 
 
 def _run_length(of: Shape, extents: Shape) -> int:
-    """Elements that lie side by side in a box of a tensor."""
+    """Number of contiguous elements in a box of a tensor."""
     cut = max((axis for axis, n in enumerate(of) if extents[axis] < n), default=0)
     return math.prod(extents[cut:])

@@ -1,7 +1,7 @@
-"""Leaves in slabs: parts that are made and written one after another, so that none is held whole.
+"""Splits leaves into slabs, which are made and written in turn, so that no leaf is held whole.
 
-A slab has the same part of every shard of its leaf, and so is an array over the mesh in the leaf's
-own sharding. A leaf that is small enough is one slab.
+A slab consists of the same part of every shard of its leaf, and so is an array over the mesh in the
+sharding of the leaf. A leaf that is small enough is a single slab.
 """
 
 import math
@@ -22,9 +22,9 @@ class Slab:
 
     Attributes:
         shape, dtype, sharding: of the slab, as an array over the mesh.
-        offset: where it begins in every shard of the leaf.
+        offset: of the slab within each shard of the leaf.
         leaf: shape of the leaf.
-        steps: that make it.
+        steps: the steps that make it.
     """
 
     shape: Shape
@@ -44,11 +44,11 @@ class Slab:
 
     @property
     def local_nbytes(self) -> int:
-        """Bytes of it that the busiest process holds."""
+        """Bytes of it on all devices of a process."""
         return self.shard_nbytes * local_devices(self.sharding)
 
     def in_leaf(self, box: Box) -> Box:
-        """Where a box of the slab, that lies in one shard, is in the leaf."""
+        """The box of the leaf for a box of the slab, which must lie within one shard."""
         local = self.sharding.shard_shape(self.shape)
         whole = self.sharding.shard_shape(self.leaf)
         moves = (
@@ -61,14 +61,14 @@ class Slab:
 def slabs(
     steps: Sequence[Step], shape: Shape, dtype: np.dtype, to: NamedSharding, limit: float
 ) -> tuple[Slab, ...]:
-    """A leaf as slabs of at most `limit` bytes in a process, as far as its steps can be told apart.
+    """Splits a leaf into slabs of at most `limit` bytes per process, as far as its steps allow.
 
     Args:
-        steps: that make the leaf.
+        steps: the steps that make the leaf.
         shape: of the leaf.
         dtype: of the leaf.
-        to: its sharding.
-        limit: in bytes.
+        to: sharding of the leaf.
+        limit: bytes per process.
     """
     whole = Slab(shape, dtype, to, (0,) * len(shape), shape, tuple(steps))
     parts = _parts(_grid(whole), whole.local_nbytes / limit)
@@ -90,7 +90,7 @@ def slabs(
 
 
 def _grid(whole: Slab) -> list[int]:
-    """Into how many equal intervals the steps of a leaf divide each axis of a shard."""
+    """The number of equal intervals into which the steps of a leaf divide each axis of a shard."""
     grid = []
     for axis, n in enumerate(whole.sharding.shard_shape(whole.shape)):
         intervals = {_interval(step, axis, whole) for step in whole.steps}
@@ -102,7 +102,10 @@ def _grid(whole: Slab) -> list[int]:
 
 
 def _interval(step: Step, axis: int, leaf: Slab) -> tuple[int, int]:
-    """Where a step begins in every shard, and how much of it it makes; all, if it is not so."""
+    """Offset and length, within each shard, of the part of an axis that a step makes.
+
+    The whole axis, if the step does not make the same part of every shard.
+    """
     n, pieces = leaf.shape[axis], shards(leaf.sharding, axis)
     extent = dims(step.recipe.box)[axis]
     if step.recipe.lanes == axis:
@@ -113,7 +116,7 @@ def _interval(step: Step, axis: int, leaf: Slab) -> tuple[int, int]:
 
 
 def _parts(grid: Sequence[int], excess: float) -> list[int]:
-    """Into how many parts to cut each axis, in all at least `excess` if the grid allows it."""
+    """The number of parts along each axis; their product is at least `excess` if possible."""
     parts = [1] * len(grid)
     while excess > 1 and (left := [a for a, n in enumerate(grid) if n > 1 and parts[a] == 1]):
         enough = [(p, a) for a in left for p in _divisors(grid[a]) if p >= excess]

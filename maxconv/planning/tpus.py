@@ -1,8 +1,8 @@
-"""TPU slices that are not here: enough of their chips for MaxText's mesh and a plan over it.
+"""Descriptions of TPU slices, sufficient for MaxText's mesh and for planning without a TPU.
 
-Chips and topologies are those of Google's pages docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}: HBM,
-the chips of a pod, and the network of a physical host by its chips. Their tables of machine types
-have the RAM. libtpu numbers the chips alike (see the tests).
+Chips and topologies are from docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}: HBM, chips per pod, and
+the network bandwidth per host, divided by its chips. RAM is from the tables of machine types. Chips
+are numbered as libtpu numbers them (see the tests).
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any
 
 from maxconv.errors import UserError
 
-MAX_CHIPS = 1 << 14  # of all slices together, for which a plan is made: it takes about a minute
+MAX_CHIPS = 1 << 14  # in all slices together; planning for so many takes about a minute
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Machine:
     """A machine type with TPU chips, one host of a slice.
 
     Attributes:
-        name: of Compute Engine and GKE.
-        grid: chips along each axis.
+        name: in Compute Engine and GKE.
+        grid: number of chips along each axis.
         ram: bytes of memory.
     """
 
@@ -42,12 +42,12 @@ class Kind:
 
     Attributes:
         device_kind: JAX's name of its chips.
-        named_by: what the number in a slice's name counts, per chip: 2 TensorCores, or 1.
-        axes: dimensions of the torus, or mesh, of chips.
-        largest: chips in the largest slice.
-        hbm: bytes of memory of a chip.
-        network: bytes a second between a host and the data center, for each of its chips.
-        machines: machine types with 4 chips, of which slices of several hosts are made, first.
+        named_by: how much a chip adds to the number in a slice's name: 2 (TensorCores) or 1.
+        axes: number of dimensions of the torus, or mesh, of chips.
+        largest: number of chips in the largest slice.
+        hbm: bytes of HBM per chip.
+        network: bytes per second between a host and the data center, per chip of the host.
+        machines: the machine types; first the one with 4 chips, which multi-host slices consist of.
     """
 
     device_kind: str
@@ -102,7 +102,7 @@ KINDS = {
 
 
 class _Client:
-    """What JAX asks a device's backend: it takes the first host for the one it runs on."""
+    """What JAX reads from the client of a device; pretends to run on the first host."""
 
     platform = "tpu"
 
@@ -112,7 +112,7 @@ class _Client:
 
 @dataclass(frozen=True)
 class Chip:
-    """What JAX and MaxText's mesh ask of a device, of a chip that is only thought of."""
+    """A stand-in for a TPU device, with the attributes that JAX and MaxText's mesh read."""
 
     id: int
     process_index: int
@@ -128,7 +128,7 @@ class Chip:
 class Slice:
     """A slice of TPU chips, such as v5p-64.
 
-    `shape`: how its chips are wired, x first. `machine`: what each of its hosts is.
+    `shape`: number of chips along each axis, x first. `machine`: the machine type of its hosts.
     """
 
     name: str
@@ -142,20 +142,20 @@ class Slice:
 
     @property
     def network(self) -> float:
-        """Bytes a second between a host and the data center."""
+        """Bytes per second between a host and the data center."""
         return self.kind.network * self.machine.chips
 
     def chips(self, num_slices: int = 1) -> Sequence[Chip]:
         """The chips of `num_slices` such slices, host by host.
 
         Raises:
-            UserError: they are more than MAX_CHIPS.
+            UserError: there are more than MAX_CHIPS.
         """
         x, y, z = (*self.shape, 1)[:3]
         if num_slices * x * y * z > MAX_CHIPS:
             raise UserError(
-                f"num_slices={num_slices}: a plan can be made for at most {MAX_CHIPS} chips, which "
-                f"are {MAX_CHIPS // (x * y * z)} slices of {self.name}."
+                f"num_slices={num_slices} is too large; plans are limited to {MAX_CHIPS} chips, "
+                f"which are {MAX_CHIPS // (x * y * z)} slices of {self.name}."
             )
         m, n, _ = self.machine.grid
         chips = [
@@ -173,10 +173,10 @@ class Slice:
 
 
 def slice_of(name: str) -> Slice:
-    """The slice that gcloud and xpk call so: v5p-64, v5litepod-8, v6e-256.
+    """The slice with a name as in gcloud and xpk: v5p-64, v5litepod-8, v6e-256.
 
-    A slice that one machine type holds is one host. Where GKE also makes it of several, a machine
-    type after a colon says so: v5litepod-8:ct5lp-hightpu-4t has two hosts.
+    A slice that fits on one machine has one host. If GKE also offers it with several, append the
+    machine type after a colon: v5litepod-8:ct5lp-hightpu-4t has two hosts.
 
     Raises:
         UserError: there is no such slice.
@@ -184,8 +184,8 @@ def slice_of(name: str) -> Slice:
     match = re.fullmatch(r"(\w+)-([0-9]{1,9})(?::([\w-]+))?", name.replace("v5e-", "v5litepod-"))
     if match is None or match[1] not in KINDS:
         raise UserError(
-            f"Unknown tpu_type={name}; expected one like v5p-64. Known are {', '.join(KINDS)}, "
-            "each with a number."
+            f"Unknown tpu_type={name}; expected one like v5p-64. Known types: "
+            f"{', '.join(f'{kind}-N' for kind in KINDS)}."
         )
     kind = KINDS[match[1]]
     chips, left = divmod(int(match[2]), kind.named_by)
@@ -195,29 +195,29 @@ def slice_of(name: str) -> Slice:
         sizes = (1 << k for k in range(kind.largest.bit_length()) if 1 << k >= least)
         known = [n * kind.named_by for n in sizes if any(_is_made_of(n, m) for m in kind.machines)]
         raise UserError(
-            f"Unknown tpu_type={name}; a plan can be made for {match[1]}-N, where N is one of "
-            f"{', '.join(map(str, known))}."
+            f"Unknown tpu_type={name}; {match[1]}-N exists for N in {', '.join(map(str, known))}."
         )
     if match[3] and match[3] not in machines:
         raise UserError(
-            f"tpu_type={name}: {match[1]}-{match[2]} can be made of {' or '.join(machines)}."
+            f"Unknown tpu_type={name}; the machine type of {match[1]}-{match[2]} is "
+            f"{' or '.join(machines)}."
         )
     machine = machines[match[3]] if match[3] else _usual(chips, list(machines.values()))
     return Slice(name, kind, _shape(chips, kind), machine)
 
 
 def _is_made_of(chips: int, machine: Machine) -> bool:
-    """Slices of several hosts are made of machines with four chips only."""
+    """Whether a slice can consist of such machines; multi-host slices use those with 4 chips."""
     return chips == machine.chips or (machine.chips == 4 and chips > 4)
 
 
 def _usual(chips: int, machines: Sequence[Machine]) -> Machine:
-    """One host if one machine holds all chips, as gcloud makes it."""
+    """The machine with all chips if there is one, as in gcloud."""
     return next((m for m in machines if m.chips == chips), machines[0])
 
 
 def _shape(chips: int, kind: Kind) -> tuple[int, ...]:
-    """As near to a square or cube as it goes; the longest axis last, but flat if it can be."""
+    """As close to a square or cube as possible, the longest axis last; 4 chips of v5p are flat."""
     bits, rest = divmod(chips.bit_length() - 1, kind.axes)
     shape = tuple(1 << (bits + (axis >= kind.axes - rest)) for axis in range(kind.axes))
     return (2, 2, 1) if shape == (1, 2, 2) else shape

@@ -1,7 +1,7 @@
-"""All uses of what other libraries do not promise to keep: a module per library, each with reasons.
+"""All uses of private parts of other libraries: one module per library, each use with its reason.
 
-Nothing here imports another room. tests/test_private.py checks each part against the installed
-releases, and names the one that moved.
+Imports no other package of maxconv. tests/test_private.py checks each part against the installed
+releases, and names any that a release has moved.
 """
 
 import re
@@ -25,14 +25,14 @@ def is_tested(library: str) -> bool:
 
 
 def tested_releases(library: str) -> str:
-    """What is installed of a library and what was tested, as part of a sentence."""
+    """The installed and the tested releases of a library, as part of a sentence."""
     first, last = TESTED[library]
     return f"{library} {version(library)} is installed, maxconv was tested with {first} to {last}"
 
 
 @contextmanager
 def private_parts(library: str) -> Iterator[None]:
-    """Says which library moved when private parts cannot be imported; raises ImportError."""
+    """Adds the tested releases to the ImportError of private parts that have moved."""
     try:
         yield
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Private parts of huggingface_hub's `CommitOperationAdd`: its public names say neither."""
+"""Private parts of huggingface_hub's `CommitOperationAdd`; there is no public API for these."""
 
 from huggingface_hub import CommitOperationAdd
 
@@ -9,5 +9,5 @@ def nbytes(addition: CommitOperationAdd) -> int:
 
 
 def is_uploaded(addition: CommitOperationAdd) -> bool:
-    """Whether `preupload_lfs_files` uploaded a file: it lets go of what it uploaded."""
+    """Whether `preupload_lfs_files` uploaded a file: it then drops the contents."""
     return addition.path_or_fileobj == b""

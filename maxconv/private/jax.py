@@ -3,12 +3,12 @@
 from maxconv.private import private_parts
 
 with private_parts("jax"):
-    # The processes of a TPU job are found before joining them, so that a person can be told whom
-    # this process waits for: jax.distributed.initialize() finds and joins at once.
+    # Detects the cluster before joining it, to be able to report which processes are awaited:
+    # jax.distributed.initialize() does both in one call.
     from jax._src import clusters
 
-    # Its client has barriers with a timeout and a key-value store, which JAX offers to nobody:
-    # processes end together through them, whatever their devices are doing.
+    # Its client has barriers with a timeout and a key-value store, without a public API. They let
+    # all processes exit together, whatever their devices are doing.
     from jax._src.distributed import global_state
 
 __all__ = ["clusters", "global_state"]

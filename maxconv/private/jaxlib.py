@@ -1,6 +1,6 @@
-"""Private parts of jaxlib, which is of the same release as JAX.
+"""Private parts of jaxlib, which has the same version as JAX.
 
-Imports no more than that: the coordinator starts with it alone.
+Does not import JAX: the coordinator process needs jaxlib only.
 """
 
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from maxconv.private import private_parts
 
 with private_parts("jax"):
-    # JAX's coordination service, made by `get_distributed_runtime_service`, runs in a process of
-    # its own, as all others abort when that of process 0 ends; JAX has no option for it.
+    # JAX's coordination service, from `get_distributed_runtime_service`, runs in a process of its
+    # own, because all processes abort when the service ends; JAX has no option for that.
     from jaxlib import _jax as module  # pyright: ignore[reportAttributeAccessIssue]
 
 _jax: Any = module

@@ -1,7 +1,7 @@
-"""Private parts of Orbax: a save of leaves that are made while it runs.
+"""Private parts of Orbax: saving leaves that are computed during the save.
 
-Its public saves want arrays that are all there, or write each group of them as a checkpoint of its
-own, to be merged (targets/partial_save.py has what that costs).
+Its public API needs all arrays beforehand, or writes each group of them as a separate checkpoint to
+be merged later (for the cost of that see targets/partial_save.py).
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from typing import Any
 from maxconv.private import private_parts
 
 with private_parts("orbax-checkpoint"):
-    # Writes begin in the background, once Orbax has made their directory.
+    # Writes start in the background once Orbax has created their directory.
     from orbax.checkpoint._src.futures import future
 
-    # The journal has metadata in the form in which Orbax wants it back.
+    # The journal stores array metadata in Orbax' own format.
     from orbax.checkpoint._src.metadata import array_metadata_store
 
-    # The index of a process as Orbax names files by it.
+    # The process index that Orbax uses in file names.
     from orbax.checkpoint._src.multihost import multihost
 
-    # The writer of arrays, which takes them from host memory one by one, and what it is told.
+    # The writer of arrays, which takes them from host memory one by one, and its arguments.
     from orbax.checkpoint._src.serialization import jax_array_handlers, replica_slices
     from orbax.checkpoint._src.serialization import types as types_v0
 
-    # A type of leaf of our own, and the handler of trees, whose set of leaf types is no option.
+    # Registers our own leaf type with the tree handler, for which there is no public option.
     from orbax.checkpoint.experimental.v1._src.handlers import pytree_handler
     from orbax.checkpoint.experimental.v1._src.serialization import array_leaf_handler
     from orbax.checkpoint.experimental.v1._src.serialization import registry as leaf_registry
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class _Taken:
-    """Takes the place of a metadata store: Orbax before 0.12.5 tells nobody else."""
+    """Stands in for a metadata store: Orbax before 0.12.5 returns the metadata in no other way."""
 
     def __init__(self) -> None:
         self.metadata: Sequence[Any] = ()
@@ -58,7 +58,7 @@ async def serialize(
     args: Sequence[types_v0.SaveArgs],
     **options: Any,
 ) -> Sequence[Any]:
-    """Writes arrays that are in host memory; returns the metadata of each, which is not written."""
+    """Writes arrays from host memory; returns the metadata of each instead of writing it."""
     taken: Any = _Taken()
     await jax_array_handlers._async_serialize_replica_slices(
         arrays, infos, args, array_metadata_store=taken, ext_metadata={}, **options

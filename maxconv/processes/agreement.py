@@ -1,4 +1,4 @@
-"""What processes tell each other before they go on: facts, errors, and that something is done."""
+"""Exchange between processes: they compare facts, share errors, and wait for each other."""
 
 import itertools
 import json
@@ -11,48 +11,45 @@ import numpy as np
 
 from maxconv.errors import ConversionError, RetryableError, UserError
 
-PATIENCE = 120  # seconds for all processes to say what they are about to do
+PATIENCE = 120  # seconds for all processes to report their facts
 _calls = itertools.count()
 
 
-def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> None:
-    """Checks that all processes have the same facts, by name, as JSON has them.
+def agree(facts: Mapping[str, Any], mend: str) -> None:
+    """Checks that all processes have the same facts: JSON values by name.
 
-    Does without collectives: those hang, or abort, when processes compile different programs for
-    different devices. So it can be called before JAX has a backend.
+    Uses no collectives, which hang or abort if processes compile different programs for different
+    devices, and so can be called before JAX has a backend.
 
     Args:
-        facts: are compared with those of process 0.
-        mend: what to do about a difference, for the end of a sentence.
-        refused: problems that already keep this process from going on.
+        facts: compared with those of process 0.
+        mend: the end of the error message: what to do about a difference.
 
     Raises:
         UserError: the same on all processes; names each fact, process and both values.
-        RetryableError: not all processes came to say theirs.
+        RetryableError: not all processes reported in time.
     """
     from maxconv.private.jax import global_state as state
 
     client: Any = state.client
     if client is None or state.num_processes == 1:
-        if refused:
-            raise UserError(refused)
         return
     from jax.errors import JaxRuntimeError
 
     key = f"maxconv/agree/{next(_calls)}"
     try:
         if state.process_id == 0:
-            client.key_value_set(f"{key}/facts", json.dumps({} if refused else facts))
+            client.key_value_set(f"{key}/facts", json.dumps(facts))
         first = json.loads(client.blocking_key_value_get(f"{key}/facts", 1000 * PATIENCE))
-        differ = _differences(first, facts, state.process_id, mend) if first else []
-        if problems := list(refused) or differ:
+        if problems := _differences(first, facts, state.process_id, mend):
             client.key_value_set(f"{key}/problems/{state.process_id:06}", json.dumps(problems))
         client.wait_at_barrier(key, timeout_in_ms=1000 * PATIENCE)
         said = client.key_value_dir_get(f"{key}/problems/")
     except JaxRuntimeError as error:
         raise RetryableError(
-            f"Not all processes said within {PATIENCE} s what they are about to do "
-            f"({str(error).partition('. ')[0]}); is one release of maxconv installed on all hosts?"
+            f"Not all processes reported their arguments within {PATIENCE} s "
+            f"({str(error).partition('. ')[0]}); check that all hosts have the same release of "
+            "maxconv."
         ) from error
     if said:
         raise UserError([problem for _, text in sorted(said) for problem in json.loads(text)])
@@ -72,25 +69,24 @@ def _differences(
 
 @contextmanager
 def same_error_everywhere() -> Iterator[None]:
-    """Prepares something on every process; an error on any of them is raised on all.
+    """Runs the block on every process; an error on any of them is raised on all.
 
-    Nothing is written yet, so what no check foresaw is bad input, too: a UserError.
+    For use before anything is written: an unexpected error is treated as bad input, a UserError.
     """
     mine: tuple[str, Sequence[str]] | None = None
     try:
         yield
     except Exception as error:
-        mine = _told(error)
+        mine = told(error)
     if failed := next(filter(None, gathered(mine)), None):
-        kind, problems = failed
-        raise _KINDS[kind](problems)
+        raise untold(*failed)
 
 
 _KINDS = {kind.__name__: kind for kind in (ConversionError, RetryableError, UserError)}
 
 
-def _told(error: Exception) -> tuple[str, Sequence[str]]:
-    """An error as the others are told of it: its kind, and its problems."""
+def told(error: Exception) -> tuple[str, Sequence[str]]:
+    """An error in the form that is sent to other processes: its kind, and its problems."""
     if isinstance(error, ConversionError):
         kind = type(error).__name__
         return kind if kind in _KINDS else ConversionError.__name__, error.problems
@@ -99,13 +95,18 @@ def _told(error: Exception) -> tuple[str, Sequence[str]]:
     if isinstance(error, ConnectionError | TimeoutError):
         return RetryableError.__name__, [f"The connection failed ({said}); try again."]
     return UserError.__name__, [
-        f"The checkpoint or the arguments cannot be used ({said}); check that the files are whole, "
-        "and report it if they are."
+        f"The checkpoint or the arguments cannot be used ({said}); check that the files are "
+        "intact, and report this if they are."
     ]
 
 
+def untold(kind: str, problems: Sequence[str]) -> ConversionError:
+    """The error that another process told of."""
+    return _KINDS[kind](problems)
+
+
 def gathered(value: Any) -> list[Any]:
-    """What each process has to say, as JSON has it, in the order of processes."""
+    """Gathers a JSON value from each process, in the order of processes."""
     import jax
 
     if jax.process_count() == 1:
@@ -114,15 +115,15 @@ def gathered(value: Any) -> list[Any]:
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.int32(text.size)).max())
-    width = -(-longest // 4096) * 4096  # mostly the same: compiled once
+    width = -(-longest // 4096) * 4096  # mostly the same width, so that it is compiled once
     rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size)))
     return [json.loads(row.tobytes().rstrip(b"\0")) for row in rows]
 
 
 def once(action: Callable[[], object], patience: int | None = None) -> None:
-    """Does something on process 0, while the others wait for it to be done.
+    """Runs an action on process 0, while the others wait.
 
-    `patience`: seconds that it may take, if more than collectives wait.
+    `patience`: seconds that it may take, if that is longer than the timeout of collectives.
     """
     import jax
 

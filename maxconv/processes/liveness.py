@@ -1,8 +1,8 @@
-"""Processes end together: when one fails all do, and the cause is told once.
+"""Makes all processes end together if one fails, and reports the cause once.
 
-Every process says each second, in the key-value store of JAX's coordination service, that it
-lives, and looks whether its neighbour in the ring of processes does. The first one that fails, or
-finds its neighbour silent, leaves word there, and all end with its exit code.
+Every second each process writes a heartbeat to the key-value store of JAX's coordination service,
+and checks that of the next process in a ring. The first process that fails, or finds the next one
+silent, posts that to the store, and all exit with its exit code.
 """
 
 import atexit
@@ -17,28 +17,29 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from maxconv.errors import RetryableError, exit_code, failure_text
+from maxconv.text import say
 
-BEAT = 1  # seconds between two signs of life
-SILENCE = 15  # seconds without one after which a process counts as gone
+BEAT = 1  # seconds between two heartbeats
+SILENCE = 15  # seconds without a heartbeat after which a process is considered gone
 NOTHING_SAVED = "maxconv: nothing was saved"
 _FAILED, _ALIVE = "maxconv/failed", "maxconv/alive/{}"
-_HEAR = 2  # seconds in which the others hear of a failure, before the coordination service goes
+_HEAR = 2  # seconds for others to learn of a failure before the coordination service shuts down
 _SIGNALS = {
     signal.SIGINT: (130, "maxconv: interrupted"),
     signal.SIGTERM: (
         RetryableError.exit_code,
-        "maxconv: told to end (SIGTERM), as when a host is preempted",
+        "maxconv: terminated (SIGTERM), as when a host is preempted",
     ),
 }
 
 _ring: "_Ring | None" = None
 _unsaved = False  # whether a save is under way
 _last_acts: list[Callable[[], object]] = []
-_LAST = 3  # seconds that they may take
+_LAST = 3  # seconds that they may take in all
 
 
 def watch() -> None:
-    """From now on the processes of `jax.distributed` end together."""
+    """Starts the heartbeats: from now on the processes of `jax.distributed` end together."""
     from maxconv.private.jax import global_state
 
     global _ring
@@ -47,20 +48,20 @@ def watch() -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends this process, and all others, because of an error; it is told unless it was not first.
+    """Ends all processes because of an error, which is reported unless another came first.
 
-    Not a normal exit: that waits for threads, in which reads and writes go on.
+    Exits immediately: a normal exit would wait for threads that are reading and writing.
     """
     _end(exit_code(error), failure_text(error), _ring is not None and _may_follow(error))
 
 
 def before_exit(act: Callable[[], object]) -> None:
-    """Has something done, if it takes a moment only, when this process ends in a hurry."""
+    """Registers a short action for when this process exits immediately."""
     _last_acts.append(act)
 
 
 def _do_last_acts() -> None:
-    """On threads of their own: nothing keeps a process from ending."""
+    """Runs them in threads with a timeout, so that they cannot keep the process from ending."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
     threads = [threading.Thread(target=act, daemon=True) for act in _last_acts]
@@ -73,7 +74,7 @@ def _do_last_acts() -> None:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """Ends all processes when the work inside fails and others take part in it."""
+    """Ends all processes if the block fails; for work in which all take part."""
     try:
         yield
     except BaseException as error:
@@ -84,35 +85,35 @@ def all_or_none() -> Iterator[None]:
 
 @contextmanager
 def unsaved() -> Iterator[None]:
-    """Says of a failure inside that nothing was saved."""
+    """Marks a block during which a failure means that nothing was saved."""
     global _unsaved
     _unsaved = True
     yield
-    _unsaved = False  # not after a failure, which is yet to be told
+    _unsaved = False  # stays set after an exception, which is reported later
 
 
 def leave(code: int) -> int:
-    """Ends all processes with a code that they all came to; returns it if there is but one.
+    """Ends all processes with a common exit code; with a single process, just returns it.
 
-    A normal exit would shut JAX down behind a barrier of its own, where a process can be left
-    waiting for minutes for a coordinator that is gone. So the first leaves last.
+    A normal exit would shut JAX down with a barrier of its own, where a process can wait for
+    minutes for a coordinator that is gone. Here process 0 exits last.
     """
     if _ring is None:
         return code
     from jax.errors import JaxRuntimeError
 
     try:
-        # Not a collective: it would be over here while its last bytes are on their way there.
+        # Not a collective: that could finish here while its last bytes are still on their way.
         _ring.client.wait_at_barrier("maxconv: leaving", timeout_in_ms=20_000)
     except JaxRuntimeError:
-        _ring.fail(code or 1, "maxconv: not all processes came to this end", may_follow=True)
+        _ring.fail(code or 1, "maxconv: not all processes finished", may_follow=True)
     _ring.exit(code, 1)
 
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
     """Makes Ctrl-C and SIGTERM end the job, whatever the main thread is waiting for."""
-    if threading.current_thread() is not threading.main_thread():  # has no say in signals
+    if threading.current_thread() is not threading.main_thread():  # cannot set signal handlers
         yield
         return
     received, arrives = os.pipe()
@@ -130,7 +131,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def _leave_on(received: int) -> None:
-    """Ends the job on the first signal; returns when there will be none."""
+    """Ends the job on the first signal; returns when the pipe is closed."""
     with open(received, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] in _SIGNALS:
@@ -146,7 +147,7 @@ def _end(code: int, said: str, may_follow: bool = False) -> NoReturn:
 
 
 def _may_follow(error: BaseException | None) -> bool:
-    """Whether an error may be no more than what the end of another process looks like from here."""
+    """Whether an error may just be a consequence of another process ending."""
     import jax
 
     while error is not None:
@@ -159,15 +160,15 @@ def _may_follow(error: BaseException | None) -> bool:
 
 
 def _tell(said: str) -> None:
-    start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the line of progress
-    with suppress(OSError, ValueError):  # nobody may be reading: that keeps no process alive
-        sys.stdout.flush()  # what was said so far comes first
+    start = "\n" if sys.stderr.isatty() else ""  # after ^C, and the progress line
+    with suppress(OSError, ValueError):  # a closed output must not keep the process alive
+        sys.stdout.flush()  # earlier output comes first
         ending = f"\n{NOTHING_SAVED}" if _unsaved else ""
-        print(f"{start}{said}{ending}", file=sys.stderr, flush=True)
+        say(f"{start}{said}{ending}", sys.stderr)
 
 
 class _Ring:
-    """This process among the others. `client` is that of JAX's coordination service."""
+    """The heartbeats of this process. `client` is that of JAX's coordination service."""
 
     def __init__(self, client: Any, process: int, processes: int):
         self.client, self._process = client, process
@@ -179,9 +180,9 @@ class _Ring:
         self._thread.start()
 
     def fail(self, code: int, said: str, may_follow: bool) -> NoReturn:
-        """Ends all processes; tells why, unless another one came first."""
+        """Ends all processes; reports the cause, unless another process failed first."""
         if may_follow:
-            time.sleep(SILENCE + 5 * BEAT)  # then it would have been found out
+            time.sleep(SILENCE + 5 * BEAT)  # by then the other process' end is detected
         with self._ending:  # never released
             if (first := self._post(code)) is None:
                 _tell(said)
@@ -189,7 +190,7 @@ class _Ring:
             self._follow(first)
 
     def exit(self, code: int, seconds: float) -> NoReturn:
-        """Ends this process; process 0 after some seconds, and the coordination service with it."""
+        """Ends this process; process 0 after `seconds`, and the coordination service with it."""
         from maxconv.private.jax import global_state
 
         for stream in (sys.stdout, sys.stderr):
@@ -203,7 +204,7 @@ class _Ring:
         os._exit(code)
 
     def _post(self, code: int) -> str | None:
-        """Leaves word of a failure here; returns the word of another that was first."""
+        """Posts a failure of this process; returns the post of another process that was first."""
         from jax.errors import JaxRuntimeError
 
         word = json.dumps({"process": self._process, "code": code})
@@ -212,16 +213,16 @@ class _Ring:
         except JaxRuntimeError:
             try:
                 return self.client.key_value_try_get(_FAILED)
-            except JaxRuntimeError:  # there is nobody to tell
+            except JaxRuntimeError:  # the coordination service is gone
                 return None
 
     def _follow(self, word: str) -> NoReturn:
         first = json.loads(word)
         if self._process == 0 and first["process"]:
             with suppress(OSError, ValueError):
-                print(
-                    f"maxconv: ended by process {first['process']}, which says why",
-                    file=sys.stderr,
+                say(
+                    f"maxconv: ended by process {first['process']}, whose output has the cause",
+                    sys.stderr,
                 )
         self.exit(first["code"], _HEAR)
 
@@ -253,17 +254,17 @@ class _Ring:
         try:
             return self.client.key_value_try_get(_ALIVE.format(self._next))
         except JaxRuntimeError:
-            return None  # it has not begun
+            return None  # it has not started yet
 
     def _end_if_silent(self, process: int, heard: float) -> None:
         if time.monotonic() - heard > SILENCE:
             said = (
-                f"maxconv: process {process} is gone without a word: killed, out of memory, or "
-                "its host was taken away"
+                f"maxconv: process {process} disappeared without a message: it was killed, ran out "
+                "of memory, or its host was preempted"
             )
             self.fail(RetryableError.exit_code, said, False)
 
     def _stop(self) -> None:
-        """Lets go of the client, before JAX and Python shut down."""
+        """Stops using the client, before JAX and Python shut down."""
         self._stopped.set()
         self._thread.join(2 * BEAT)

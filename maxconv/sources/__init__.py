@@ -1,4 +1,4 @@
-"""Where checkpoints are read from."""
+"""Sources of checkpoints: local directories, buckets and the Hugging Face Hub."""
 
 import os
 import re
@@ -37,16 +37,16 @@ def open_source(
     Args:
         path: a local directory, one in a bucket (`gs://bucket/path`), or a model on the Hugging
             Face Hub: `hf://org/name[@revision]`, or just `org/name`.
-        revision: of a model on the Hub; a directory has none to choose from.
+        revision: of a model on the Hub; ignored, with a notice, for directories and buckets.
         token: for the Hub; default: HF_TOKEN, HF_AUTH_TOKEN, or that of `hf auth login`.
-        config: the file that says what it is; adapter_config.json in a LoRA adapter.
-        max_retries: how often a request is tried again.
-        cache: download a model of the Hub into the Hugging Face cache, and read it there.
-        commit: that a revision on the Hub was found to be, by another process.
+        config: the file that describes the model; adapter_config.json for a LoRA adapter.
+        max_retries: how many times a failed request is retried.
+        cache: first download a model of the Hub into the Hugging Face cache, and read that.
+        commit: the commit that another process resolved the revision to.
 
     Raises:
-        UserError: with everything that is wrong with it.
-        RetryableError: when a server fails.
+        UserError: with everything that is wrong with the checkpoint.
+        RetryableError: a server fails.
     """
     if path.startswith("gs://"):
         from maxconv.sources.gcs import GcsSource

@@ -1,4 +1,4 @@
-"""A checkpoint and a LoRA adapter beside it."""
+"""A checkpoint together with a LoRA adapter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from maxconv.sources.base import Part, Source, TensorInfo, Traffic
 
 
 class AdaptedSource(Source):
-    """Both as one source: `tensors` holds the adapter's, too, and `adapter` tells them apart."""
+    """Both as one source: `tensors` includes those of `adapter`."""
 
     def __init__(self, base: Source, adapter: Source):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A source of tensors: what it holds, and how boxes of a tensor are read from it.
+"""The interface of a source: which tensors it has, and how boxes of a tensor are read.
 
-A box is a half-open interval per axis. Nothing here knows of files: `files.py` has the sources
-whose tensors are runs of bytes in files.
+A box is a half-open interval per axis. Nothing here depends on files: `files.py` has the sources
+whose tensors are byte ranges of files.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ Part = tuple[Box, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as `Source.read` gives it.
+    """A tensor as `Source.read` returns it.
 
-    The dtype is one that JAX has without its 64-bit mode; what is stored wider is converted as it
-    is read (see `narrow.py`).
+    The dtype is one that JAX supports without its 64-bit mode; wider stored dtypes are converted
+    while reading (see `narrow.py`).
     """
 
     name: str
@@ -60,9 +60,9 @@ class Stats:
 class Traffic(NamedTuple):
     """What was transferred over the network.
 
-    Of the `nbytes` received by `requests`, `headers` belonged to headers and other small files, and
-    `between` lay between boxes that were requested together. The rest, beyond what
-    `Stats.bytes_read` counts, was received more than once because requests were repeated.
+    Of the `nbytes` received by `requests`, `headers` are headers and other small files, and
+    `between` are gaps between boxes that were requested together. Anything beyond these and
+    `Stats.bytes_read` was received again by retries.
     """
 
     requests: int = 0
@@ -78,15 +78,15 @@ class Source(ABC):
     """A checkpoint whose tensors can be read in boxes, by several threads at once.
 
     Attributes:
-        root: what to call it in messages.
+        root: its path or URL, for messages.
         revision: the commit it was taken from, if known.
-        config: the content of its config.json.
+        config: the contents of its config.json.
         tensors: by name.
-        notices: sentences about what was found and left out.
-        adapter: a LoRA adapter whose tensors are among these.
+        notices: sentences about what was found and what is ignored.
+        adapter: a LoRA adapter whose tensors are among `tensors`.
         stats: what was read so far.
-        readers: threads that keep its storage busy when they read small tensors.
-        is_shared: all processes see the same storage.
+        readers: number of threads that keep its storage busy when they read small tensors.
+        is_shared: whether all processes see the same storage.
         traffic: what was transferred over the network so far.
     """
 
@@ -96,7 +96,7 @@ class Source(ABC):
     tensors: Mapping[str, TensorInfo]
     notices: Sequence[str]
     adapter: "Source | None" = None
-    readers: int = 2  # one copies while the other waits for its storage
+    readers: int = 2  # one copies while the other waits for storage
     is_shared: bool = False
 
     def __init__(self) -> None:
@@ -108,33 +108,33 @@ class Source(ABC):
 
         Args:
             info: one of `tensors`.
-            parts: disjoint boxes, and for each an array of its shape and of a dtype as wide as the
-                tensor's, with any strides.
+            parts: disjoint boxes, each with an array of the same shape, of a dtype with the same
+                item size as the tensor's, and any strides.
 
         Raises:
             ValueError: an array does not fit its box.
             OSError: the bytes cannot be read.
-            ConversionError: the tensor holds values that its dtype here does not have.
+            ConversionError: the tensor has values that do not fit in the dtype it is read as.
         """
 
     def tensor(self, name: str) -> np.ndarray:
-        """A whole tensor; KeyError when there is none of that name."""
+        """A whole tensor; KeyError if there is none of that name."""
         info = self.tensors[name]
         array = aligned_empty(info.shape, info.dtype)
         self.read(info, [(full(info.shape), array)])
         return array
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
-        """A box of a tensor, read as simply as can be, to check what `read` does.
+        """A box of a tensor, read in the simplest possible way, as a check of `read`.
 
-        It is not counted in `stats`, where the source knows another way than `read`.
+        Sources that have another way than `read` do not count it in `stats`.
         """
         array = np.empty(dims(box), info.dtype)
         self.read(info, [(box, array)])
         return array
 
     def path(self, info: TensorInfo) -> Path | None:
-        """Where the safetensors file of a tensor lies on this machine, if it does."""
+        """The local safetensors file of a tensor, if there is one."""
         return None
 
     @property
@@ -142,23 +142,23 @@ class Source(ABC):
         return Traffic()
 
     def allow(self, nbytes: int) -> None:
-        """Bounds the bytes that all requests in flight may be about to bring."""
+        """Bounds the total bytes of all requests in flight."""
         return
 
     def held(self, ahead: int) -> int:
-        """Bytes that reading holds at most beside the arrays it fills, of which `ahead` bytes are
-        being filled at once."""
+        """Upper bound of the bytes that reading holds in addition to the arrays it fills, when
+        `ahead` bytes of arrays are being filled at once."""
         return 0
 
     def between(self, info: TensorInfo, boxes: Sequence[Box]) -> int:
-        """Upper bound of the bytes read beside the boxes of a tensor when they are read in one
-        call; 0 where storage is read without gaps."""
+        """Upper bound of the bytes read in addition to some boxes of a tensor when they are read in
+        one call; 0 if the storage never reads through gaps."""
         return 0
 
     def versions(self) -> dict[str, str]:
-        """What tells this checkpoint from another one at the same place, each thing with its name.
+        """What distinguishes this checkpoint from another one at the same path, by description.
 
-        Where storage knows no better: its commit, and a digest of the names, dtypes and shapes.
+        By default its commit, and a digest of the names, dtypes and shapes of its tensors.
         """
         headers = repr(sorted((i.name, str(i.dtype), i.shape) for i in self.tensors.values()))
         return {
@@ -167,16 +167,16 @@ class Source(ABC):
         }
 
     def fingerprints(self) -> Mapping[str, str]:
-        """What tells the content of this source from that of another copy, by file.
+        """Fingerprints of the contents, by file.
 
-        Equal on two hosts whose copies are equal, whatever their paths and times. Where storage
-        pins its content by version, the versions are enough and nothing is read.
+        Equal on two hosts with equal copies, whatever their paths and modification times. Where
+        storage pins contents by version, the versions are used and nothing is read.
         """
         return self.versions()
 
     @abstractmethod
     def close(self) -> None:
-        """Releases what reading opened; a later read opens it again."""
+        """Closes files and connections; a later read opens them again."""
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +186,7 @@ class Source(ABC):
 
 
 def bit_views(info: TensorInfo, parts: Sequence[Part]) -> list[Part]:
-    """The parts that are not empty, their arrays as unsigned integers of the same width.
+    """The parts that are not empty, with their arrays viewed as unsigned integers of equal width.
 
     Raises:
         ValueError: an array does not fit its box.

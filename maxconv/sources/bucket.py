@@ -1,4 +1,4 @@
-"""Google Cloud Storage by its JSON API: where it is, who asks, and what its answers mean."""
+"""Google Cloud Storage through its JSON API: addresses, credentials, and what errors mean."""
 
 import os
 import uuid
@@ -28,18 +28,18 @@ _MOST_PAGES = 1000  # of a listing: a million objects
 
 
 class Refused(OSError):
-    """A bucket or an object that is not to be had, in a sentence."""
+    """A bucket or object that cannot be accessed, explained in a sentence."""
 
 
 class Object(NamedTuple):
-    """What a listing says: bytes, and the generation, which another content does not have."""
+    """An object in a listing: size in bytes, and generation, which changes with the contents."""
 
     size: int
     generation: str
 
 
 class Bucket:
-    """A bucket, asked by any number of threads with the credentials that are found here."""
+    """A bucket, accessed with Application Default Credentials; safe to use from many threads."""
 
     def __init__(self, name: str, max_retries: int = 5):
         self.name, self._max_retries = name, max_retries
@@ -52,10 +52,10 @@ class Bucket:
         self._credentials = _credentials()
 
     def objects(self, prefix: str) -> dict[str, Object]:
-        """Every object whose name begins so, by the rest of its name.
+        """Every object whose name begins with `prefix`, by the rest of its name.
 
         Raises:
-            Refused: when the bucket does not exist, or may not be read.
+            Refused: the bucket does not exist, or may not be read.
         """
         found: dict[str, Object] = {}
         query = {"prefix": prefix, "fields": "items(name,size,generation),nextPageToken"}
@@ -66,18 +66,18 @@ class Bucket:
                 return found
             query["pageToken"] = str(token)
         raise Refused(
-            f"gs://{self.name}/{prefix} holds more than {len(found):,} objects: give the directory "
+            f"gs://{self.name}/{prefix} holds more than {len(found):,} objects; give the directory "
             "of a checkpoint"
         )
 
     def check_writable(self, directory: str) -> None:
-        """Creates and deletes an empty object in a directory, as one does a file on a disk.
+        """Checks write access to a directory by creating and deleting an empty object there.
 
-        The bucket's IAM policy would not tell: rights may be granted for some directories only.
-        TensorStore looks at the bucket itself before it writes, hence storage.buckets.get.
+        The bucket's IAM policy is not enough: permissions may be granted for some directories only.
+        TensorStore requests the bucket itself before it writes, hence storage.buckets.get.
 
         Raises:
-            Refused: when the bucket does not exist, or what it takes to save is not allowed.
+            Refused: the bucket does not exist, or a permission that a save needs is missing.
         """
         self._ask("", {"fields": "name"}, ("storage.buckets.get",))
         prefix = directory and f"{directory}/"
@@ -88,36 +88,36 @@ class Bucket:
         self._ask(f"/o/{quote(probe, safe='')}", {}, ("storage.objects.delete",), "DELETE")
 
     def media(self, name: str, generation: str, renew: bool) -> tuple[str, Mapping[str, str]]:
-        """Where an object's bytes are, and the headers to ask with.
+        """The URL of an object's contents, and the request headers for it.
 
         Raises:
-            Refused: when there are credentials, but they are of no use.
-            Fault: when whoever gives out tokens cannot be reached.
+            Refused: the credentials are invalid.
+            Fault: the token server cannot be reached.
         """
         query = {"alt": "media", "generation": generation}
         return self._url(f"/o/{quote(name, safe='')}", query), self._headers(renew)
 
     def refusal(self, status: int, rights: tuple[str, ...] = _READING) -> str | None:
-        """What an answer means that neither gives nor may be retried; None for any other."""
+        """The explanation of an error status that a retry would not help; None for any other."""
         match status:
             case 401 if isinstance(self._credentials, AnonymousCredentials):
                 return (
-                    f"gs://{self.name} is not public, and there are no Google credentials here: "
+                    f"gs://{self.name} is not public, and no Google credentials were found here; "
                     "run `gcloud auth application-default login`, or set "
                     "GOOGLE_APPLICATION_CREDENTIALS"
                 )
             case 403:
                 return self._without(rights)
             case 404:
-                return f"There is no bucket gs://{self.name}: check its name, or create it"
+                return f"There is no bucket gs://{self.name}; check its name, or create it"
             case _:
                 return None
 
     def _without(self, rights: tuple[str, ...]) -> str:
         who = getattr(self._credentials, "service_account_email", None)
         return (
-            f"gs://{self.name} does not let {who or 'these credentials'} do {', '.join(rights)}: "
-            f"give it {_READERS if rights == _READING else _WRITERS}, and create TPU VMs "
+            f"{who or 'The account here'} lacks {', '.join(rights)} on gs://{self.name}; "
+            f"grant it {_READERS if rights == _READING else _WRITERS}, and create TPU VMs "
             "with --scopes=cloud-platform"
         )
 
@@ -128,7 +128,7 @@ class Bucket:
         rights: tuple[str, ...],
         method: Literal["GET", "POST", "DELETE"] = "GET",
     ) -> dict[str, Any]:
-        """What the bucket answers. Asked again, POST makes what is there, and DELETE has done."""
+        """The bucket's answer. A retried POST overwrites; a retried DELETE accepts 404."""
 
         def attempt(is_stale: bool) -> dict[str, Any]:
             url = self._url(path, query, upload=method == "POST")
@@ -141,7 +141,7 @@ class Bucket:
                 raise Refused(sentence)
             raise Fault.of(answer.status, answer.headers, is_stale=answer.status == 401)
 
-        return patiently(f"gs://{self.name} could not be asked", self._max_retries, attempt)
+        return patiently(f"A request to gs://{self.name} failed", self._max_retries, attempt)
 
     def _url(self, path: str, query: Mapping[str, Any], upload: bool = False) -> str:
         api = f"{self._endpoint}{'/upload' * upload}/storage/v1"
@@ -157,17 +157,17 @@ class Bucket:
                     self._credentials.refresh(self._renewal)
                 self._credentials.before_request(self._renewal, "GET", self._endpoint, headers)
         except exceptions.TransportError as error:
-            raise Fault(f"no token was given ({type(error).__name__})") from None
+            raise Fault(f"no access token could be fetched ({type(error).__name__})") from None
         except exceptions.GoogleAuthError as error:
             raise Refused(
-                f"The Google credentials here are of no use ({error.args[0]}): run "
+                f"The Google credentials found here are invalid ({error.args[0]}); run "
                 "`gcloud auth application-default login`"
             ) from None
         return headers
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """A JSON object; Fault when it is none, as of an answer that was cut."""
+    """Parses a JSON object; Fault if it is not one, such as a truncated answer."""
     problems: list[str] = []
     try:
         return load_object(body, "The answer", problems)
@@ -181,10 +181,10 @@ def _objects(page: Mapping[str, Any], prefix: str) -> dict[str, Object]:
         return {
             name: Object(_size(item["size"]), str(item["generation"]))
             for item in page.get("items", ())
-            if (name := item["name"].removeprefix(prefix))  # empty: what stands for a directory
+            if (name := item["name"].removeprefix(prefix))  # empty: a placeholder for a directory
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"The listing of the bucket makes no sense ({error!r})") from None
+        raise Refused(f"The listing of the bucket is malformed ({error!r})") from None
 
 
 def _size(said: str) -> int:
@@ -194,7 +194,7 @@ def _size(said: str) -> int:
 
 
 def _credentials() -> Any:
-    """Those of the environment, of gcloud, or of this machine; none will do for public buckets."""
+    """Application Default Credentials; anonymous ones if there are none, for public buckets."""
     if os.environ.get(_EMULATOR):
         return AnonymousCredentials()
     try:

@@ -1,4 +1,4 @@
-"""How many requests are under way at once: as many as bring more bytes per second."""
+"""How many requests are in flight at once: more, while that increases throughput."""
 
 import math
 import time
@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from threading import Condition
 
 FIRST, MOST = 4, 32  # requests at once, in a process
-BUDGET = 128 << 20  # bytes that all of them together may be about to bring, unless told
-ROUND = 0.5  # seconds over which bytes are counted, at least
-HOLD = 20  # rounds before a number that brought nothing is tried again
-GAIN = 0.5  # of the bytes that more requests should bring in proportion, to be worth it
+BUDGET = 128 << 20  # default for the total bytes of all requests in flight
+ROUND = 0.5  # seconds over which throughput is measured, at least
+HOLD = 20  # rounds before a concurrency that did not help is tried again
+GAIN = 0.5  # fraction of a proportional gain in throughput that more requests must bring
 
 
 class Flow:
-    """Admits requests under one budget of bytes.
+    """Admits requests within one budget of bytes, and adapts their number.
 
-    It begins with a few at once and doubles them while that pays, then adds one at a time. A step
-    that does not pay is taken back; a server that says that it is busy is asked half as much.
-    Rounds in which nobody had to wait for his turn say nothing, and are not counted.
+    It starts with a few at once and doubles them while throughput improves, then adds one at a
+    time. A step that does not help is undone; when the server reports that it is busy, the number
+    is halved. Rounds in which no request had to wait tell nothing, and are not counted.
     """
 
     def __init__(self, budget: int = BUDGET, clock: Callable[[], float] = time.monotonic):
@@ -26,13 +26,13 @@ class Flow:
         self.budget, self._clock = budget, clock
         self._turn = Condition()
         self._active = self._bytes = 0
-        self._base, self._rate = FIRST, 0.0  # the number that is known to pay, and its bytes/s
+        self._base, self._rate = FIRST, 0.0  # the last number that helped, and its bytes/s
         self._doubles, self._hold, self._halved = True, 0, -math.inf
         self._begin()
 
     @contextmanager
     def request(self, nbytes: int) -> Iterator[None]:
-        """Waits for its turn to bring some bytes."""
+        """Waits until a request for `nbytes` is admitted."""
         with self._turn:
             while not self._may_go(nbytes):
                 self._turn.wait()
@@ -63,7 +63,7 @@ class Flow:
                 self._begin()
 
     def busy(self) -> None:
-        """The server has enough: one word of it counts, of all that are under way."""
+        """Halves the number; of several busy answers within a round, only the first counts."""
         with self._turn:
             if self._clock() - self._halved < ROUND:
                 return
@@ -77,7 +77,7 @@ class Flow:
         self._is_wanted = False
 
     def _judge(self, rate: float) -> None:
-        """Ends a round that brought `rate` bytes a second."""
+        """Adapts the number after a round with a throughput of `rate` bytes per second."""
         more = self.limit / self._base - 1
         if more and rate < self._rate * (1 + GAIN * more):
             self.limit, self._doubles, self._hold = self._base, False, HOLD

@@ -1,4 +1,4 @@
-"""Checkpoints as directories of safetensors files, wherever these lie."""
+"""Checkpoints that are directories of safetensors files, wherever these are stored."""
 
 import hashlib
 import math
@@ -28,28 +28,28 @@ from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, pa
 
 
 class FileSource(Source, ABC):
-    """A directory of safetensors files beside a config.json.
+    """A directory with safetensors files and a config.json.
 
-    The tensors are those of model.safetensors.index.json, else of model.safetensors, else of all
-    *.safetensors. A subclass lists the files and fetches ranges of bytes from them.
+    The tensors are those listed in model.safetensors.index.json; without it those of
+    model.safetensors; else those of all *.safetensors. Subclasses list files and fetch byte ranges.
 
     Attributes:
-        stored: where each of `tensors` lies, in which dtype.
-        block: bytes fetched at most at once when they must be copied to their places.
+        stored: the file, offset and stored dtype of each of `tensors`.
+        block: maximum bytes per fetch when the result has to be copied to its destination.
     """
 
     stored: Mapping[str, StoredTensor]
-    # Measured on a page cache: the copy still finds the block in the CPU's cache, while smaller
-    # blocks cost more calls.
+    # Measured with files in the page cache: the block is still in the CPU cache when it is copied,
+    # and smaller blocks cost more calls.
     block: int = 4 << 20
 
-    # ---- what there is
+    # ---- contents
 
     def _examine(self, config: str, problems: Sequence[str] = ()) -> None:
-        """Fills in what is known of a source, from the file `config` and all headers.
+        """Sets the attributes of the source from the file `config` and all headers.
 
         Raises:
-            UserError: with everything that is wrong with the directory, `problems` among it.
+            UserError: with everything that is wrong with the directory, including `problems`.
         """
         found, problems = self._names(), list(problems)
         names = of_the_model(found)
@@ -96,11 +96,11 @@ class FileSource(Source, ABC):
         return value
 
     def held(self, ahead: int) -> int:
-        """Each reader copies out of blocks."""
+        """Each reader holds one block to copy from."""
         return min(self.readers * self.block, ahead)
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
-        """Row by row, without coalescing: each from where numpy says that its first element is."""
+        """Row by row, without coalescing, at offsets computed by numpy."""
         stored = self.stored[info.name]
         *rows, (lo, hi) = box or ((0, 1),)
         *outer, last = info.shape or (1,)
@@ -116,7 +116,7 @@ class FileSource(Source, ABC):
 
     @property
     def files(self) -> list[str]:
-        """Those that hold tensors."""
+        """The files that hold tensors."""
         return sorted({info.file for info in self.stored.values()})
 
     @abstractmethod
@@ -125,7 +125,7 @@ class FileSource(Source, ABC):
 
     @abstractmethod
     def _content(self, file: str) -> bytes:
-        """The whole of a small file; UserError when it cannot be read, or is not small."""
+        """The contents of a small file; UserError if it cannot be read or is too large."""
 
     @abstractmethod
     def _header(self, file: str) -> tuple[bytes, int]:
@@ -137,8 +137,8 @@ class FileSource(Source, ABC):
         """See `Source.read`. Reads every byte of the boxes once, and no other byte, unless the
         storage reads through gaps (see `between`).
 
-        C-contiguous arrays spare a copy, if their box is not one of several that interleave in the
-        file.
+        C-contiguous arrays are filled without a copy, unless their box interleaves with others in
+        the file.
         """
         stored = self.stored[info.name]
         is_direct = stored.dtype == info.dtype
@@ -161,12 +161,12 @@ class FileSource(Source, ABC):
     def _groups(
         self, stored: StoredTensor, parts: Sequence[Part]
     ) -> Iterator[tuple[Box, Sequence[Part]]]:
-        """Boxes to read one after the other, each with the parts that tile it."""
+        """Boxes to read one after another, each with the parts that it covers."""
         together: list[Part] = []
         for part in parts:
             box, array = part
             offsets, nbytes = runs(stored.shape, box, stored.dtype.itemsize)
-            # A long run needs no neighbours to be read well, and no copy if it is alone.
+            # A long run gains nothing from being coalesced, and on its own needs no copy.
             if len(offsets) == 1 and nbytes >= self.block and array.flags.c_contiguous:
                 yield box, [part]
             else:
@@ -188,7 +188,7 @@ class FileSource(Source, ABC):
         """Fills `buffer` with the runs of `nbytes` bytes at `offsets` of the tensor's file.
 
         Raises:
-            OSError: naming the file and the tensor.
+            OSError: its message names the file and the tensor.
         """
 
 
@@ -206,7 +206,7 @@ def _digest(raw: bytes) -> str:
 
 
 def _scatter(box: Box, block: np.ndarray, parts: Iterable[Part]) -> None:
-    """Copies the block, which is a box of a tensor, to the parts it meets."""
+    """Copies a block, which is a box of a tensor, to the parts that overlap it."""
     bits = block.view(f"u{block.dtype.itemsize}")
     for target, array in parts:
         if (common := intersect(box, target)) is not None:

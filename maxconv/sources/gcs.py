@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket of Google Cloud Storage, without a download."""
+"""Checkpoints in a Google Cloud Storage bucket, read without downloading the files."""
 
 from collections.abc import Mapping
 
@@ -9,28 +9,27 @@ from maxconv.sources.safetensors import some
 
 
 class GcsSource(RemoteSource):
-    """The objects below `gs://bucket/path`, as they are when it is opened.
+    """The objects below `gs://bucket/path`, at the generations they have when it is opened.
 
-    Each is read at the generation that it has then. One that is replaced or removed meanwhile ends
-    the reading.
+    Reading fails if an object is replaced or removed meanwhile.
 
     Raises:
-        UserError: when there is nothing of the kind, or it may not be read.
+        UserError: there is no checkpoint there, or it may not be read.
     """
 
     def __init__(self, path: str, max_retries: int, config: str = "config.json"):
         super().__init__(max_retries)
         bucket, _, directory = path.removeprefix("gs://").rstrip("/").partition("/")
         if not bucket:
-            raise UserError(f"{path} names no bucket: it should be gs://BUCKET/DIRECTORY.")
+            raise UserError(f"{path} names no bucket; expected gs://BUCKET/DIRECTORY.")
         self.root, self.revision = path.rstrip("/"), None
         self._bucket, self._prefix = gcs.Bucket(bucket, max_retries), directory and f"{directory}/"
         with told():
             self._objects = self._bucket.objects(self._prefix)
         if not self._objects:
             raise UserError(
-                f"{self.root} holds no objects: give the directory of a checkpoint; "
-                f"`gcloud storage ls gs://{bucket}` lists what there is."
+                f"{self.root} holds no objects; give the directory of a checkpoint "
+                f"(`gcloud storage ls gs://{bucket}` lists the bucket)."
             )
         self._examine(config, self._unfinished())
 
@@ -38,12 +37,12 @@ class GcsSource(RemoteSource):
         return {name for name in self._objects if "/" not in name}
 
     def _unfinished(self) -> list[str]:
-        """Downloads by huggingface_hub that were copied here before they were finished."""
+        """A problem if unfinished downloads of huggingface_hub were copied here."""
         found = sorted(name for name in self._objects if name.endswith(".incomplete"))
         if not found:
             return []
         return [
-            f"{self.root} holds downloads that were not finished ({some(found)}); run `hf "
+            f"{self.root} holds unfinished downloads ({some(found)}); run `hf "
             "download` and copy it again, or delete them."
         ]
 

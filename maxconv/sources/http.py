@@ -1,7 +1,7 @@
-"""HTTP with bounds: on every wait, on what an answer may bring, on who gets to see a token.
+"""HTTP with bounds on every wait, on the size of answers, and on who gets to see a token.
 
-What may pass (a busy or failing server, a broken connection) is asked again. No answer is waited
-for longer than `READ` seconds and the time that its bytes take at `LEAST` bytes a second.
+Transient failures (a busy or failing server, a broken connection) are retried. No answer may take
+longer than `READ` seconds plus the time for its bytes at `LEAST` bytes per second.
 """
 
 import http.client
@@ -23,12 +23,12 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from maxconv.errors import RetryableError
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
-BUSY = (429, 503)  # of these: when the server has too much to do
+BUSY = (429, 503)  # of these, those with which a server reports overload
 CONNECT, READ = 10, 30  # seconds: to connect; of silence, and for the headers of an answer
-LEAST = 16 << 10  # bytes a second that the body of an answer brings at least, after READ seconds
-CALL = 120  # seconds for a call of an API as a whole, beside what it uploads
-UPLOAD = 256 << 10  # bytes a second that an upload takes at least
-MOST_ASKED = 60  # seconds that a server may tell us to wait: rates are counted by the minute
+LEAST = 16 << 10  # minimum bytes per second of a response body, after READ seconds
+CALL = 120  # seconds for an API call as a whole, without its uploads
+UPLOAD = 256 << 10  # minimum bytes per second of an upload
+MOST_ASKED = 60  # longest Retry-After that is honoured, in seconds: rate limits are per minute
 MOST_DATA = 100_000_000  # bytes of an API's answer
 
 _LONGEST = 30  # seconds between two attempts, unless the server asks for more
@@ -42,7 +42,7 @@ Response = urllib3.BaseHTTPResponse
 
 
 class Fault(Exception):
-    """Something that may pass; `wait` is in seconds, `is_stale` says that an address is."""
+    """A transient failure: `wait` is in seconds; `is_stale` if the URL has to be resolved again."""
 
     def __init__(self, said: str, wait: float = 0, is_stale: bool = False):
         super().__init__(said)
@@ -50,7 +50,7 @@ class Fault(Exception):
 
     @classmethod
     def of(cls, status: int, headers: Mapping[str, str], is_stale: bool = False) -> "Fault":
-        """An answer of that status."""
+        """The fault of an answer with this status."""
         wait = retry_after(headers.get("Retry-After") or "")
         return cls(f"the server answered {status}", wait, is_stale)
 
@@ -58,7 +58,7 @@ class Fault(Exception):
 def retry_after(text: str) -> float:
     """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number, or a date.
 
-    At most `MOST_ASKED`; 0 when it makes no sense.
+    At most `MOST_ASKED`; 0 if it is malformed.
     """
     if text.isascii() and text.isdecimal():
         seconds = float(text)
@@ -75,16 +75,17 @@ def retry_after(text: str) -> float:
 def patiently(
     what: str, max_retries: int, attempt: Callable[[bool], Answer], mend: str = AGAIN
 ) -> Answer:
-    """What `attempt` returns once it meets no fault; it is told whether addresses are stale.
+    """Calls `attempt` until it succeeds, with exponential backoff; returns its result.
 
     Args:
-        what: the beginning of the sentence when it does not succeed.
+        what: the beginning of the error message.
         max_retries: attempts after the first.
-        attempt: raises Fault, or an error of urllib3, when it may succeed later.
-        mend: the end of that sentence.
+        attempt: raises Fault, or an error of urllib3, if it may succeed later. Its argument says
+            whether URLs are stale.
+        mend: the end of the error message.
 
     Raises:
-        RetryableError: when it still meets a fault after `max_retries` more attempts.
+        RetryableError: the last attempt failed as well.
     """
     is_stale = False
     for n in count():
@@ -102,10 +103,10 @@ def patiently(
 
 
 def within(seconds: float, call: Callable[[], Answer]) -> Answer:
-    """The result of a call into a library that sets no bound of its own.
+    """The result of a call into a library that has no timeout of its own.
 
     Raises:
-        TimeoutError: it took longer; it goes on in a thread that nobody waits for.
+        TimeoutError: it took longer; the call goes on in a background thread.
     """
     result: Future[Answer] = Future()
 
@@ -120,7 +121,7 @@ def within(seconds: float, call: Callable[[], Answer]) -> Answer:
 
 
 class Client:
-    """Asks servers, from up to `connections` threads at once; never again by itself."""
+    """A client for up to `connections` threads at once; it does not retry."""
 
     def __init__(self, connections: int):
         timeout = urllib3.Timeout(connect=CONNECT, read=READ)
@@ -128,7 +129,7 @@ class Client:
         self.pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def ask(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        """An answer of which only the headers have been read; redirects are not followed.
+        """A response of which only the headers have been read; redirects are not followed.
 
         Raises:
             urllib3.exceptions.HTTPError: the connection fails, or is too slow.
@@ -138,11 +139,11 @@ class Client:
         )
 
     def get(self, url: str, headers: Mapping[str, str], kept: Mapping[str, str]) -> Response:
-        """Like `ask`, following redirects. `headers` go to the origin of `url` alone, `kept` to
-        every server.
+        """Like `ask`, but follows redirects. `headers` are sent to the origin of `url` only, `kept`
+        to every server.
 
         Raises:
-            OSError: redirects lead where they may not, or too far.
+            OSError: a redirect is not allowed, or there are too many.
         """
         for _ in range(_MOST_REDIRECTS):
             answer = self.ask("GET", url, {**headers, **kept})
@@ -153,7 +154,7 @@ class Client:
         raise OSError(f"{_place(url)} redirects more than {_MOST_REDIRECTS} times")
 
     def data(self, method: str, url: str, headers: Mapping[str, str]) -> tuple[Response, bytes]:
-        """An answer and its whole body."""
+        """A response and its whole body."""
         answer = self.ask(method, url, headers)
         body = answer.read(MOST_DATA + 1)
         if len(body) > MOST_DATA:
@@ -167,10 +168,10 @@ class Client:
 
 
 def redirected(url: str, answer: Response) -> str | None:
-    """Where an answer to a request for `url` sends us; None when it does not.
+    """The target of a redirect; None if the response is not one.
 
     Raises:
-        OSError: to no address, or from https to http, where anyone could read and change it.
+        OSError: the target is malformed, or leads from https to http, which is not secure.
     """
     there = answer.headers.get("Location")
     if answer.status not in _REDIRECTS or there is None:
@@ -179,34 +180,34 @@ def redirected(url: str, answer: Response) -> str | None:
         target = urljoin(url, there)
         before, after = origin(url)[0], origin(target)[0]
     except ValueError:
-        raise OSError(f"{_place(url)} redirects to an address that makes no sense") from None
+        raise OSError(f"{_place(url)} redirects to a malformed address") from None
     if after not in ("https", before) or after not in _PORTS:
         raise OSError(f"{_place(url)} redirects from {before} to {after}, which is not followed")
     return target
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port (RFC 6454); ValueError when it is no address."""
+    """Scheme, host and port (RFC 6454); ValueError if it is not a URL."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0)
 
 
 def same_origin(one: str, other: str) -> bool:
-    """Whether what is secret to the one may be told to the other."""
+    """Whether secrets for one URL may be sent to the other."""
     return origin(one) == origin(other)
 
 
 def _place(url: str) -> str:
-    """An address without what may sign it."""
+    """A URL without its query, which may contain a signature."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
 class _Paced(io.RawIOBase):
-    """What a socket receives of an answer, as long as it comes fast enough.
+    """A socket's bytes, with a minimum rate.
 
-    The headers (and 100 Continue, of which there may be any number) must be there within READ
-    seconds, however many bytes they are; the body may take longer the more it brings.
+    The headers (including any number of 100 Continue) must arrive within READ seconds; the body
+    may take longer the larger it is.
     """
 
     def __init__(self, raw: io.RawIOBase):
@@ -224,7 +225,7 @@ class _Paced(io.RawIOBase):
         self._came += n or 0
         allowed = READ + self._came / LEAST * self._is_body
         if n and time.monotonic() - self._since > allowed:
-            raise TimeoutError("the answer comes too slowly")
+            raise TimeoutError("the response arrives too slowly")
         return n
 
     def close(self) -> None:
@@ -233,7 +234,7 @@ class _Paced(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer that must come fast enough."""
+    """A response with a minimum rate."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

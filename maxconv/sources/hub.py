@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, without a download."""
+"""Models on the Hugging Face Hub, read without downloading the files."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from maxconv.sources.local import LocalSource
 from maxconv.sources.remote import RemoteSource, Span, spans
 
 _TOKENS = ("HF_TOKEN", "HF_AUTH_TOKEN")  # the latter is what MaxText's documents name
-_NETWORK = ("httpx", "requests", "urllib3")  # what releases of huggingface_hub ask with
+_NETWORK = ("httpx", "requests", "urllib3")  # HTTP clients of releases of huggingface_hub
 _WANTED = ("*.json", "*.safetensors")
 _MOST_REDIRECTS = 5  # of the Hub itself
 
@@ -35,9 +35,9 @@ Answer = TypeVar("Answer")
 def open_hub(
     name: str, revision: str | None, token: str | None, max_retries: int, cache: bool, config: str
 ) -> FileSource:
-    """A model of the Hub; see `open_source`.
+    """A model on the Hub; see `open_source`.
 
-    With `cache`, or when HF_HUB_OFFLINE is set, it is that of the Hugging Face cache.
+    With `cache`, or if HF_HUB_OFFLINE is set, it is read from the Hugging Face cache.
     """
     token = find_token(token)
     if not (cache or constants.HF_HUB_OFFLINE):
@@ -48,8 +48,8 @@ def open_hub(
         )
     except LocalEntryNotFoundError:
         raise UserError(
-            f"{name} is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids asking the Hub: "
-            f"run `hf download {name}` where there is a network."
+            f"{name} is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids access to the "
+            f"Hub; run `hf download {name}` with network access first."
         ) from None
     except Exception as error:
         raise told(error, name, revision, token) from None
@@ -57,20 +57,20 @@ def open_hub(
 
 
 def find_token(given: str | None) -> str | None:
-    """The token for the Hub: the one that was given, of the environment, or of `hf auth login`."""
+    """The token for the Hub: as given, from the environment, or from `hf auth login`."""
     return given or next((os.environ[k] for k in _TOKENS if os.environ.get(k)), None) or get_token()
 
 
 class HubSource(RemoteSource):
-    """A model at one commit, which is that of `revision` (or main) when it is opened.
+    """A model at one commit: that of `revision` (or main) when it is opened.
 
-    The Hub itself is asked once for each file where it lies; the ranges come from there. The token
-    goes to the Hub's own scheme, host and port, and nowhere else.
+    The Hub itself is asked once per file for its location; ranges are then read from there. The
+    token is sent to the Hub's own scheme, host and port only.
 
-    Without a `config` it is not looked at as a model: its files are there to `fetch` from.
+    Without a `config` it is not opened as a model: only `fetch` can be used.
 
     Raises:
-        UserError: when there is no such model or revision, or it may not be read.
+        UserError: there is no such model or revision, or it may not be read.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class HubSource(RemoteSource):
             return self._locations[file]
 
     def _resolved(self, file: str) -> tuple[str, Mapping[str, str]]:
-        """Where the Hub sends us for a file; small ones it gives itself.
+        """The URL and request headers of a file; the Hub serves small files itself.
 
-        Redirects within the Hub are followed (a model that was renamed); one that leaves it is
-        where the file is, and what is known of the file comes with it.
+        Redirects within the Hub are followed (renamed models); a redirect to another host is the
+        location of the file, and its headers have the file's ETag.
         """
         url = hf_hub_url(self._name, file, revision=self.revision)
         for _ in range(_MOST_REDIRECTS):
@@ -148,7 +148,7 @@ class HubSource(RemoteSource):
         raise OSError(f"the Hub redirects more than {_MOST_REDIRECTS} times for {file}")
 
     def versions(self) -> dict[str, str]:
-        """The commit, of which all files are."""
+        """The commit, which pins all files."""
         return {self.root: f"commit {self.revision}"}
 
 
@@ -159,18 +159,18 @@ def ask(
     nbytes: int = 0,
     mend: str = http.AGAIN,
 ) -> Answer:
-    """What a call of the Hub's API about a model returns, tried again while that may help.
+    """Makes an API call about a model, with retries; returns its result.
 
     Args:
-        name: of the model.
+        name: the model.
         max_retries: attempts after the first.
-        call: what to do; other threads may still be in an attempt that took too long.
-        nbytes: that it uploads, which prolongs the time that it has.
-        mend: what to do when nothing helps.
+        call: the call; an attempt that timed out may still be running in another thread.
+        nbytes: bytes that it uploads, which extend its timeout.
+        mend: the end of the error message: what to do.
 
     Raises:
         RetryableError: the Hub fails, is too busy, or cannot be reached.
-        Exception: what the call raises otherwise.
+        Exception: any other error of the call.
     """
 
     def attempt(is_stale: bool) -> Answer:
@@ -181,11 +181,11 @@ def ask(
                 raise fault from error
             raise
 
-    return patiently(f"The Hub could not be asked about {name}", max_retries, attempt, mend)
+    return patiently(f"A request to the Hub about {name} failed", max_retries, attempt, mend)
 
 
 def _fault(error: BaseException | None) -> Fault | None:
-    """What may pass, of an error of huggingface_hub or what it came of; None if nothing may."""
+    """The transient failure behind an error of huggingface_hub; None if it is not transient."""
     while error is not None:
         match error:
             case HfHubHTTPError(response=response):
@@ -205,10 +205,10 @@ def _is_of_network(error: BaseException) -> bool:
 
 
 def _commit(info: ModelInfo) -> tuple[str, dict[str, int]]:
-    """The commit that an answer is about, and the sizes of its files.
+    """The commit that an answer describes, and the sizes of its files.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: the answer is malformed.
     """
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     for name, size in sizes.items():
@@ -222,34 +222,36 @@ def _commit(info: ModelInfo) -> tuple[str, dict[str, int]]:
 def _mend(name: str) -> str:
     return (
         f"try again, or run `hf download {name} --local-dir DIR` where the Hub can be reached and "
-        "give DIR"
+        "pass --hf_model_path=DIR"
     )
 
 
 def told(error: Exception, name: str, revision: str | None, token: str | None) -> Exception:
-    """What keeps us from a model, in a sentence that says what to do, if we know."""
+    """A known error as a sentence that says what to do; an unknown one unchanged."""
     page = f"{constants.ENDPOINT}/{name}"
     match error:
         case GatedRepoError() if token:
-            return UserError(f"{name} is gated and this token has no access: ask for it at {page}.")
+            return UserError(f"{name} is gated and this token has no access; request it at {page}.")
         case GatedRepoError():
-            return UserError(f"{name} is gated: ask for access at {page}, then set HF_TOKEN.")
+            return UserError(f"{name} is gated; request access at {page}, then set HF_TOKEN.")
         case RepositoryNotFoundError() if token:
             return UserError(
-                f"{name} is not on the Hub, or private and not for this token: check both."
+                f"{name} is not on the Hub, or is private and this token has no access; check both."
             )
         case RepositoryNotFoundError():
-            return UserError(f"{name} is not on the Hub, or private: check it, or set HF_TOKEN.")
+            return UserError(
+                f"{name} is not on the Hub, or is private; check the name, or set HF_TOKEN."
+            )
         case RevisionNotFoundError():
-            return UserError(f"{name} has no revision {revision}: see {page}/tree/main.")
+            return UserError(f"{name} has no revision {revision}; see {page}/tree/main.")
         case HfHubHTTPError(response=response) if response.status_code == 401:
             return UserError(
-                "The Hub does not accept the token: make one at "
+                "The Hub does not accept the token; create one at "
                 f"{constants.ENDPOINT}/settings/tokens, or unset HF_TOKEN."
             )
         case HfHubHTTPError(response=response) if response.status_code == 403:
             return UserError(
-                f"The token may not read {name}: see what it is for at "
+                f"The token has no read access to {name}; see its permissions at "
                 f"{constants.ENDPOINT}/settings/tokens."
             )
         case HfHubHTTPError(response=response):
@@ -257,14 +259,14 @@ def told(error: Exception, name: str, revision: str | None, token: str | None) -
         case ConversionError():
             return error
         case HFValidationError():
-            return UserError(f"{name} is no name of a model on the Hub: {error}")
+            return UserError(f"{name} is not a valid name of a model on the Hub: {error}")
         case ValueError() | TypeError() | LookupError() | AttributeError():
             return UserError(
-                f"The answer about {name} makes no sense ({error!r}): is there a Hub at "
-                f"{constants.ENDPOINT}?"
+                f"The answer about {name} is malformed ({error!r}); check that HF_ENDPOINT, "
+                f"{constants.ENDPOINT}, is a Hub."
             )
         case _ if _is_of_network(error):
             why = type(error).__name__
-            return RetryableError(f"The Hub cannot be reached ({why}): {_mend(name)}.")
+            return RetryableError(f"The Hub cannot be reached ({why}); {_mend(name)}.")
         case _:
             return error

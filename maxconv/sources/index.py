@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold which tensors: as its index says, or else all that it has."""
+"""Which files of a checkpoint hold which tensors: according to its index, or else all files."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,18 @@ def weight_map(index: Mapping[str, Any]) -> dict[str, str]:
     """Which file holds each tensor, as the index says.
 
     Raises:
-        UserError: it says nothing, or names files that are not below its directory.
+        UserError: it has no weight_map, or names files outside its directory.
     """
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{INDEX} has no weight_map; download it again.")
     if others := [name for name, file in files.items() if not isinstance(file, str)]:
         raise UserError(f"{INDEX} has no file name for {some(others)}; download it again.")
-    # Where links lead is not asked: the Hugging Face cache links to blobs outside the directory.
+    # Links are not followed here: the Hugging Face cache links to blobs outside the directory.
     if bad := {file for file in files.values() if not _is_beside(file)}:
-        raise UserError(f"{INDEX} names {some(sorted(bad))}; it may name files beside it only.")
+        raise UserError(
+            f"{INDEX} names {some(sorted(bad))}; it may only name files in its own directory."
+        )
     return files
 
 
@@ -69,7 +71,7 @@ def check_kind(root: str, names: set[str], config: str) -> None:
 
 
 def choose_files(root: str, names: set[str], weight_map: Mapping[str, str] | None) -> Sequence[str]:
-    """The files to read; UserError when the directory has none."""
+    """The files to read; UserError if the directory has none."""
     if weight_map is not None:
         return sorted(set(weight_map.values()))
     if SINGLE in names:
@@ -83,14 +85,14 @@ def choose_files(root: str, names: set[str], weight_map: Mapping[str, str] | Non
         )
     if names & _ORBAX:
         raise UserError(
-            f"{root} holds an Orbax checkpoint, which is what maxconv writes; give the Hugging "
-            "Face checkpoint to convert."
+            f"{root} is an Orbax checkpoint, the output of a conversion; give the Hugging Face "
+            "checkpoint to convert."
         )
     raise UserError(f"{root} has no .safetensors files; give the directory of a checkpoint.")
 
 
 def check_distinct(headers: Headers) -> list[str]:
-    """A problem for each pair of files that hold the same tensors, when there is no index."""
+    """A problem for each pair of files that hold the same tensors, if there is no index."""
     first: dict[str, str] = {}
     twice: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for file, infos in headers.items():
@@ -98,21 +100,21 @@ def check_distinct(headers: Headers) -> list[str]:
             if file != first.setdefault(info.name, file):
                 twice[first[info.name], file].append(info.name)
     return [
-        f"{one} and {other} both hold {some(names)}; delete one of the files, or add the "
-        f"{INDEX} that says which to read."
+        f"{one} and {other} both hold {some(names)}; delete one of the files, or add a {INDEX} "
+        "that selects one."
         for (one, other), names in twice.items()
     ]
 
 
 def check_index(headers: Headers, weight_map: Mapping[str, str]) -> list[str]:
-    """A problem for each file that lacks tensors which the index places in it."""
+    """A problem for each file that lacks tensors that the index lists in it."""
     holders: defaultdict[str, set[str]] = defaultdict(set)
     for file, infos in headers.items():
         for info in infos:
             holders[info.name].add(file)
     lost: defaultdict[str, list[str]] = defaultdict(list)
     for name, file in weight_map.items():
-        # A file that was not read has a problem of its own.
+        # A file that could not be read is reported separately.
         if file in headers and file not in holders.get(name, ()):
             lost[file].append(name)
     problems: list[str] = []
@@ -120,7 +122,7 @@ def check_index(headers: Headers, weight_map: Mapping[str, str]) -> list[str]:
         others = sorted(set().union(*(holders.get(name, ()) for name in names)))
         where = f" ({some(others)} does)" if others else ""
         problems.append(
-            f"{INDEX} puts {some(names)} in {file}, which does not hold them{where}; download "
+            f"{INDEX} lists {some(names)} in {file}, which does not hold them{where}; download "
             "both again."
         )
     return problems
@@ -129,13 +131,13 @@ def check_index(headers: Headers, weight_map: Mapping[str, str]) -> list[str]:
 def notices(
     root: str, names: set[str], headers: Headers, read: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """What the directory holds besides the tensors that are read."""
+    """Notices about files and tensors in the directory that are not read."""
     found: list[str] = []
     infos = [info for header in headers.values() for info in header]
     if unnamed := [info.name for info in infos if read.get(info.name) != info]:
         found.append(
-            f"{len(unnamed)} tensors are not read, because {INDEX} does not name them where they "
-            f"are: {some(unnamed)}."
+            f"{len(unnamed)} tensors are not read, because {INDEX} does not list them in the files "
+            f"that hold them: {some(unnamed)}."
         )
     weights = {n for n in names if n.endswith(".safetensors") and not n.startswith(".")}
     if unread := sorted(weights - headers.keys()):

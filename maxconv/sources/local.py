@@ -16,15 +16,15 @@ from maxconv.sources.base import TensorInfo
 from maxconv.sources.files import FileSource
 from maxconv.sources.safetensors import PREFIX, StoredTensor, check_size, header_length, some
 
-SAMPLES = 8  # blocks of a file that its fingerprint has
-SAMPLE = 64 << 10  # bytes of each
+SAMPLES = 8  # blocks of a file that its fingerprint covers
+SAMPLE = 64 << 10  # bytes per block
 
 
 class LocalSource(FileSource):
-    """A directory as `hf download` leaves it, or a snapshot in the Hugging Face cache.
+    """A directory as `hf download` creates it, or a snapshot in the Hugging Face cache.
 
-    A file is opened again by the first read from it. `config` is the file that its `config` comes
-    from.
+    Files are opened for the headers, and again by the first read of a tensor. `config` names the
+    file that describes the model.
 
     Raises:
         UserError: with everything that is wrong with the directory.
@@ -57,7 +57,7 @@ class LocalSource(FileSource):
 
     @contextmanager
     def _opened(self, file: str) -> Iterator[tuple[int, int]]:
-        """A file descriptor, and the file's size; errors as sentences."""
+        """A file descriptor and the file's size; raises UserError."""
         with _reading(f"{file} in {self._directory}"):
             opened = _open(self._directory / file)
             try:
@@ -74,12 +74,12 @@ class LocalSource(FileSource):
                 _fill(file, buffer[i * nbytes : (i + 1) * nbytes], offset)
         except EOFError:
             raise OSError(
-                f"{stored.file} in {self.root} was truncated while it was read (tensor "
-                f"{stored.name!r}); nothing may change a checkpoint that is being converted."
+                f"{stored.file} in {self.root} was truncated while it was being read (tensor "
+                f"{stored.name!r}); a checkpoint must not change while it is being converted."
             ) from None
         except OSError as error:
             error.add_note(
-                f"while tensor {stored.name!r} was read from {stored.file} in {self.root}"
+                f"while reading tensor {stored.name!r} from {stored.file} in {self.root}"
             )
             raise
 
@@ -87,19 +87,19 @@ class LocalSource(FileSource):
         return self._directory / self.stored[info.name].file
 
     def versions(self) -> dict[str, str]:
-        """Size and time of every file that has tensors."""
+        """Size and modification time of every file that has tensors."""
         stats = {file: (self._directory / file).stat() for file in self.files}
         return {
-            file: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime)}"
+            file: f"{stat.st_size} bytes, modified {datetime.fromtimestamp(stat.st_mtime)}"
             for file, stat in stats.items()
         }
 
     def fingerprints(self) -> Mapping[str, str]:
-        """A digest of each file: of config.json and the index the whole, of files with tensors
-        the header and samples of the data.
+        """A digest of each file: config.json and the index as a whole; of files with tensors, the
+        header and samples of the data.
 
-        Reads up to 512 KiB per file (`SAMPLES` blocks of `SAMPLE` bytes), at offsets that depend on
-        its size alone, so that copies on several hosts are compared at the same places.
+        Reads up to 512 KiB per file (`SAMPLES` blocks of `SAMPLE` bytes). The offsets depend on the
+        file's size only, so that copies on several hosts are compared at the same offsets.
         """
         data = dict.fromkeys(self.files)
         whole = {file: digest for file, digest in self._digests.items() if file not in data}
@@ -127,7 +127,7 @@ class LocalSource(FileSource):
 
 
 def sample_spans(size: int) -> Iterator[tuple[int, int]]:
-    """Where the samples of so many bytes begin and end: one in each of `SAMPLES` equal parts."""
+    """Start and end of each sample in a file of `size` bytes: one per `SAMPLES`th of the file."""
     random = Random(size)
     for i in range(SAMPLES):
         first, last = i * size // SAMPLES, (i + 1) * size // SAMPLES
@@ -136,10 +136,10 @@ def sample_spans(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _open(path: Path) -> int:
-    """Opens a regular file: what is none, such as a pipe or a device, may never end.
+    """Opens a regular file; others, such as pipes and devices, might block or never end.
 
     Raises:
-        OSError: also when it is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block here
@@ -153,7 +153,7 @@ def _open(path: Path) -> int:
 
 
 def _read(file: int, nbytes: int) -> bytes:
-    """So many bytes from where a file descriptor is, or less where the file ends."""
+    """Reads `nbytes` bytes from the current position, or fewer at the end of the file."""
     parts: list[bytes] = []
     while nbytes and (part := os.read(file, nbytes)):
         parts.append(part)
@@ -162,8 +162,8 @@ def _read(file: int, nbytes: int) -> bytes:
 
 
 def _fill(file: int, buffer: memoryview, offset: int) -> None:
-    """Reads a whole buffer; EOFError when the file ends before."""
-    while buffer:  # one call brings 2 GiB at most
+    """Fills a whole buffer; EOFError if the file ends before that."""
+    while buffer:  # one call reads 2 GiB at most
         count = os.preadv(file, [buffer], offset)
         if not count:
             raise EOFError
@@ -172,13 +172,13 @@ def _fill(file: int, buffer: memoryview, offset: int) -> None:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turns the errors of the file system into sentences."""
+    """Turns errors of the file system into a UserError."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{name} does not exist; download it first.") from None
+        raise UserError(f"{name} does not exist; check the path, or download it first.") from None
     except PermissionError:
-        raise UserError(f"{name} may not be read by this user; change its permissions.") from None
+        raise UserError(f"{name} is not readable by this user; change its permissions.") from None
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from None
 
@@ -193,12 +193,12 @@ def _list(directory: Path) -> set[str]:
 
 
 def _check_downloads(directory: Path) -> list[str]:
-    """Downloads by huggingface_hub that were never finished."""
+    """A problem if there are unfinished downloads of huggingface_hub."""
     places = directory, directory / ".cache/huggingface/download"
     found = sorted(path.name for place in places for path in place.glob("*.incomplete"))
     if not found:
         return []
     return [
-        f"{directory} holds downloads that were not finished ({some(found)}); run `hf download` "
+        f"{directory} holds unfinished downloads ({some(found)}); run `hf download` "
         "again, or delete them."
     ]

@@ -1,4 +1,4 @@
-"""What an OCDBT database is made of: files in which the values and the nodes of its tree lie."""
+"""The layout of an OCDBT database: data files with the values and the nodes of its B+tree."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +10,16 @@ from etils import epath
 from maxconv.private.tensorstore import MAGIC, PAGE, parse_location
 from maxconv.sources.orbax import open_store
 
-Spans = Mapping[str, set[tuple[int, int]]]  # of a file: where values begin and end, in bytes
+Spans = Mapping[str, set[tuple[int, int]]]  # by file: byte ranges of values
 
 
 def values(directory: epath.PathLike) -> Iterator[tuple[str, str, int, int]]:
-    """The values that a database's tree points to: key, file, where it begins and ends there.
+    """The values that a database's tree points to: key, file, start and end offset in the file.
 
-    Small values, which lie in the nodes themselves, are not among them. Raises ValueError if there
-    is no tree.
+    Small values, which are stored in the nodes themselves, are not included.
+
+    Raises:
+        ValueError: there is no tree.
     """
     store = open_store(epath.Path(directory))
     (version,) = ts.ocdbt.dump(store).result()["versions"][-1:]
@@ -34,7 +36,7 @@ def values(directory: epath.PathLike) -> Iterator[tuple[str, str, int, int]]:
 
 
 def value_spans(directory: epath.PathLike) -> Spans:
-    """Where in a database's data files those values lie."""
+    """The byte ranges of these values in each of a database's data files."""
     spans: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
     for _, file, start, stop in values(directory):
         spans[file].add((start, stop))
@@ -42,7 +44,7 @@ def value_spans(directory: epath.PathLike) -> Spans:
 
 
 def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator[str]:
-    """The runs of bytes, in words, that are neither values nor nodes nor padding."""
+    """A phrase for each byte range that is neither a value nor an intact node nor padding."""
     size, start = file.stat().length, 0
     with file.open("rb") as data:
         for begin, end in [*values, (size, size)]:
@@ -53,10 +55,10 @@ def unexplained(file: epath.Path, values: Sequence[tuple[int, int]]) -> Iterator
                 if header[:4] not in MAGIC or not 16 <= length <= begin - start:
                     padding = begin == size and begin - start < PAGE
                     if not padding or any(header + data.read()):
-                        yield f"bytes {start} to {begin} belong to nothing"
+                        yield f"bytes {start} to {begin} belong to no value or node"
                     break
                 node = header + data.read(length - 12)
                 if google_crc32c.value(node[:-4]) != int.from_bytes(node[-4:], "little"):
-                    yield f"the node at bytes {start} to {start + length} has another CRC"
+                    yield f"the node at bytes {start} to {start + length} has a wrong CRC"
                 start += length
             start = max(start, end)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: what one holds, from its metadata alone, and its arrays in TensorStore."""
+"""Orbax checkpoints: their contents, from the metadata alone, and their arrays in TensorStore."""
 
 import base64
 import json
@@ -19,15 +19,18 @@ from maxconv.errors import UserError
 METADATA = "_METADATA"
 CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 SHARDING = "_sharding"
-CACHE_BYTES = 100 << 20  # of OCDBT nodes, as Orbax caches them: every array is found through them
+CACHE_BYTES = 100 << 20  # for OCDBT nodes, as in Orbax: every array is found through them
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor: `dtype` by numpy's name, `chunk` the shape that one object of storage holds.
+    """A stored array.
 
-    `inner` is the shape that is encoded by itself, of which a chunk has one or several. `spec` is
-    the PartitionSpec it was saved with, in words; empty if none is recorded.
+    Attributes:
+        dtype: numpy's name of it.
+        chunk: shape of a chunk, which is one object in storage.
+        inner: shape of the parts of a chunk that are encoded separately.
+        spec: the PartitionSpec it was saved with, as text; empty if none is recorded.
     """
 
     name: str
@@ -44,13 +47,13 @@ class Item:
     """A tree of arrays that Orbax saved.
 
     Attributes:
-        directory: its own, `<checkpoint>/<step>/items` in those of MaxText.
+        directory: of the tree; `<checkpoint>/<step>/items` in MaxText checkpoints.
         arrays: by name, in the order of the tree.
-        types: of all that the tree holds, by name, as Orbax calls them.
-        meshes: the meshes it was saved from, in words.
+        types: Orbax' type of every entry of the tree, by name.
+        meshes: the meshes it was saved from, as text.
         custom: the user's metadata.
         ocdbt, zarr3: how the arrays are stored.
-        store: where; nodes of the database that were read stay cached while it lives.
+        store: the key-value store of the arrays; it caches the database nodes that were read.
     """
 
     directory: epath.Path
@@ -64,22 +67,22 @@ class Item:
 
     @property
     def others(self) -> dict[str, str]:
-        """What the tree holds beside arrays (empty dictionaries, strings): name to type."""
+        """Entries of the tree that are not arrays (empty dictionaries, strings): name to type."""
         return {name: type for name, type in self.types.items() if name not in self.arrays}
 
     def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
-        """An array, to read these boxes from."""
-        del boxes  # others may be read as well
+        """Opens an array, of which at least these boxes can be read."""
+        del boxes  # here, all of it can
         return ts.open({"driver": self.driver}, kvstore=self.store / f"{name}/")
 
     @property
     def driver(self) -> str:
-        """TensorStore's, of the arrays."""
+        """TensorStore's driver for the arrays."""
         return "zarr3" if self.zarr3 else "zarr"
 
 
 def find_items(path: epath.Path) -> list[epath.Path]:
-    """The Orbax trees at a path: itself, those of a step, or of the last step in it."""
+    """The Orbax trees at a path: itself, those of a step, or those of the last step in it."""
     if (path / METADATA).exists():
         return [path]
     children = list(path.iterdir()) if path.is_dir() else []
@@ -90,7 +93,7 @@ def find_items(path: epath.Path) -> list[epath.Path]:
 
 
 def open_store(directory: epath.Path, ocdbt: bool = False) -> ts.KvStore:
-    """A directory, or the OCDBT database in it, as TensorStore sees it."""
+    """A directory, or the OCDBT database in it, as a TensorStore key-value store."""
     path = os.fspath(directory)
     # TensorStore takes no `..` in a path.
     files = f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
@@ -104,7 +107,7 @@ def open_item(directory: epath.Path) -> Item:
     """Reads the metadata of a tree.
 
     Raises:
-        UserError: naming what is damaged.
+        UserError: it is damaged.
     """
     try:
         return _open_item(directory)
@@ -135,7 +138,7 @@ def _open_item(directory: epath.Path) -> Item:
 
 
 def load_json(file: epath.Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError when that is something else."""
+    """Reads a JSON object from a file; ValueError if the file is anything else."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
@@ -145,7 +148,7 @@ def load_json(file: epath.Path) -> dict[str, Any]:
 def _zarr_metadata(
     store: ts.KvStore, names: Sequence[str], zarr3: bool
 ) -> dict[str, dict[str, Any]]:
-    """The zarr metadata of every leaf that has any."""
+    """The zarr metadata of every leaf that is an array."""
     file = "zarr.json" if zarr3 else ".zarray"
     reads = {name: store.read(f"{name}/{file}") for name in names}
     found = {name: read.result() for name, read in reads.items()}
@@ -153,7 +156,7 @@ def _zarr_metadata(
 
 
 def reason(error: BaseException) -> str:
-    """What an error of TensorStore says, without where in its sources and in ours."""
+    """The message of a TensorStore error, without its status code and source locations."""
     while error.__cause__ is not None:
         error = error.__cause__
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -169,27 +172,27 @@ def _stored(name: str, zarr: Mapping[str, Any], spec: str) -> Stored:
     else:
         code, chunk = zarr["dtype"], zarr["chunks"]
         inner = chunk
-    # zarr2 writes `<f4`, and the plain name of what numpy has no code for
+    # zarr2 writes `<f4`, and the plain name of a dtype that numpy has no code for
     dtype = ts.dtype(np.dtype(code) if code[0] in "<|>" else code)
     nbytes = math.prod(shape) * dtype.numpy_dtype.itemsize
     return Stored(name, shape, dtype.name, nbytes, tuple(chunk), spec, tuple(inner))
 
 
 def _shardings(directory: epath.Path) -> tuple[dict[str, str], list[str]]:
-    """The PartitionSpec of each leaf and the meshes they are of."""
+    """The PartitionSpec of each leaf, and all meshes."""
     if not (directory / SHARDING).exists():
         return {}, []
-    # One text serves many leaves, and is long: it lists every device.
-    words: dict[str, tuple[str, str]] = {}
+    # Many leaves have the same text, which is long: it lists every device.
+    parsed: dict[str, tuple[str, str]] = {}
     specs = {}
     for key, text in load_json(directory / SHARDING).items():
-        if text not in words:
-            words[text] = _sharding_words(json.loads(text))
-        specs[base64.b64decode(key).decode()] = words[text][0]
-    return specs, sorted({mesh for _, mesh in words.values() if mesh})
+        if text not in parsed:
+            parsed[text] = _sharding_texts(json.loads(text))
+        specs[base64.b64decode(key).decode()] = parsed[text][0]
+    return specs, sorted({mesh for _, mesh in parsed.values() if mesh})
 
 
-def _sharding_words(sharding: Mapping[str, Any]) -> tuple[str, str]:
+def _sharding_texts(sharding: Mapping[str, Any]) -> tuple[str, str]:
     if sharding["sharding_type"] != "NamedSharding":
         return sharding["sharding_type"], ""
     spec = [tuple(axes) if isinstance(axes, list) else axes for axes in sharding["partition_spec"]]

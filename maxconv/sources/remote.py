@@ -1,4 +1,4 @@
-"""Checkpoints behind HTTP, read by byte range into the buffers that go to the devices."""
+"""Checkpoints behind HTTP, read with ranged requests into the buffers that go to the devices."""
 
 import re
 from abc import abstractmethod
@@ -20,29 +20,29 @@ from maxconv.sources.files import FileSource
 from maxconv.sources.http import Fault, patiently
 from maxconv.sources.safetensors import PREFIX, StoredTensor, check_size, header_length
 
-SPAN = 64 << 20  # bytes that one request brings at most
-PART = 8 << 20  # bytes that are worth a request of their own, if there may be more at once
+SPAN = 64 << 20  # maximum bytes per request
+PART = 8 << 20  # minimum bytes for splitting a read into concurrent requests
 GAP = 1 << 20  # bytes: gaps up to this are read through rather than splitting the request
-PIECE = 1 << 20  # bytes that are taken from a connection at once, and copied
-HEAD = 256 << 10  # bytes of a file that are read at first: most headers are shorter
+PIECE = 1 << 20  # bytes that are read from a connection at once
+HEAD = 256 << 10  # bytes of a file that the first request reads: most headers are shorter
 
 _DENIED = (401, 403, 404, 410, 412)
 
-_Run = tuple[int, int]  # where it begins in the file, and in the buffer
-Span = tuple[int, int, Sequence[_Run]]  # first and last byte + 1 of a request, and what it brings
+_Run = tuple[int, int]  # offset in the file, offset in the buffer
+Span = tuple[int, int, Sequence[_Run]]  # start and end of a request's range, and the runs in it
 
 
 class RemoteSource(FileSource):
-    """Files that a server gives in ranges.
+    """Files on a server that supports ranged requests.
 
-    Every answer must be the range that was asked for, of the file that was there at first. What may
-    pass (a server that is busy or failing, a broken connection, a short or wrong answer) is tried
-    again `max_retries` times. Once reading a tensor has failed for good, all reads fail: those that
-    wait for their turn would only find out as slowly as the first.
+    Every response must be the requested range of the file as it was when the source was opened.
+    Transient failures (a busy or failing server, a broken connection, a short or wrong response)
+    are retried `max_retries` times. Once a read has failed for good, all other reads fail at once,
+    rather than each after its own retries.
     """
 
     block = SPAN
-    readers = 8  # small tensors each wait for the network
+    readers = 8  # each small tensor waits for the network
     is_shared = True
 
     def __init__(self, max_retries: int):
@@ -56,27 +56,27 @@ class RemoteSource(FileSource):
 
     @abstractmethod
     def _location(self, file: str, is_stale: bool) -> tuple[str, Mapping[str, str]]:
-        """Where a file is to be read, and the headers to ask with; again if the last `is_stale`.
+        """The URL and request headers of a file; a new URL if the last one `is_stale`.
 
         Raises:
-            OSError: when it is there no more, in a sentence.
+            OSError: the file does not exist any more; the message is a sentence.
         """
 
     @abstractmethod
     def _size(self, file: str) -> int:
-        """Bytes of a file; UserError when there is none of that name."""
+        """Size of a file in bytes; UserError if there is none of that name."""
 
     def _refusal(self, file: str, status: int) -> str | None:
-        """Why a server denies a file, in a sentence; None when its address is just out of date."""
+        """Why a server denies a file, in a sentence; None if only the URL has expired."""
 
     def _is_same(self, file: str, headers: Mapping[str, str]) -> bool:
-        """Whether an answer is of the file that was there at first, as far as it says."""
+        """Whether a response is of the file as it was when opened, according to its headers."""
         return True
 
     def _changed(self, file: str) -> str:
         return (
-            f"{file} in {self.root} was replaced or removed while it was read; nothing may change "
-            "a checkpoint that is being converted"
+            f"{file} in {self.root} was replaced or removed while it was being read; a checkpoint "
+            "must not change while it is being converted"
         )
 
     @property
@@ -87,7 +87,7 @@ class RemoteSource(FileSource):
         self._flow.budget = nbytes
 
     def held(self, ahead: int) -> int:
-        """Requests, too, that bring several runs hold what they bring, with what is between."""
+        """Also a buffer for each request that covers several runs and the gaps between them."""
         return super().held(ahead) + max(self._flow.budget, SPAN)
 
     def _add(self, traffic: Traffic) -> None:
@@ -130,14 +130,14 @@ class RemoteSource(FileSource):
                 for offset, at in runs:
                     buffer[at : at + nbytes] = raw[offset - start : offset - start + nbytes]
 
-        # What is long is shared by as many requests as may be in flight.
+        # A long read is split into as many requests as may be in flight.
         most = min(SPAN, max(PART, -(-len(buffer) // self._flow.limit)))
         for _ in self._pool.map(bring, spans(offsets, nbytes, most)):
             pass
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
-        """Keeps an error, so that requests that wait or are tried again end with it, too."""
+        """Records an error, so that requests that are waiting or being retried fail with it too."""
         self._check_failure()
         try:
             yield
@@ -174,14 +174,14 @@ class RemoteSource(FileSource):
                 at += n
             is_done = at == len(into) and not answer.read(1)
             if not is_done:
-                raise Fault("the answer was cut off")
+                raise Fault("the response was cut off")
         finally:
             self._add(Traffic(nbytes=at))
             self._flow.came(at)
             answer.release_conn() if is_done else answer.close()
 
     def _check(self, file: str, answer: http.Response, start: int, nbytes: int) -> None:
-        """Raises Fault when an answer may be another one next time, else OSError."""
+        """Raises Fault if a retry may help, else OSError."""
         status = answer.status
         if status in http.BUSY:
             self._flow.busy()
@@ -198,7 +198,7 @@ class RemoteSource(FileSource):
         said = answer.headers.get("Content-Range") or ""
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", said)
         if found is None or (int(found[1]), int(found[2])) != (start, start + nbytes - 1):
-            raise Fault("the server sent another range")
+            raise Fault("the server sent a different range")
         if found[3] not in ("*", str(self._size(file))) or not self._is_same(file, answer.headers):
             raise OSError(self._changed(file))
 
@@ -209,7 +209,7 @@ class RemoteSource(FileSource):
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Turns what a server denies into a sentence about bad input: nothing is written yet."""
+    """Turns an OSError into a UserError: nothing has been written yet."""
     try:
         yield
     except OSError as error:
@@ -218,7 +218,7 @@ def told() -> Iterator[None]:
 
 @cache
 def _between(shape: Sequence[int], boxes: Sequence[Box], itemsize: int) -> int:
-    """Bytes that lie between the runs of a tensor's boxes, where they are near each other."""
+    """Bytes in gaps of at most `GAP` between the runs of a tensor's boxes."""
     total = 0
     for box in coalesce(boxes):
         offsets, nbytes = runs(shape, box, itemsize)
@@ -228,9 +228,9 @@ def _between(shape: Sequence[int], boxes: Sequence[Box], itemsize: int) -> int:
 
 
 def spans(offsets: Sequence[int], nbytes: int, most: int = SPAN) -> Iterator[Span]:
-    """The requests that bring runs of `nbytes` at ascending `offsets`, one after another.
+    """The requests for runs of `nbytes` bytes at ascending `offsets`.
 
-    Each spans `most` bytes at most: a longer run is cut.
+    Each covers at most `most` bytes; longer runs are split.
     """
     at = 0
     runs: list[_Run] = []

@@ -14,9 +14,9 @@ from maxconv.errors import UserError
 
 PREFIX = 8  # bytes of the little-endian header length
 MAX_JSON = 100_000_000  # bytes of a header: the limit of the reference implementation
-_MAX_VALUES = 10_000_000  # in a JSON file, which takes up to 200 bytes of memory for each
+_MAX_VALUES = 10_000_000  # in a JSON file; each takes up to 200 bytes of memory
 _MAX_COUNT = 1 << 63  # of elements and bytes
-_MAX_AXES = 64  # those that numpy has
+_MAX_AXES = 64  # numpy's limit
 
 # Every whole-byte dtype of the format. F4, F6_E2M3 and F6_E3M2 pack elements across bytes, so that
 # a slice of such a tensor need not begin at a byte.
@@ -48,7 +48,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: C-order, little-endian, from byte `offset` of `file`.
+    """A tensor in a file: C-order, little-endian, starting at byte `offset` of `file`.
 
     `file` is relative to the root of its source.
     """
@@ -72,7 +72,7 @@ class StoredTensor:
 def header_length(prefix: bytes, file_size: int) -> int:
     """Bytes of JSON that follow the 8 bytes of `prefix`.
 
-    0 when the length makes no sense: there is nothing to read, and `parse_header` says why.
+    0 if the length is invalid: then there is nothing to read, and `parse_header` reports why.
     """
     length = int.from_bytes(prefix[:PREFIX], "little")
     return length if length <= min(MAX_JSON, file_size - PREFIX) else 0
@@ -106,7 +106,7 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[StoredTensor, .
                 spans.append((begin, end, name))
             case _:
                 problems.append(
-                    f"Tensor {name!r} of {file} lacks a proper dtype, shape and data_offsets; "
+                    f"Tensor {name!r} of {file} has no valid dtype, shape and data_offsets; "
                     "download the file again."
                 )
                 continue
@@ -117,11 +117,11 @@ def parse_header(raw: bytes, file: str, file_size: int) -> tuple[StoredTensor, .
         tensors.append(info)
         if info.nbytes != end - begin:
             problems.append(
-                f"Tensor {name!r} of {file} has {end - begin} bytes, but {code}{shape} takes "
+                f"Tensor {name!r} of {file} has {end - begin} bytes, but {code}{shape} needs "
                 f"{info.nbytes}; download the file again."
             )
     problems += _unknown_dtypes(unknown, file)
-    if len(spans) == len(header):  # else what a broken entry covers is not known
+    if len(spans) == len(header):  # else the bytes of a broken entry are unknown
         problems += _check_layout(spans, file, data, file_size)
     if problems:
         raise UserError(problems)
@@ -175,13 +175,13 @@ def check_size(nbytes: int, file: str) -> None:
     """Raises UserError if a JSON file is larger than any checkpoint needs."""
     if nbytes > MAX_JSON:
         raise UserError(
-            f"{file} has {nbytes:,} bytes, more than the {MAX_JSON:,} that are read of a JSON file;"
+            f"{file} has {nbytes:,} bytes, more than the limit of {MAX_JSON:,} for a JSON file;"
             " download it again."
         )
 
 
 def check_lfs(raw: bytes, file: str) -> None:
-    """Raises UserError if `raw` begins like a Git LFS pointer."""
+    """Raises UserError if `raw` starts like a Git LFS pointer."""
     # 8 bytes are enough: as a header length they would mean 2 exabytes.
     if raw.startswith(b"version "):
         raise UserError(
@@ -220,7 +220,7 @@ def _are_counts(*values: object) -> bool:
 def _check_layout(
     spans: Sequence[tuple[int, int, str]], file: str, data: int, file_size: int
 ) -> list[str]:
-    """What keeps the spans (begin, end, name) from tiling the bytes from `data` to the end."""
+    """Problems if the spans (begin, end, name) do not tile the bytes from `data` to the end."""
     problems: list[str] = []
     covered, previous = 0, ""
     for begin, end, name in sorted(spans):

@@ -1,7 +1,7 @@
-"""A checkpoint as transformers loads it: the whole model in memory, under the names of its classes.
+"""A checkpoint as transformers loads it: the whole model in memory, with the names of its classes.
 
-For what only transformers can read. It needs torch and transformers, and RAM for the model on each
-host.
+For checkpoints that only transformers can read. Needs torch and transformers, and RAM for the whole
+model on each host.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from maxconv.errors import UserError
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
 
-SAMPLE = 64 << 10  # bytes of a tensor that its fingerprint has
+SAMPLE = 64 << 10  # bytes of a tensor that its fingerprint covers
 
 _NUMPY = {"torch.bfloat16": ml_dtypes.bfloat16, "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 
 
 class TransformersSource(Source):
-    """The state of a model that transformers made from a directory or a model on the Hub.
+    """The state dict of a model that transformers loads from a directory or the Hub.
 
     Raises:
-        UserError: when the libraries are not installed, or transformers cannot load it.
+        UserError: the libraries are not installed, or transformers cannot load the model.
     """
 
     def __init__(self, path: str, revision: str | None = None, token: str | None = None):
@@ -64,7 +64,7 @@ def _loaded(path: str, revision: str | None, token: str | None) -> Any:
     except ImportError as error:
         raise UserError(
             f"--eager_load_method=transformers needs {error.name}: pip install "
-            "'maxconv[transformers]', or leave it out to read the safetensors themselves."
+            "'maxconv[transformers]', or remove the option to read the safetensors files directly."
         ) from None
     options: Mapping[str, Any] = {"revision": revision, "token": token, "dtype": "auto"}
     try:

@@ -1,4 +1,4 @@
-"""What a job needs of the place where its arrays go."""
+"""The interface of a target: where a job writes its arrays."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
@@ -14,7 +14,7 @@ from maxconv.targets.lazy import LazyTensor
 
 @dataclass
 class Progress:
-    """How far a save is, in this process. `written` and `total` are bytes of finished leaves."""
+    """The progress of a save in this process: bytes written and held, and finished leaves."""
 
     total: int = 0
     written: int = 0
@@ -22,7 +22,7 @@ class Progress:
     held: int = 0
     peak_held: int = 0
     begun: Event = field(default_factory=Event)
-    """Set when Orbax has begun, on the main thread and with collectives: ours may follow."""
+    """Set once Orbax has started the save, with collectives of its own, on the main thread."""
 
     def hold(self, nbytes: int) -> None:
         self.held += nbytes
@@ -30,13 +30,12 @@ class Progress:
 
 
 class Target(ABC):
-    """A place that is told all arrays beforehand, is given their slabs as they are made, and makes
-    all of them appear at once.
+    """A place that arrays are written to, slab by slab, and where all of them appear at once.
 
     All processes call `begin`, `write` and `commit`, in this order.
 
     Attributes:
-        place: as the user named it.
+        place: the path or URL that the user gave.
         directory: where Orbax writes.
     """
 
@@ -45,32 +44,31 @@ class Target(ABC):
 
     @abstractmethod
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
-        """Makes the place ready, and leaves `record` there for another attempt.
+        """Prepares the place, and stores `record` there for a later --resume.
 
         Args:
-            record: how the arrays are made, as JSON has it.
-            resume: keep the arrays that an attempt before this one finished.
+            record: how the arrays are made; JSON-serializable.
+            resume: keep the arrays that an earlier attempt finished.
 
         Returns:
-            The names of these arrays, the same on all processes, and notices for the user.
+            The names of the arrays that are kept, equal on all processes, and notices for the user.
 
         Raises:
-            UserError: when the place cannot be used after all.
+            UserError: the place cannot be used after all.
         """
 
     @abstractmethod
     def write(self, arrays: Mapping[str, LazyTensor | jax.Array], progress: Progress) -> None:
-        """Takes all arrays, by name, and makes those that it does not have. Returns when they are
-        durable."""
+        """Makes and writes all arrays but those that were kept; returns when they are durable."""
 
     @abstractmethod
     def commit(self, record: Mapping[str, Any]) -> None:
-        """Makes what was written appear, with `record` beside it."""
+        """Makes the checkpoint appear, with `record` next to it."""
 
     @abstractmethod
     def saved(self, item: Item) -> Item:
-        """What was committed, to be read back, of what Orbax wrote here."""
+        """The committed checkpoint, for reading it back; `item` is what Orbax wrote."""
 
     def close(self) -> None:
-        """Removes what is left on this machine of a target elsewhere."""
+        """Releases locks and removes scratch files."""
         return

@@ -1,6 +1,6 @@
-"""Whether all is there that a save wrote: every leaf, and every byte that its index points to.
+"""Checks that a saved checkpoint is complete: every leaf, and every byte that the index points to.
 
-Nothing of the leaves themselves is read.
+The data of the leaves is not read.
 """
 
 import json
@@ -17,16 +17,16 @@ from maxconv.errors import UserError
 from maxconv.sources.ocdbt import values
 from maxconv.sources.orbax import Item, Stored, open_item, reason
 
-_FEW = 5  # problems that are worth telling
+_FEW = 5  # problems that are reported
 _METADATA = (".zarray", "zarr.json")
 
 
 def problems(items: epath.PathLike, leaves: Iterable[str]) -> list[str]:
-    """What a tree of arrays that Orbax saved lacks, in sentences.
+    """A sentence for everything that is missing in a tree of arrays saved by Orbax.
 
     Args:
         items: its directory.
-        leaves: names of the arrays that it should have.
+        leaves: names of the arrays that it must have.
     """
     items = epath.Path(items)
     try:
@@ -57,7 +57,7 @@ def _lost(directory: epath.Path) -> list[str]:
 
 
 def _cut(item: Item) -> Iterator[str]:
-    """Chunks that are shorter than what they hold, where each is a file of its own."""
+    """Truncated chunks, for storage with one file per chunk."""
     least = {name: _chunk_nbytes(item, array) for name, array in item.arrays.items()}
     for key in map(bytes.decode, item.store.list().result()):
         name, _, rest = key.partition("/")
@@ -68,7 +68,7 @@ def _cut(item: Item) -> Iterator[str]:
 
 
 def _chunk_nbytes(item: Item, array: Stored) -> int:
-    """Bytes that a chunk has in storage; the least that it may have if it is compressed."""
+    """The stored size of a chunk in bytes; a lower bound if it is compressed."""
     file = "zarr.json" if item.zarr3 else ".zarray"
     zarr = json.loads(item.store.read(f"{array.name}/{file}").result().value)
     codecs, chunk, index = zarr.get("codecs", ()), array.chunk or (), 0
@@ -83,7 +83,7 @@ def _chunk_nbytes(item: Item, array: Stored) -> int:
 
 @dataclass(frozen=True)
 class Leaf:
-    """How much of an array a store has; `chunk` is the shape of one, None without metadata."""
+    """How many of an array's chunks a store has; `chunk`: their shape, None without metadata."""
 
     chunks: int
     total: int
@@ -91,7 +91,7 @@ class Leaf:
 
 
 def leaves_in(directory: epath.Path, store: ts.KvStore) -> dict[str, Leaf]:
-    """The arrays of an OCDBT database none of whose values is lost, by name.
+    """The arrays of an OCDBT database that have lost no value, by name.
 
     Raises:
         OSError, ValueError: there is no database, or its index is damaged.
@@ -105,8 +105,8 @@ def leaves_in(directory: epath.Path, store: ts.KvStore) -> dict[str, Leaf]:
 
 
 def broken(directory: epath.Path) -> dict[str, tuple[str, str]]:
-    """Of the keys of an OCDBT database those whose values are lost, each with the file they should
-    be in and what is the matter with it."""
+    """The keys of an OCDBT database whose values are lost, each with the file that should contain
+    it and a phrase about what is wrong with that file."""
 
     @cache
     def length(file: str) -> int | None:
@@ -123,7 +123,7 @@ def broken(directory: epath.Path) -> dict[str, tuple[str, str]]:
 
 
 def chunks(store: ts.KvStore) -> dict[str, int]:
-    """Numbers of the chunks of all arrays in a store, by name."""
+    """Number of chunks of each array in a store."""
     found: dict[str, int] = {}
     for key in store.list().result():
         name, _, rest = key.decode().partition("/")
@@ -132,7 +132,7 @@ def chunks(store: ts.KvStore) -> dict[str, int]:
 
 
 def _metadata(store: ts.KvStore, name: str) -> tuple[Any, Any]:
-    """The shape of an array and of its chunks; None if it has no metadata."""
+    """The shape of an array and of its chunks; None, None if it has no metadata."""
     for file in _METADATA:
         read = store.read(f"{name}/{file}").result()
         if read.state == "value":
@@ -149,5 +149,5 @@ def _leaf(number: int, shape: Any, chunk: Any) -> Leaf:
 
 
 def _count(shape: Iterable[int], chunk: Iterable[int]) -> int:
-    """Number of chunks of an array. All are stored: Orbax writes those of zeros as well."""
+    """Number of chunks of an array; all of them are stored, as Orbax also writes zeros."""
     return math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))

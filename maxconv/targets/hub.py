@@ -16,30 +16,30 @@ from maxconv.targets.publication import Publication
 
 
 class HubTarget(MaxTextTarget):
-    """One commit with a checkpoint. Process 0 uploads; what Orbax writes is put together on disk.
+    """One commit with a checkpoint. Orbax writes to a scratch directory; process 0 uploads.
 
     `limit`: bytes of data files that a process may have on disk before it makes another slab.
     """
 
     def __init__(self, publication: Publication, form: Format, limit: int):
-        # What lies in the directory of scratch is for maxconv to replace.
+        # The scratch directory is maxconv's own, so its contents may be replaced.
         super().__init__(os.fspath(publication.scratch), form, overwrite=True)
         self.place, self._publication, self._limit = publication.place, publication, limit
 
     @property
     def _lock(self) -> str:
-        return f"{self.directory}.lock"  # beside it: all that is in it is uploaded
+        return f"{self.directory}.lock"  # next to it: everything inside is uploaded
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
-        # What was uploaded before is not known any more.
+        # What an earlier attempt uploaded is not recorded, so it cannot be resumed.
         _, told = super().begin(record, resume=False)
         going = self._publication
         with same_error_everywhere():
             if not (epath.Path(self.directory) / place.UNFINISHED_WORDS).exists():
                 raise UserError(
-                    f"The processes do not share {going.scratch.parent}, where the checkpoint is "
-                    f"put together for {going.place}: set HF_HOME to a directory that all of them "
-                    "see, or convert to gs:// and upload from there."
+                    f"The processes do not share {going.scratch.parent}, where the checkpoint for "
+                    f"{going.place} is staged; set HF_HOME to a directory that all of them share, "
+                    "or convert to gs:// and upload from there."
                 )
         notices: list[str] = []
         with same_error_everywhere():

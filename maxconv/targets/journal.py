@@ -1,9 +1,9 @@
-"""What a save has finished so far, kept for another attempt when it is cut off.
+"""Records which leaves a save has finished, so that an interrupted one can be resumed.
 
 Orbax writes the leaves of each process into an OCDBT store of its own, below the directory that it
-renames when all is there. Such a store is whole at any time, so a journal beside its data, of the
-leaves that are durable in it, is all that another attempt needs: it moves the stores into its own
-unfinished directory, and writes what is missing into them.
+renames at the end. Such a store is consistent at any time. So all that a later attempt needs is a
+journal, next to the data, of the leaves that are durable: it moves the stores into its own
+unfinished directory, and writes the leaves that are missing.
 """
 
 import itertools
@@ -18,21 +18,21 @@ from maxconv.processes.agreement import gathered
 from maxconv.sources.orbax import open_store
 from maxconv.targets import completeness, place
 
-INTERVAL = 1  # seconds between two journals: no more than that is done again
+INTERVAL = 1  # seconds between two writes of the journal: the most work that is repeated
 _JOURNAL = "finished.json"
-_LARGEST = 256 << 20  # bytes of one
+_LARGEST = 256 << 20  # bytes of a journal
 _NOTHING = completeness.Leaf(0, 0, None)
-_KEPT = f"{place.UNFINISHED}-kept"  # where stores wait for the next attempt
+_KEPT = f"{place.UNFINISHED}-kept"  # where stores are kept for the next attempt
 _ANY_STORE = "ocdbt.process_*"
-ATTEMPT = "attempt"  # in the names of the stores of attempts that were cut off
+ATTEMPT = "attempt"  # in the names of stores of interrupted attempts
 
 
 def keep(directory: str) -> None:
-    """Puts the stores of the attempts before aside, for this one, and clears the rest.
+    """Sets the stores of earlier attempts aside for this one, and removes everything else.
 
-    Each gets a name of its own, `ocdbt.process_<process>attempt<number>`, as Orbax may have begun a
-    new `ocdbt.process_<process>` by the time that they are moved back; it merges whatever begins so
-    and goes on with letters and digits.
+    Each is renamed to `ocdbt.process_<process>attempt<number>`, because Orbax may have created a
+    new `ocdbt.process_<process>` by the time they are moved back. It merges every store whose name
+    starts with `ocdbt.process_` followed by letters and digits.
     """
     root = epath.Path(directory)
     kept = root / _KEPT
@@ -47,12 +47,12 @@ def keep(directory: str) -> None:
 
 
 def finished(directory: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The metadata of the leaves that are whole in the stores that were kept, by name, and notices.
+    """The metadata of leaves that are complete in the stores that were kept, by name; and notices.
 
-    A journal is not believed: it counts what the stores hold, of all processes together.
+    Journals are not trusted: the chunks in the stores of all processes are counted.
     """
     claimed: dict[str, Any] = {}
-    held: dict[str, tuple[int, int]] = {}  # the numbers of chunks here, and in the whole leaf
+    held: dict[str, tuple[int, int]] = {}  # number of chunks here, and in the whole leaf
     damaged: list[str] = []
     for store in _stores(epath.Path(directory) / _KEPT):
         if not _is_sound(store):  # Orbax could not merge it with the others
@@ -60,7 +60,7 @@ def finished(directory: str) -> tuple[dict[str, Any], tuple[str, ...]]:
             continue
         journal = _journal(store)
         if journal is None:
-            damaged.append(f"{store / _JOURNAL} is damaged: its leaves are converted again")
+            damaged.append(f"{store / _JOURNAL} is damaged; its leaves are converted again")
         there = _whole(store) if journal else {}
         for name, metadata in (journal or {}).items():
             leaf = there.get(name, _NOTHING)
@@ -77,7 +77,7 @@ def finished(directory: str) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def clear(directory: str) -> None:
-    """Removes what is left once a conversion is finished."""
+    """Removes journals and stores that are no longer needed after a conversion."""
     root = epath.Path(directory)
     for journal in root.glob(f"{place.STEP}/items/{_ANY_STORE}/{_JOURNAL}"):
         journal.unlink(missing_ok=True)
@@ -88,10 +88,10 @@ def clear(directory: str) -> None:
 
 
 class Journal:
-    """Keeps the journal of this process' store in `items`, the directory that Orbax writes to.
+    """Writes the journal of this process' store in `items`, the directory that Orbax writes to.
 
-    Brings the stores of the attempts before this one, which `keep` put aside, back.
-    In a bucket, where nothing can be moved, and without OCDBT it does nothing.
+    Also moves the stores of earlier attempts, which `keep` set aside, back. Does nothing in a
+    bucket, where nothing can be moved, or without OCDBT.
     """
 
     def __init__(self, items: epath.Path, use_ocdbt: bool):
@@ -102,7 +102,7 @@ class Journal:
                 store.rename(items / store.name)
 
     def add(self, metadata: Any) -> None:
-        """Notes a leaf that is durable."""
+        """Adds a leaf that is durable."""
         self._metadata.append(metadata)
         if time.monotonic() - self._written > INTERVAL:
             self.write()
@@ -147,9 +147,9 @@ def _is_metadata(found: Any) -> bool:
 
 
 def _is_sound(store: epath.Path) -> bool:
-    """Whether every byte is there that the index of a store points to.
+    """Whether every byte that the index of a store points to exists.
 
-    A process that has no part of the leaves so far has a journal, but no index and no data.
+    A process that has written no leaf yet has a journal, but no index and no data.
     """
     if not (store / "manifest.ocdbt").exists():
         return not (store / "d").exists()
@@ -160,7 +160,7 @@ def _is_sound(store: epath.Path) -> bool:
 
 
 def _whole(store: epath.Path) -> dict[str, completeness.Leaf]:
-    """The leaves of a store, as far as it has them; nothing if it cannot be read."""
+    """The intact leaves of a store, complete or not; empty if it cannot be read."""
     try:
         return completeness.leaves_in(store, open_store(store, ocdbt=True))
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Arrays that are not there yet."""
+"""Arrays that are computed only when they are written."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,13 @@ from maxconv.algebra import Box
 
 
 class LazyTensor:
-    """A leaf that is not there yet: what an array would be, and how to make it.
+    """A leaf that has not been computed yet: its shape, dtype and sharding, and how to make it.
 
     Attributes:
-        shape, dtype, name, sharding: of the array. Without a sharding it goes to one device.
-        parts: that it is made and written in, each with where a box of it is in the whole.
-        group: number of what is made at once with it, when the first of them is loaded; or None.
+        shape, dtype, name, sharding: of the array. The default sharding is a single device.
+        parts: the parts in which it is made and written, each with a function that maps a box of
+            the part to a box of the whole.
+        group: id of the parts that are made together, when the first of them is loaded; or None.
     """
 
     def __init__(
@@ -58,22 +59,22 @@ class LazyTensor:
 
     @property
     def local_nbytes(self) -> int:
-        """Bytes that this process holds once the array is there."""
+        """Bytes of the array on the devices of this process."""
         shard = math.prod(self.sharding.shard_shape(self.shape)) * self.itemsize
         return shard * len(self.sharding.addressable_devices)
 
     def load(self) -> jax.Array:
-        """Makes the array; raises ValueError when it is not what was declared."""
+        """Makes the array; ValueError if its shape, dtype or sharding is not as declared."""
         array = self._load_fn()
         if not isinstance(array, jax.Array):
             array = jax.device_put(array, self.sharding)
         if (array.shape, array.dtype) != (self.shape, self.dtype):
             raise ValueError(
                 f"{self.name} is declared as {self.shape} {self.dtype}, "
-                f"but came as {array.shape} {array.dtype}"
+                f"but is {array.shape} {array.dtype}"
             )
         if not array.sharding.is_equivalent_to(self.sharding, self.ndim):
-            raise ValueError(f"{self.name} came as {array.sharding}, not as {self.sharding}")
+            raise ValueError(f"{self.name} has {array.sharding} instead of {self.sharding}")
         return array
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -20,13 +20,13 @@ from maxconv.targets.ownership import Ownership
 
 @dataclass(frozen=True)
 class Format:
-    """How arrays are stored, and what MaxText wants to know beside them.
+    """The storage format, and MaxText's metadata.
 
     Attributes:
-        scan_layers, metadata: MaxText reads them when it loads the checkpoint.
-        use_ocdbt, use_zarr3, compression: of the storage.
-        window: bytes per process of what waits to be written.
-        file_bytes: of an OCDBT data file that is written at once.
+        scan_layers, metadata: read by MaxText when it loads the checkpoint.
+        use_ocdbt, use_zarr3, compression: the storage format.
+        window: maximum bytes per process that wait to be written.
+        file_bytes: target size of an OCDBT data file.
     """
 
     scan_layers: bool
@@ -39,18 +39,18 @@ class Format:
 
 
 class MaxTextTarget(Target):
-    """`<directory>/0/items`, on a disk that all processes see, or in a bucket (gs://)."""
+    """`<directory>/0/items`, on a file system that all processes share, or in a bucket (gs://)."""
 
     def __init__(self, directory: str, form: Format, overwrite: bool = False):
         self.place = self.directory = directory
         self._form, self._overwrite = form, overwrite
         self._kept: dict[str, Any] = {}
-        self._ownership: Ownership | None = None  # process 0 has it, for all
+        self._ownership: Ownership | None = None  # held by process 0, on behalf of all
         self._is_owned = False
 
     @property
     def _lock(self) -> str:
-        """Where it is said who writes here; removed at the end."""
+        """The lock file, which names the conversion that writes here; removed at the end."""
         return f"{self.directory.rstrip('/')}/maxconv.lock"
 
     def begin(self, record: Mapping[str, Any], resume: bool) -> tuple[Set[str], tuple[str, ...]]:
@@ -69,10 +69,10 @@ class MaxTextTarget(Target):
         return self._kept.keys(), (*notices, *orbax.notices())
 
     def _own(self) -> None:
-        """From now on no other conversion writes here.
+        """Takes the lock, so that no other conversion writes here.
 
         Raises:
-            UserError: another one does.
+            UserError: another conversion holds it.
         """
         failed: list[UserError] = []
 
@@ -90,7 +90,7 @@ class MaxTextTarget(Target):
         self._is_owned = True
 
     def _look_again(self, record: Mapping[str, Any], resume: bool) -> None:
-        """Raises UserError if what is here changed before it was this conversion's."""
+        """Raises UserError if the directory has changed before this conversion took the lock."""
         if problems := place.problems(self.directory, 0, self._overwrite):
             raise UserError(problems)
         was: Mapping[str, Any] | None = record
@@ -104,7 +104,7 @@ class MaxTextTarget(Target):
             )
 
     def wait_for_room(self) -> None:
-        """Called before each part is made; returns when there is room for it."""
+        """Called before each part is made; blocks until there is room for it."""
 
     def write(self, arrays: Mapping[str, LazyTensor | jax.Array], progress: Progress) -> None:
         form = self._form
@@ -122,21 +122,21 @@ class MaxTextTarget(Target):
         once(partial(self._check_whole, arrays.keys()))
 
     def _check_whole(self, leaves: Iterable[str]) -> None:
-        """Raises ConversionError, and leaves no checkpoint, if files vanished meanwhile."""
+        """Raises ConversionError, and withdraws the checkpoint, if files are missing."""
         lost = completeness.problems(place.items(self.directory), leaves)
         if lost:
             place.withdraw(self.directory)
             raise ConversionError(
-                [f"{self.directory} lost files while they were written: convert again.", *lost]
+                [f"{self.directory} lost files during the conversion; run it again.", *lost]
             )
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        if not self._is_owned:  # it was all there
+        if not self._is_owned:  # an earlier attempt had written everything
             self._own()
         if jax.process_index() == 0:
             place.leave_record(self.directory, place.WORDS, record)
             journal.clear(self.directory)
-            # Last: what lies beside it is known as ours.
+            # Removed last: it marks everything next to it as ours.
             (epath.Path(self.directory) / place.UNFINISHED_WORDS).unlink(missing_ok=True)
 
     def close(self) -> None:

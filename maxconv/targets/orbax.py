@@ -1,4 +1,4 @@
-"""The checkpoint of MaxText: what Orbax is told to save, and in which of two ways it is done."""
+"""MaxText's checkpoint format, and the choice between two ways to save it with Orbax."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import private
+from maxconv.processes import liveness
 from maxconv.targets.base import Progress
 
 FILE_BYTES = 2 << 30  # MaxText's target size of a data file, and the largest chunk
@@ -25,8 +26,8 @@ def context(
 
     Args:
         use_ocdbt, use_zarr3, compression: the storage format.
-        file_bytes: an OCDBT data file that has as much is written at once, beside others. Smaller
-            ones wait for each other.
+        file_bytes: target size of an OCDBT data file. Files that reach it are written concurrently;
+            smaller ones are written one after another.
     """
     ctx = ocp.Context()
     ctx.array.saving.use_ocdbt = use_ocdbt
@@ -42,7 +43,7 @@ def context(
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """What MaxText saves, in its order: flax.training.train_state.TrainState without functions."""
+    """What MaxText saves, in its order: the arrays of flax.training.train_state.TrainState."""
 
     step: int
     params: dict[str, Any]
@@ -50,8 +51,10 @@ class TrainState:
 
 
 def train_state(leaves: Mapping[str, Any]) -> TrainState:
-    """The state before the first step: parameters by name, such as `params.params.decoder...`,
-    nested; no optimizer state."""
+    """The state before the first step, without optimizer state.
+
+    `leaves`: parameters by name, such as `params.params.decoder...`.
+    """
     params: dict[str, Any] = {}
     for name, leaf in leaves.items():
         _, *path = name.split(".")
@@ -73,12 +76,20 @@ def save(
     metadata: Mapping[str, Any] = MappingProxyType({}),
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Saves a state, lazy leaves and all, as step 0 under `directory`: `<directory>/0/items`.
+    """Saves a state, which may have lazy leaves, as step 0: `<directory>/0/items`.
 
-    `window` in bytes per process. `kept`: what `journal.finished` says of leaves that are not to be
-    made, as an attempt before this one wrote them. `metadata`: more that MaxText reads. `ready` is
-    called before each part is made. Returns when everything is durable; until then nothing there
-    reads as a checkpoint.
+    Returns when everything is durable; until then nothing there loads as a checkpoint.
+
+    Args:
+        directory: of the checkpoint.
+        state: to save.
+        scan_layers: recorded for MaxText.
+        window: maximum bytes per process that wait to be written.
+        progress: is updated.
+        ctx: Orbax context; by default MaxText's.
+        kept: leaves that an earlier attempt wrote, from `journal.finished`; they are not made.
+        metadata: more metadata for MaxText.
+        ready: called before each part is made.
     """
     if streams():
         from maxconv.targets.streaming import save as chosen
@@ -88,14 +99,28 @@ def save(
     chosen(directory, state, window, progress, ctx or context(), kept, custom, ready)
 
 
+def end_together(checkpointer: ocp.training.Checkpointer) -> None:
+    """Makes an error of a commit end all processes, in the thread where it happens.
+
+    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
+    for this one to commit. A release that has these steps under other names is left as it is.
+    """
+    manager: Any = getattr(checkpointer, "_manager", None)
+    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
+        if (function := getattr(manager, step, None)) is not None:
+            setattr(manager, step, liveness.all_or_none()(function))
+
+
 def streams() -> bool:
-    """Whether leaves are streamed into one save, with the parts of Orbax that this takes."""
+    """Whether to stream leaves into one save: takes an Orbax that was tested, see `private`."""
     return private.is_tested("orbax-checkpoint")
 
 
 def notices() -> tuple[str, ...]:
-    """What a person should know of how checkpoints are saved here."""
+    """Notices about how checkpoints are saved with the installed Orbax."""
     if streams():
         return ()
     releases = private.tested_releases("orbax-checkpoint")
-    return (f"{releases}: saving through its public API, which takes more memory and no --resume.",)
+    return (
+        f"{releases}: saving through its public API, which needs more memory and cannot --resume.",
+    )

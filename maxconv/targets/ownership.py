@@ -1,8 +1,8 @@
-"""One conversion at a time writes to a directory: its lock file says which one.
+"""A lock file, so that only one conversion at a time writes to a directory.
 
-The lock names the owner, which renews it every few seconds. A lock that is not renewed any more is
-taken over; at once, if its owner was a process of this machine. Whether it is renewed is observed,
-so that clocks of different machines are never compared.
+The lock names its owner, which renews it every few seconds. A lock that is no longer renewed is
+taken over; immediately, if its owner was a process on this machine that is dead. Renewal is
+observed over time, so that clocks of different machines are never compared.
 """
 
 import json
@@ -22,21 +22,21 @@ from maxconv.processes import liveness
 BEAT = 5  # seconds between two renewals
 STALE = 60  # seconds without one after which an owner counts as dead
 _POLL = 0.5  # seconds between two looks at the lock of another
-_SETTLE = 1  # seconds in which another process that takes the same lock over would show
-_MOST = 1 << 16  # bytes of a lock that are read
+_SETTLE = 1  # seconds to wait for another process that takes over the same lock
+_MOST = 1 << 16  # maximum bytes of a lock file that are read
 
 
 class Seen(NamedTuple):
-    """A lock: `version` changes whenever it is renewed or replaced."""
+    """The state of a lock; `version` changes whenever it is renewed or replaced."""
 
     version: str
     owner: Mapping[str, Any]
 
 
 class Ownership:
-    """The lock at `path`, a file or an object in a bucket; `place` is what it protects.
+    """The lock at `path`, a file or an object in a bucket; `place`: what it protects.
 
-    Used by one process of a conversion, which acts for all of them.
+    Used by one process of a conversion, on behalf of all.
     """
 
     def __init__(self, path: str, place: str):
@@ -51,12 +51,13 @@ class Ownership:
         return bool(self._version)
 
     def acquire(self) -> None:
-        """Takes the lock, if need be from an owner that is dead, and keeps it renewed.
+        """Takes the lock, possibly from an owner that is dead, and keeps renewing it.
 
-        Takes up to `STALE` seconds when it cannot be told at once whether the owner is alive.
+        Takes up to `STALE` seconds if it is not known whether the owner is alive, and two beats if
+        the lock names none.
 
         Raises:
-            UserError: another conversion has it.
+            UserError: another conversion holds it.
         """
         while not self._version:
             seen = self._lock.get()
@@ -72,7 +73,7 @@ class Ownership:
         self._thread.start()
 
     def release(self) -> None:
-        """Removes the lock, if it is this one's."""
+        """Removes the lock, if it is held."""
         if not self._version:
             return
         self._released.set()
@@ -84,8 +85,11 @@ class Ownership:
         self._version = ""
 
     def _wait_until_dead(self, seen: Seen) -> None:
-        """Returns when the owner of a lock is dead or has released it; else raises UserError."""
-        alive, until = _is_alive(seen.owner), time.monotonic() + STALE
+        """Returns once the owner of a lock is dead or has released it; UserError if it is alive."""
+        # A lock that names nobody was cut off while it was written. If its owner lives, its next
+        # beat completes it; if that comes later still, the owner finds that the lock is taken.
+        bound = STALE if "token" in seen.owner else 2 * BEAT
+        alive, until = _is_alive(seen.owner), time.monotonic() + bound
         while alive is None and time.monotonic() < until:
             time.sleep(_POLL)
             now = self._lock.get()
@@ -111,12 +115,12 @@ class Ownership:
                     liveness.fail(
                         ConversionError(
                             f"{self.place} was taken over by another conversion "
-                            f"({_said(now.owner)}), as this one had not been heard of for long."
+                            f"({_said(now.owner)}), as this one did not renew its lock in time."
                         )
                     )
                 elif now is not None:
                     self._version = now.version
-            except Exception:  # of the file system, the network, or their libraries: may pass
+            except Exception:  # of the file system, the network, or their libraries: try again
                 continue
 
 
@@ -133,7 +137,7 @@ class _File:
             return None
 
     def put(self, owner: Mapping[str, Any], over: str | None) -> str | None:
-        """Makes the lock, or renews or replaces the version `over`; the new version, if done."""
+        """Creates the lock, or renews or replaces the version `over`; the new version if done."""
         seen = self.get()
         if (seen.version if seen else None) != over:
             return None
@@ -157,7 +161,7 @@ class _File:
 
 
 class _Object:
-    """In a bucket: the owner is metadata of an empty object, whose generations are the versions."""
+    """A lock in a bucket: an empty object with the owner as metadata; versions are generations."""
 
     def __init__(self, path: str):
         import fsspec
@@ -189,7 +193,7 @@ class _Object:
                 data=("".join(parts) + "--==0==--").encode(),
                 json_out=True,
             )
-        except FileExistsError:  # the precondition failed; unless an answer to us was lost before
+        except FileExistsError:  # the precondition failed, or this is a retry after a lost answer
             now = self.get()
             return now.version if now is not None and now.owner == owner else None
         return str(made["generation"])
@@ -199,7 +203,7 @@ class _Object:
 
 
 def _object(text: bytes) -> Mapping[str, Any]:
-    """A JSON object; an empty one if it is none, as of a lock that was cut off."""
+    """Parses a JSON object; empty if it is not one, such as a truncated lock file."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -218,7 +222,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What tells this boot of this machine, and the container, from others; empty if unknown."""
+    """Identifies this machine, its boot, and the container; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -227,7 +231,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks; None if it does not run."""
+    """When a process of this machine started, in clock ticks; None if it is not running."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -236,7 +240,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_alive(owner: Mapping[str, Any]) -> bool | None:
-    """Whether the owner runs; None if that cannot be told from here."""
+    """Whether the owner is running; None if that is unknown here."""
     machine, pid = owner.get("machine"), owner.get("pid")
     if not machine or machine != _machine() or not isinstance(pid, int):
         return None

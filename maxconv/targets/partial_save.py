@@ -1,8 +1,8 @@
-"""Saving through Orbax' public API alone, where its release is not one that was tested with.
+"""Saves with Orbax' public API only, for releases of Orbax that were not tested.
 
-On disks `ocp.partial` saves groups of leaves one after another and merges them in the end. That has
-the same bits and metadata as a streamed save, but it waits for each group, holds the largest leaf
-whole, and cannot be resumed. `ocp.partial` does not write to buckets: there all leaves are made
+On disks `ocp.partial` saves groups of leaves one after another and merges them at the end. This
+gives the same bits and metadata as a streaming save, but it waits for each group, holds the largest
+leaf whole, and cannot be resumed. `ocp.partial` does not support buckets: there all leaves are made
 first, and saved as MaxText does. tests/benchmarks/partial_save.py measures both.
 """
 
@@ -22,12 +22,12 @@ from maxconv.processes.agreement import once
 from maxconv.targets import place
 from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor
-from maxconv.targets.orbax import TrainState
+from maxconv.targets.orbax import TrainState, end_together
 
-_MERGED = f"{place.UNFINISHED}.merged"  # where pieces are put together: not yet a checkpoint
-_KEY, _ITEMS = "state", "items"  # what `ocp.partial` and what MaxText call the tree
+_MERGED = f"{place.UNFINISHED}.merged"  # where pieces are merged; not a checkpoint yet
+_KEY, _ITEMS = "state", "items"  # names of the tree in `ocp.partial` and in MaxText
 _METADATA = "_CHECKPOINT_METADATA"
-_INDICATOR = "orbax.checkpoint"  # tells of a layout of which `items` is no part
+_INDICATOR = "orbax.checkpoint"  # marks a layout without `items`
 
 Leaf = tuple[tuple[str, ...], Any]
 
@@ -35,7 +35,7 @@ Leaf = tuple[tuple[str, ...], Any]
 @jax.tree_util.register_dataclass
 @dataclass
 class _Parameters:
-    """A piece of a TrainState, under the same keys: no key may be saved twice."""
+    """A part of a TrainState with the same keys; no key may be saved twice."""
 
     params: dict[str, Any]
 
@@ -50,8 +50,8 @@ def save(
     custom_metadata: Mapping[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """As `maxconv.targets.orbax.save` says; `window` bounds a group unless it is one leaf."""
-    assert not kept, "leaves of an attempt before are in stores that ocp.partial cannot merge"
+    """See `maxconv.targets.orbax.save`; `window` limits a group of several leaves."""
+    assert not kept, "ocp.partial cannot merge the stores of an earlier attempt"
     progress.begun.set()
     with liveness.all_or_none():
         if "://" in directory:
@@ -72,6 +72,7 @@ def _save_at_once(
 ) -> None:
     made = jax.tree.map(lambda leaf: _made(leaf, progress, ready), state)
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
+        end_together(checkpointer)
         checkpointer.save_checkpointables(
             0, {_ITEMS: made}, force=True, custom_metadata=dict(custom_metadata)
         )
@@ -103,11 +104,11 @@ def _save_in_groups(
 
 
 def _publish(merged: epath.Path, step: epath.Path) -> None:
-    """Gives a merged checkpoint MaxText's names, the last of which makes it one."""
+    """Renames a merged checkpoint to MaxText's layout; only the last rename makes it visible."""
     (merged / _KEY).rename(merged / _ITEMS)
     (merged / _INDICATOR).unlink()
     metadata = json.loads((merged / _METADATA).read_text())
-    handler = ocp.handlers.PyTreeHandler  # `ocp.partial` names one that cannot load
+    handler = ocp.handlers.PyTreeHandler  # `ocp.partial` records one that cannot load
     metadata["item_handlers"] = {_ITEMS: f"{handler.__module__}.{handler.__qualname__}"}
     (merged / _METADATA).write_text(json.dumps(metadata))
     merged.rename(step)
@@ -132,7 +133,7 @@ def _nested(leaves: Iterable[Leaf]) -> dict[str, Any]:
 
 
 def _groups(leaves: Iterable[Leaf], window: int) -> Iterator[Sequence[Leaf]]:
-    """Leaves in order, as many at once as have room in the window; at least one."""
+    """Groups of leaves in order, as many as fit in the window, but at least one."""
     group, held = list[Leaf](), 0
     for path, leaf in leaves:
         if group and held + _nbytes(leaf) > window:
@@ -160,7 +161,7 @@ def _written(leaf: Any, progress: Progress) -> None:
 
 
 def _whole(leaf: LazyTensor, ready: Callable[[], None]) -> jax.Array:
-    """A leaf of all its parts, which lie in its shards; put together in host memory."""
+    """Loads all parts of a leaf and assembles them in host memory, shard by shard."""
     if len(leaf.parts) == 1:
         ((_, part),) = leaf.parts
         ready()

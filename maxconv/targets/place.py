@@ -1,7 +1,7 @@
-"""The place where a checkpoint goes: checked before, never half-written.
+"""The output directory: checks whether it can be written to, and clears what may be replaced.
 
-Nothing is deleted there but a checkpoint that the user wants replaced, and what a conversion left
-that was cut off: that lies beside `maxconv.unfinished.json`, and has the names that a save makes.
+Deletes only a checkpoint that the user wants to replace, and the remains of an interrupted
+conversion: these are next to a `maxconv.unfinished.json`, and have names that a save creates.
 """
 
 import json
@@ -20,13 +20,13 @@ from maxconv.errors import RetryableError
 from maxconv.text import size
 
 STEP = "0"  # MaxText's converter writes step 0
-WORDS = "maxconv.json"  # beside the step: how it was made
-UNFINISHED_WORDS = "maxconv.unfinished.json"  # the same, of one that is not there yet
-UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # how Orbax' names of an unfinished step 0 begin
-_COMMITTED = "commit_success.txt"  # makes a directory in a bucket, which has no renames, complete
-_MARKS = {"_CHECKPOINT_METADATA", "items/_METADATA"}  # what a checkpoint of MaxText has
+WORDS = "maxconv.json"  # next to the step: how it was made
+UNFINISHED_WORDS = "maxconv.unfinished.json"  # the same for a checkpoint that is not finished
+UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # prefix of Orbax' names of an unfinished step 0
+_COMMITTED = "commit_success.txt"  # marks a complete directory in a bucket, which has no renames
+_MARKS = {"_CHECKPOINT_METADATA", "items/_METADATA"}  # files of every MaxText checkpoint
 _LARGEST_RECORD = 16 << 20  # bytes
-# What a save makes in a step, and in its items: other things there are not ours.
+# Names that a save creates in a step, and in its items; anything else there is not ours.
 _IN_STEP = re.compile(
     r"(_CHECKPOINT_METADATA|commit_success\.txt|descriptor|items|ocdbt\.process_)"
 )
@@ -42,7 +42,7 @@ def items(directory: str) -> str:
 
 
 def is_there(directory: str) -> bool:
-    """Whether there is a finished step, or on disks anything in its place."""
+    """Whether there is a finished step; on disks, anything with its name."""
     step = epath.Path(directory) / STEP
     return ((step / _COMMITTED) if "://" in directory else step).exists()
 
@@ -51,18 +51,18 @@ def is_renamed(directory: str) -> bool:
     """Whether there is a finished step whose conversion was killed before it recorded that."""
     try:
         return is_there(directory) and (epath.Path(directory) / UNFINISHED_WORDS).exists()
-    except Exception:  # it cannot be reached, which `problems` says in a sentence
+    except Exception:  # not accessible, which `problems` reports
         return False
 
 
 def problems(directory: str, nbytes: int, overwrite: bool) -> list[str]:
-    """What stands in the way of writing `nbytes` there, in sentences."""
+    """Everything that prevents writing `nbytes` bytes there, in sentences."""
     check = _bucket_problems if "://" in directory else _local_problems
     return list(check(directory, nbytes, overwrite))
 
 
 def record(directory: str, name: str) -> dict[str, Any] | None:
-    """What a conversion left beside its checkpoint, `WORDS` or `UNFINISHED_WORDS`; None if nothing.
+    """The record next to a checkpoint, `WORDS` or `UNFINISHED_WORDS`; None if there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -72,7 +72,7 @@ def record(directory: str, name: str) -> dict[str, Any] | None:
         return None
     found = None
     with suppress(OSError, ValueError, RecursionError):
-        if path.is_file() and path.stat().length <= _LARGEST_RECORD:  # no pipe, nor a device
+        if path.is_file() and path.stat().length <= _LARGEST_RECORD:  # not a pipe or a device
             found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged")
@@ -80,20 +80,21 @@ def record(directory: str, name: str) -> dict[str, Any] | None:
 
 
 def leave_record(directory: str, name: str, record: Mapping[str, Any]) -> None:
-    """Says beside the checkpoint how it is made: for verify, --resume and people."""
+    """Records next to the checkpoint how it is made: for verify, --resume and users."""
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     (root / name).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def clear(directory: str) -> None:
-    """Removes step 0, and what earlier runs left of one that they did not finish.
+    """Removes step 0, and the remains of interrupted conversions.
 
-    `problems` must have found nothing in the way. Whenever it is interrupted, what remains is
-    either the whole checkpoint or none, and is known as what a conversion left.
+    `problems` must have been called and found nothing. If this is interrupted, either the whole
+    checkpoint remains or none, and the remains are recognized as those of a conversion.
     """
     root = epath.Path(directory)
-    # First of all, and without an identity: what is partly removed can be cleared, not resumed.
+    # Written first, and without an identity: what is partly removed can be cleared, but not
+    # resumed.
     leave_record(directory, UNFINISHED_WORDS, {})
     for path in root.glob(f"{UNFINISHED}*"):
         path.rmtree()
@@ -105,7 +106,7 @@ def clear(directory: str) -> None:
 
 
 def withdraw(directory: str) -> None:
-    """Makes step 0, if there is one, an unfinished one, which nothing takes for a checkpoint."""
+    """Turns step 0, if there is one, into an unfinished step, which does not load."""
     step = epath.Path(directory) / STEP
     if "://" in directory:
         (step / _COMMITTED).unlink(missing_ok=True)
@@ -117,7 +118,7 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
     step = Path(directory, STEP)
     there = _nearest(Path(directory))
     if not there.is_dir():
-        yield f"{there} is a file; base_output_directory must be a directory."
+        yield f"{there} is a file, but base_output_directory must be a directory."
         return
     try:
         tempfile.TemporaryFile(dir=there).close()  # has no name: nobody ever sees it
@@ -131,19 +132,19 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
         return
     for path in (Path(directory, WORDS), Path(directory, UNFINISHED_WORDS)):
         if os.path.lexists(path) and not path.is_file():
-            yield f"{path} is no file, but maxconv writes one there; remove it."
+            yield f"{path} is not a regular file, but maxconv needs to write one there; remove it."
     has_record = Path(directory, UNFINISHED_WORDS).is_file()
     yield from _not_to_delete(directory, names, step.name in names, has_record, overwrite)
-    needed = int(nbytes * 1.01) + (1 << 20)  # what Orbax and the file system add
+    needed = int(nbytes * 1.01) + (1 << 20)  # overhead of Orbax and the file system
     if free < needed:
         yield (
-            f"{there} has {size(free)} free, but the checkpoint takes {size(needed)}; make room, "
-            "or name another directory."
+            f"{there} has {size(free)} free, but the checkpoint needs {size(needed)}; free some "
+            "space, or name another directory."
         )
 
 
 def scratch_problems(directory: str, nbytes: int) -> list[str]:
-    """Why `nbytes` cannot lie for a while in a directory on disk, in sentences."""
+    """Everything that prevents storing `nbytes` bytes temporarily in a directory, in sentences."""
     there = _nearest(Path(directory))
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -153,15 +154,15 @@ def scratch_problems(directory: str, nbytes: int) -> list[str]:
     if free >= nbytes:
         return []
     return [
-        f"{there} has {size(free)} free, but what is on its way to the Hub takes {size(nbytes)} "
-        "there; make room, set HF_HOME, or give less --max_host_memory_gb."
+        f"{there} has {size(free)} free, but staging the upload to the Hub needs {size(nbytes)}; "
+        "free some space, set HF_HOME, or reduce --max_host_memory_gb."
     ]
 
 
 def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
-    del nbytes  # a bucket has room for any number of them
+    del nbytes  # buckets have no size limit
     if not directory.startswith("gs://"):
-        yield f"{directory} is no place to write to; give a directory, or gs://BUCKET/DIRECTORY."
+        yield f"{directory} is not supported; give a directory, or gs://BUCKET/DIRECTORY."
         return
     from maxconv.sources import bucket as gcs
 
@@ -195,14 +196,13 @@ def _not_to_delete(
     has_record: bool,
     overwrite: bool,
 ) -> Iterator[str]:
-    """What lies where a conversion would clear, and is not for it to delete, in sentences.
+    """A sentence for everything that a conversion would have to delete but must not.
 
     Args:
-        names: of step 0, and of what may be unfinished ones: what is in each, `/` between names;
-            those of `_names` if it is no directory.
-        is_finished: the step is one.
-        has_record: a conversion that was cut off left its record.
-        overwrite: a checkpoint may be replaced.
+        names: of step 0 and unfinished steps, the relative paths in each, as from `_names`.
+        is_finished: whether step 0 is finished.
+        has_record: whether an interrupted conversion left its record.
+        overwrite: whether a checkpoint may be replaced.
     """
     for name, inside in sorted(names.items()):
         path = f"{directory}/{name}"
@@ -211,21 +211,21 @@ def _not_to_delete(
                 yield f"{path} exists; add --overwrite to replace it, or name another directory."
             elif inside and inside.isdisjoint(_MARKS):
                 yield (
-                    f"{path} is no checkpoint, so --overwrite leaves it alone; remove it, or name "
-                    "another directory."
+                    f"{path} is not a MaxText checkpoint, so --overwrite does not replace it; "
+                    "remove it, or name another directory."
                 )
             continue
         foreign = sorted(map(_foreign, inside)) if has_record else [""]
         if not has_record or any(foreign):
             what = "/".join(filter(None, (path, foreign[-1])))
             yield (
-                f"{what} was not written by maxconv, which leaves it alone; remove it, or name "
+                f"{what} was not written by maxconv, which does not delete it; remove it, or name "
                 "another directory."
             )
 
 
 def _foreign(name: str) -> str:
-    """The name in a step, or as much of it as no save makes; empty if one does."""
+    """The part of a relative path in a step that no save creates; empty if a save does."""
     first, _, rest = name.partition("/")
     if not _IN_STEP.match(first):
         return first
@@ -235,7 +235,7 @@ def _foreign(name: str) -> str:
 
 
 def _names(path: Path) -> set[str]:
-    """What is in a directory, two levels of it, as in names of objects."""
+    """The relative paths in a directory, two levels deep; {"/"} if it is not a directory."""
     if path.is_symlink() or not path.is_dir():
         return {"/"}  # a name that nothing has
     below = [*path.iterdir()]

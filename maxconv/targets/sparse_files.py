@@ -1,6 +1,6 @@
-"""Checkpoints whose large values lie elsewhere: the files on disk have holes in their place.
+"""Checkpoints whose large values are stored elsewhere: their files on disk have holes instead.
 
-Metadata and trees can be read from them as from whole ones.
+Metadata and trees can be read from them as from complete files.
 """
 
 import re
@@ -16,14 +16,14 @@ from maxconv.algebra.boxes import intersect
 from maxconv.sources.ocdbt import values
 from maxconv.sources.orbax import Item
 
-Fetch = Callable[[str, int, memoryview], None]  # of a file, from a byte on, into a buffer
+Fetch = Callable[[str, int, memoryview], None]  # file, start offset, buffer to fill
 
-NEW = ".hollow"  # how the names of files end that are being made
-MODE = 0o444  # of hollow files, by which other processes know them
+NEW = ".hollow"  # suffix of temporary files
+MODE = 0o444  # file mode of hollow files, by which other processes recognize them
 
 
 def make_hollow(path: epath.PathLike, spans: Iterable[tuple[int, int]]) -> None:
-    """Replaces a file by one with holes where values were."""
+    """Replaces a file with one that has holes in place of some byte ranges."""
     file, at = Path(path), 0
     size, new = file.stat().st_size, file.with_name(file.name + NEW)
     with file.open("rb") as whole, new.open("wb") as hollow:
@@ -39,19 +39,19 @@ def make_hollow(path: epath.PathLike, spans: Iterable[tuple[int, int]]) -> None:
 
 @dataclass(frozen=True)
 class HollowItem(Item):
-    """A tree of arrays whose large values are fetched: `where` they lie, by key."""
+    """A tree of arrays whose large values are fetched; `where`: file, start and end by key."""
 
     where: Mapping[str, tuple[str, int, int]]
     fetch: Fetch
 
     @classmethod
     def of(cls, item: Item, fetch: Fetch) -> "HollowItem":
-        """An item of hollow files, whole."""
+        """An item with hollow files, made complete by `fetch`."""
         where = {key: (file, start, stop) for key, file, start, stop in values(item.directory)}
         return cls(**vars(item), where=where, fetch=fetch)
 
     def open(self, name: str, boxes: Sequence[Box] = ()) -> ts.Future[ts.TensorStore]:
-        """An array in memory, with what these boxes take of it and no more."""
+        """Opens an array in memory that has just the chunks for these boxes."""
         memory = ts.KvStore.open("memory://").result()
         for raw in self.store.list(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result():
             key = raw.decode()
@@ -65,7 +65,7 @@ class HollowItem(Item):
         return ts.open({"driver": self.driver}, kvstore=memory / f"{name}/")
 
     def _matters(self, name: str, key: str, boxes: Sequence[Box]) -> bool:
-        """Whether a chunk, whose key ends in its place in the grid of chunks, meets a box."""
+        """Whether a chunk, whose key ends in its grid position, overlaps a box."""
         chunk = self.arrays[name].chunk or ()
         place = re.findall(r"\d+", key.removeprefix(name))
         extent = tuple((int(i) * n, (int(i) + 1) * n) for i, n in zip(place, chunk, strict=True))

@@ -1,15 +1,15 @@
-"""Saving leaves that do not exist yet: a streaming Orbax save in the layout of MaxText.
+"""A streaming Orbax save in MaxText's layout: leaves are computed while it runs.
 
-A `LazyTensor` stands in the tree for an array. Orbax writes its metadata at once and asks for the
-array when there is room in the window, so a save never holds the model. What is written is what
-Orbax writes for ordinary arrays, apart from how OCDBT spreads them over its data files. This takes
-private parts of Orbax, so it is done with the releases in `maxconv.private.TESTED` alone.
+A `LazyTensor` represents an array in the tree. Orbax writes its metadata at once and requests the
+array when there is room in the window, so a save never holds the whole model. The result is what
+Orbax writes for ordinary arrays, except for how OCDBT distributes them over its data files. This
+uses private parts of Orbax, so it is only done with the releases in `maxconv.private.TESTED`.
 """
 
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -36,13 +36,38 @@ from maxconv.processes import liveness
 from maxconv.targets import journal
 from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
-from maxconv.targets.orbax import TrainState
+from maxconv.targets.orbax import TrainState, end_together
 
-_ROWS = 4  # in which concurrent writes are drawn, in a timeline
+_ROWS = 4  # rows for concurrent writes in a timeline
+
+
+class _Window:
+    """Bytes that wait to be written: at most `size`, or those of one group of parts."""
+
+    def __init__(self, size: int, progress: Progress):
+        self._size, self._progress = size, progress
+        self._changed = asyncio.Condition()
+
+    async def take(self, nbytes: int) -> None:
+        """Waits until there is room for so many bytes, and takes it."""
+
+        def is_there() -> bool:
+            held = self._progress.held
+            return not held or held + nbytes <= self._size
+
+        async with self._changed:
+            with span("wait", "for room", thread="room"):
+                await self._changed.wait_for(is_there)
+        self._progress.hold(nbytes)
+
+    async def give_back(self, nbytes: int) -> None:
+        self._progress.hold(-nbytes)
+        async with self._changed:
+            self._changed.notify_all()
 
 
 class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
-    """Orbax's handler of arrays, fed with lazy ones: makes each when the window has room."""
+    """Orbax's array handler for lazy arrays: makes each when the window has room."""
 
     window: int
     progress: Progress
@@ -74,7 +99,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
-        with liveness.all_or_none():  # Orbax would wait for the others first, and they for this one
+        with (
+            liveness.all_or_none()
+        ):  # on an error Orbax would wait for processes that wait for this one
             await self._make_and_write(values, infos, args)
 
     async def _make_and_write(
@@ -83,13 +110,11 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
-        room = asyncio.Condition()
         metadata = {i: self.kept[x.name] for i, x in enumerate(infos) if x.name in self.kept}
         await infos[0].await_path_creation()
         await asyncio.to_thread(self.progress.begun.wait)
-        use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        finished = journal.Journal(infos[0].parent_dir, use_ocdbt)
-
+        finished = journal.Journal(infos[0].parent_dir, bool(infos[0].is_ocdbt_checkpoint))
+        window = _Window(self.window, self.progress)
         left = [len(value.parts) for value in values]
         rows = itertools.cycle(range(_ROWS))
 
@@ -99,26 +124,17 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     (metadata[i],) = await self._write(array, infos[i], args[i])
             finally:
                 del array
-                self.progress.hold(-cost)
-                async with room:
-                    room.notify_all()
+                await window.give_back(cost)
             self.progress.written += cost
             left[i] -= 1
             if not left[i]:
                 finished.add(metadata[i])
                 self.progress.leaves += 1
 
-        # One thread: leaves are made in one order on all processes, as collectives must be.
-        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
-            async with asyncio.TaskGroup() as writes:
-                for group in _groups(values, left_out=metadata):
-                    await self._take(room, sum(part.local_nbytes for _, (_, part) in group))
-                    for i, (in_whole, part) in group:
-                        copied: Any = contextvars.copy_context().run  # jax.config is thread-local
-                        make = partial(copied, self._to_host, part, values[i].shape, in_whole)
-                        array = await asyncio.get_running_loop().run_in_executor(maker, make)
-                        writes.create_task(write(i, array, part.local_nbytes))
-                        del array
+        async with asyncio.TaskGroup() as writes:
+            async for i, array, cost in self._made(values, window, left_out=frozenset(metadata)):
+                writes.create_task(write(i, array, cost))
+                del array
         finished.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
@@ -127,21 +143,25 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 process_index=multihost.process_index(),
             )
 
-    async def _take(self, room: asyncio.Condition, cost: int) -> None:
-        """Waits until the window has room for so many bytes, and takes it."""
-
-        def is_there() -> bool:
-            return not self.progress.held or self.progress.held + cost <= self.window
-
-        async with room:
-            with span("wait", "for room", thread="room"):
-                await room.wait_for(is_there)
-        self.progress.hold(cost)
+    async def _made(
+        self, values: Sequence[LazyTensor], window: "_Window", left_out: Container[int]
+    ) -> AsyncIterator[tuple[int, replica_slices.ReplicaSlices, int]]:
+        """The position of a leaf, a part of it in host memory, and the bytes that it holds."""
+        # One thread: leaves are made in one order on all processes, as collectives must be.
+        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
+            for group in _groups(values, left_out):
+                await window.take(sum(part.local_nbytes for _, (_, part) in group))
+                for i, (in_whole, part) in group:
+                    copied: Any = contextvars.copy_context().run  # jax.config is thread-local
+                    make = partial(copied, self._to_host, part, values[i].shape, in_whole)
+                    array = await asyncio.get_running_loop().run_in_executor(maker, make)
+                    yield i, array, part.local_nbytes
+                    del array
 
     def _to_host(
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlices:
-        """What this process writes of a part, where it belongs in the whole."""
+        """Makes a part; returns what this process writes of it, positioned in the whole array."""
         self.ready()
         array = part.load()
         held = replica_slices.get_replica_slices(
@@ -161,9 +181,9 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
     def _moved(
         self, held: replica_slices.ReplicaSlice, shape: Shape, in_whole: Callable[[Box], Box]
     ) -> replica_slices.ReplicaSlice:
-        """A shard's slice in host memory, where it belongs in the whole.
+        """A shard's slice in host memory, positioned in the whole array.
 
-        Cut on the host: on the devices that would be a program to compile for each replica.
+        Sliced on the host: on devices each replica would need a compiled program.
         """
         array = np.asarray(held.unsliced_data)
         if (cut := held.slice_args) is not None:
@@ -193,7 +213,7 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
 def _groups(
     values: Sequence[LazyTensor], left_out: Container[int]
 ) -> Sequence[Sequence[tuple[int, Part]]]:
-    """The parts of leaves, each with its leaf's position, in order; those of a group together."""
+    """The parts of leaves, each with the index of its leaf, in order and grouped."""
     found: dict[object, list[tuple[int, Part]]] = {}
     for i, value in enumerate(values):
         for k, (in_whole, part) in enumerate(value.parts if i not in left_out else ()):
@@ -203,7 +223,7 @@ def _groups(
 
 
 def _alone() -> Progress:
-    """Of a save in which nobody waits for Orbax to begin before collectives of their own."""
+    """The progress for a save that does not wait for Orbax to begin first."""
     progress = Progress()
     progress.begun.set()
     return progress
@@ -241,13 +261,13 @@ class LazyTensorHandler(array_leaf_handler.ArrayLeafHandler):
 
 
 class _AbstractLazyTensor:
-    """What a LazyTensor would be loaded as; Orbax wants one, nothing is loaded so."""
+    """The abstract type of LazyTensor, which Orbax requires; nothing is loaded as it."""
 
     _maxconv_lazy_tensor: bool
 
 
 def _tree_handler(**own: Any) -> type:
-    """Orbax's handler of trees, taught lazy leaves; it records itself as the stock one."""
+    """Orbax's tree handler with support for lazy leaves; it records itself as the stock one."""
     leaf_handler: Any = type("LazyTensorHandler", (LazyTensorHandler,), own)
 
     class TreeHandler(pytree_handler.PyTreeHandler):  # type: ignore[misc]
@@ -263,17 +283,6 @@ def _tree_handler(**own: Any) -> type:
     return TreeHandler
 
 
-def _end_together(checkpointer: ocp.training.Checkpointer) -> None:
-    """Makes an error of a commit end all processes, in the thread where it happens.
-
-    Orbax' thread would wait at a barrier before it passes the error on, for processes that wait
-    for this one to commit.
-    """
-    manager: Any = checkpointer._manager
-    for step in ("_wait_for_checkpointers", "_finalize_checkpoint"):
-        setattr(manager, step, liveness.all_or_none()(getattr(manager, step)))
-
-
 def save(
     directory: str,
     state: TrainState,
@@ -284,14 +293,14 @@ def save(
     custom_metadata: Mapping[str, Any],
     ready: Callable[[], None],
 ) -> None:
-    """As `maxconv.targets.orbax.save` says."""
+    """See `maxconv.targets.orbax.save`."""
     ctx.memory.write_concurrent_bytes = window
     handlers = ocp.handlers.local_registry()
     handler = _tree_handler(window=window, progress=progress, kept=kept, ready=staticmethod(ready))
     handlers.add(handler, checkpointable_name="items")
     ctx.checkpointables.registry = handlers
     with ocp.training.Checkpointer(directory, context=ctx) as checkpointer:
-        _end_together(checkpointer)
+        end_together(checkpointer)
         try:
             saving = checkpointer.save_checkpointables_async(
                 0,

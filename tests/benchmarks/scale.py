@@ -30,7 +30,10 @@ from maxconv.text import duration, size  # noqa: E402
 PAGE = Path(__file__).parents[2] / "maxconv/guide/slice.md"
 MODELS = ("llama3.1-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek3-671b")
 SLICES = ("v5litepod-16", "v5p-64", "v5p-512")
-HEAD = "| model | slice | hosts | a host reads | ranges | a host holds | a chip holds | network |"
+HEAD = (
+    "| model | slice | hosts | read per host | ranges per host | host memory | chip memory "
+    "| network |"
+)
 
 
 def main() -> None:

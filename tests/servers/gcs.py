@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import faults
 
@@ -54,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "listing" in settings and path.endswith("/o"):
             return self.answer(200, json.dumps(settings["listing"]).encode())
+        if self.command == "DELETE" and self.is_of_another_generation():
+            return self.answer(412, b'{"error": {"code": 412, "message": "conditionNotMet"}}')
         if kind in ("replace", "remove"):
             self.spoil(kind)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
@@ -80,6 +82,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             return False
         return True
+
+    def is_of_another_generation(self) -> bool:
+        """Whether the object is not the one to delete: fake-gcs-server looks at that in uploads."""
+        path, _, query = self.path.partition("?")
+        wanted = parse_qs(query).get("ifGenerationMatch")
+        if wanted is None:
+            return False
+        status, about, _ = ask("GET", path)
+        return status == 200 and [json.loads(about)["generation"]] != wanted
 
     def body(self) -> bytes:
         if self.headers["Transfer-Encoding"] != "chunked":

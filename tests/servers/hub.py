@@ -195,6 +195,9 @@ class Handler(BaseHTTPRequestHandler):
         """A commit: lines of what is added and what is deleted."""
         for line in map(json.loads, body.splitlines()):
             kind, value = line["key"], line["value"]
+            if value.get("parentCommit") not in (None, self.commit(model)):
+                said = "The repository has moved on"
+                return self.answer(412, b"{}", {"X-Error-Message": said})
             path = ROOT / model / value.get("path", "")
             if kind == "deletedFile":
                 path.unlink()

@@ -167,7 +167,7 @@ def test_tables_of_integers_are_integers(codes: tuple[str, ...], tmp_path: Path)
         np.testing.assert_array_equal(table, evaluate(exprs[name], arrays))
     arrays[tables[0]] = arrays[tables[0]].astype(np.float32)
     save(tmp_path, arrays)
-    with pytest.raises(UserError, match="tid2eid is float32, but MaxText keeps integers of it"):
+    with pytest.raises(UserError, match="tid2eid is float32, but the leaf in MaxText has integers"):
         leaves(tmp_path, case)
 
 

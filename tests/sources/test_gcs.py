@@ -82,8 +82,9 @@ def test_parts_that_are_near_are_asked_for_together(bucket: Bucket, tmp_path: Pa
 @pytest.mark.parametrize(
     "kind",
     [
-        *("429:1", "500", "503", "reset", "cut", "whole", "other"),
+        *("429:1", "503", "reset", "cut", "whole", "other"),
         *("mute:2", "forever", "continue", "trickle"),
+        pytest.param("500", marks=pytest.mark.slow),
     ],
 )
 def test_what_may_pass_is_tried_again(bucket: Bucket, tmp_path: Path, kind: str) -> None:
@@ -159,7 +160,7 @@ def test_sizes_that_a_listing_states_are_checked(bucket: Bucket, size: str | Non
     """Nothing is allocated for what a server merely says."""
     listing = {"items": [{"name": "hf/config.json", "size": size, "generation": "1"}]}
     bucket.settings(listing=listing)
-    with pytest.raises(UserError, match="makes no sense|more than the 100,000,000"):
+    with pytest.raises(UserError, match="malformed|more than the limit of 100,000,000"):
         open_source("gs://bucket/hf")
 
 
@@ -184,13 +185,17 @@ def test_an_object_that_changes_ends_the_reading(bucket: Bucket, kind: str) -> N
 @pytest.mark.parametrize(
     ("place", "fault", "said"),
     [
-        ("gs://nobucket/hf", None, "There is no bucket gs://nobucket: check its name"),
-        ("gs://bucket/none", None, "gs://bucket/none holds no objects: give the directory of a"),
+        ("gs://nobucket/hf", None, "There is no bucket gs://nobucket; check its name"),
+        ("gs://bucket/none", None, "gs://bucket/none holds no objects; give the directory of a"),
         ("gs://bucket/hf/config.json", None, "gs://bucket/hf/config.json holds no objects"),
-        ("gs:///hf", None, "gs:///hf names no bucket: it should be gs://BUCKET/DIRECTORY"),
-        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.list, storage.objects.get: give it"),
-        ("gs://bucket/hf", ["*/o", "401", 9], "is not public, and there are no Google credentials"),
-        ("gs://bucket/hf", [DATA, "403", 99], "gs://bucket does not let these credentials do stor"),
+        ("gs:///hf", None, "gs:///hf names no bucket; expected gs://BUCKET/DIRECTORY"),
+        ("gs://bucket/hf", ["*/o", "403", 9], "storage.objects.get on gs://bucket; grant it"),
+        (
+            "gs://bucket/hf",
+            ["*/o", "401", 9],
+            "is not public, and no Google credentials were found",
+        ),
+        ("gs://bucket/hf", [DATA, "403", 99], "The account here lacks stor"),
     ],
 )
 def test_what_keeps_us_from_a_checkpoint_is_said(
@@ -213,7 +218,9 @@ def test_a_token_that_is_out_of_date_is_renewed(
     bucket.settings(token="second")
     assert same(source, tmp_path / "hf")
     bucket.settings(token="third", grants=False)
-    with pytest.raises(UserError, match="The Google credentials here are of no use .*: run `gcl"):
+    with pytest.raises(
+        UserError, match="The Google credentials found here are invalid .*; run `gcl"
+    ):
         open_source("gs://bucket/hf")
 
 
@@ -227,7 +234,7 @@ def test_what_was_not_downloaded_well_is_said(bucket: Bucket, tmp_path: Path) ->
         open_source("gs://bucket/hf")
     problems = "\n".join(error.value.problems)
     assert f"{FIRST} is a Git LFS pointer, not the file itself" in problems
-    assert f"holds downloads that were not finished ('{unfinished.name}')" in problems
+    assert f"holds unfinished downloads ('{unfinished.name}')" in problems
 
 
 def test_a_long_listing_comes_in_pages(bucket: Bucket, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tiny
 from hubs import TOKEN, hub_in
 from jobs import job_words
 
+from maxconv import cli
 from maxconv.sources.hub import find_token
 from maxconv.sources.remote import GAP, SPAN, spans
 
@@ -82,26 +83,52 @@ def test_an_address_is_asked_for_once_and_again_when_it_is_out_of_date(hub):
 
 
 @pytest.mark.parametrize(
-    ("settings", "path", "environ", "code", "said"),
+    ("settings", "path", "token", "said"),
     [
-        ({"gated": [MODEL]}, MODEL, {}, 2, "is gated: ask for access at"),
-        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", {}, 2, "is gated: ask for access at"),
-        ({"gated": [MODEL]}, MODEL, {"HF_TOKEN": TOKEN}, 2, "this token has no access"),
-        ({}, "org/other", {"HF_TOKEN": TOKEN}, 2, "not on the Hub, or private and not for this"),
-        ({"private": [MODEL]}, MODEL, {}, 2, "not on the Hub, or private: check it, or set HF"),
-        ({}, MODEL, {"HF_TOKEN": "hf_bad"}, 2, "The Hub does not accept the token"),
-        ({"faults": [["/api/*", "403", 9]]}, MODEL, {}, 2, f"The token may not read {MODEL}"),
-        ({}, f"hf://{MODEL}@v9", {}, 2, "has no revision v9"),
-        ({}, f"hf://datasets/{MODEL}", {}, 2, "is not of the form hf://org/name"),
-        ({}, MODEL, {"HF_HUB_OFFLINE": "1"}, 2, "is not in the Hugging Face cache"),
-        ({"faults": [["/store/*", "503", 99]]}, MODEL, {}, 42, "the server answered 503, 2 times"),
+        ({"gated": [MODEL]}, MODEL, "", "is gated; request access at"),
+        ({"gated": [MODEL]}, f"hf://{MODEL}@v9", "", "is gated; request access at"),
+        ({"gated": [MODEL]}, MODEL, TOKEN, "this token has no access"),
+        ({}, "org/other", TOKEN, "not on the Hub, or is private and this token has no access"),
+        (
+            {"private": [MODEL]},
+            MODEL,
+            "",
+            "not on the Hub, or is private; check the name, or set HF",
+        ),
+        ({}, MODEL, "hf_bad", "The Hub does not accept the token"),
+        ({"faults": [["/api/*", "403", 9]]}, MODEL, "", f"The token has no read access to {MODEL}"),
+        ({}, f"hf://{MODEL}@v9", "", "has no revision v9"),
+        ({}, f"hf://datasets/{MODEL}", "", "is not of the form hf://org/name"),
     ],
 )
-def test_what_keeps_us_from_a_model_is_said(hub, tmp_path, settings, path, environ, code, said):
+def test_what_keeps_us_from_a_model_is_said(
+    hub, tmp_path, monkeypatch, capsys, settings, path, token, said
+):
     hub.settings(**({"allowed": []} | settings))
-    done = convert(hub, tmp_path, path, "--max_retries=1", **environ)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("HF_AUTH_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    words = job_words(tmp_path, path, tiny.maxtext_words(CASE, True), "fsdp8")
+    assert cli.main(["convert", *words, "--verify=none", "--max_retries=1"]) == 2
+    out, err = capsys.readouterr()
+    assert said in err.splitlines()[-1] and not out and TOKEN not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "environ", "code", "said"),
+    [
+        ({}, {"HF_HUB_OFFLINE": "1"}, 2, "is not in the Hugging Face cache"),
+        ({"faults": [["/store/*", "503", 99]]}, {}, 42, "the server answered 503, 2 times"),
+    ],
+)
+def test_as_a_person_sees_it(hub, tmp_path, settings, environ, code, said):
+    hub.settings(**({"allowed": []} | settings))
+    done = convert(hub, tmp_path, MODEL, "--max_retries=1", **environ)
     assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr.splitlines()[-1] and TOKEN not in done.stderr
+    assert said in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -138,15 +165,15 @@ def test_the_api_is_asked_again_like_files(hub):
     assert well.returncode == done.returncode == 0 and done.stdout == well.stdout != ""
     hub.settings(faults=[["/api/*/auth-check", "503", 99]])
     done = hub.run("-c", IMPATIENT.replace("(sys.argv[1])", "(sys.argv[1], max_retries=1)"), MODEL)
-    said = f"The Hub could not be asked about {MODEL}: the server answered 503, 2 times; try again"
+    said = f"A request to the Hub about {MODEL} failed: the server answered 503, 2 times; try again"
     assert done.stdout.startswith(f"RetryableError {said}")
 
 
 def test_an_answer_that_makes_no_sense_is_bad_input(hub):
     hub.settings(faults=[["/api/models/org/qwen", "200", 9]])  # an object without entries
     done = hub.run("-c", IMPATIENT, MODEL)
-    said = f"UserError The answer about {MODEL} makes no sense"
-    assert done.stdout.startswith(said) and f"is there a Hub at {hub.url}?" in done.stdout
+    said = f"UserError The answer about {MODEL} is malformed"
+    assert done.stdout.startswith(said) and f"check that HF_ENDPOINT, {hub.url}, is" in done.stdout
 
 
 def test_a_model_that_was_renamed_is_read(hub):
@@ -163,7 +190,7 @@ def test_redirects_are_followed_to_an_end(hub):
     other = f"{hub.url.replace('127.0.0.1', 'localhost')}/store/{MODEL}/model-00001-of-0000{files}"
     hub.settings(faults=[["/store/*/model-00002-*", f"to:302:{other}.safetensors", 1]])
     done = hub.run("-c", IMPATIENT, MODEL)
-    assert "00002-of" in done.stdout and "the server sent another range" not in done.stdout
+    assert "00002-of" in done.stdout and "the server sent a different range" not in done.stdout
     circle = "/store/org/qwen/model-00002-of-00005.safetensors"
     hub.settings(faults=[[circle, f"to:307:{circle}", 999]])
     done = hub.run("-c", IMPATIENT, MODEL)
@@ -214,7 +241,7 @@ def test_a_file_that_changes_at_a_commit_ends_the_reading(hub, tmp_path):
     shards = len(list((hub.root / MODEL).glob("*.safetensors")))
     hub.settings(faults=[["/store/*.safetensors", "403", 1, shards]])
     done = hub.run("-c", REPLACED, MODEL, str(hub.root / MODEL))
-    assert f"in hf://{MODEL} was replaced or removed while it was read" in done.stderr
+    assert f"in hf://{MODEL} was replaced or removed while it was being read" in done.stderr
 
 
 def test_the_cache_of_hugging_face_serves_offline(hub, tmp_path):

@@ -257,7 +257,7 @@ def test_file_gone_while_it_is_read(tmp_path):
     (tmp_path / SINGLE).unlink()
     with pytest.raises(FileNotFoundError) as caught:
         read_whole(source, "a")
-    assert "while tensor 'a' was read from model.safetensors" in caught.value.__notes__[0]
+    assert "while reading tensor 'a' from model.safetensors" in caught.value.__notes__[0]
 
 
 def test_threads():
@@ -328,7 +328,8 @@ def test_what_is_left_out_is_noticed(tmp_path):
     assert set(source.tensors) == {"a", "c"}
     assert source.stored["a"].file == "one.safetensors"
     assert source.notices == [
-        f"2 tensors are not read, because {INDEX} does not name them where they are: 'b', 'a'.",
+        f"2 tensors are not read, because {INDEX} does not list them in the files "
+        "that hold them: 'b', 'a'.",
         f"{tmp_path} has {INDEX}, so 'consolidated.safetensors' is not read.",
     ]
 
@@ -342,7 +343,9 @@ def test_files_beside_the_single_one_are_noticed(tmp_path):
 
 
 def test_missing_directory(tmp_path):
-    assert problems(tmp_path / "no") == (f"{tmp_path}/no does not exist; download it first.",)
+    assert problems(tmp_path / "no") == (
+        f"{tmp_path}/no does not exist; check the path, or download it first.",
+    )
 
 
 def test_a_file_is_given(tmp_path):
@@ -352,7 +355,7 @@ def test_a_file_is_given(tmp_path):
 
 def test_empty_directory(tmp_path):
     assert problems(tmp_path) == (
-        f"config.json in {tmp_path} does not exist; download it first.",
+        f"config.json in {tmp_path} does not exist; check the path, or download it first.",
         f"{tmp_path} has no .safetensors files; give the directory of a checkpoint.",
     )
 
@@ -369,8 +372,8 @@ def test_other_formats(tmp_path, name):
 def test_orbax_checkpoint(tmp_path):
     (write(tmp_path) / "_CHECKPOINT_METADATA").touch()
     assert problems(tmp_path) == (
-        f"{tmp_path} holds an Orbax checkpoint, which is what maxconv writes; give the Hugging "
-        "Face checkpoint to convert.",
+        f"{tmp_path} is an Orbax checkpoint, the output of a conversion; give the Hugging Face "
+        "checkpoint to convert.",
     )
 
 
@@ -406,7 +409,9 @@ def test_index_without_a_weight_map(tmp_path, text):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../one.safetensors", "a/../../b"])
 def test_index_that_leads_out_of_the_directory(tmp_path, name):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
-    assert problems(tmp_path) == (f"{INDEX} names '{name}'; it may name files beside it only.",)
+    assert problems(tmp_path) == (
+        f"{INDEX} names '{name}'; it may only name files in its own directory.",
+    )
 
 
 @pytest.mark.parametrize("name", [3, None, [], {"a": 1}, ["a.safetensors"]])
@@ -418,7 +423,7 @@ def test_index_without_a_file_for_a_tensor(tmp_path, name):
 def test_index_names_a_file_that_is_missing(tmp_path):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b="two.safetensors")
     assert problems(tmp_path) == (
-        f"two.safetensors in {tmp_path} does not exist; download it first.",
+        f"two.safetensors in {tmp_path} does not exist; check the path, or download it first.",
     )
 
 
@@ -426,19 +431,19 @@ def test_index_disagrees_with_the_files(tmp_path):
     write(tmp_path, one={"a": A}, two={"b": B})
     write_index(tmp_path, a="two.safetensors", b="two.safetensors", c="one.safetensors")
     assert problems(tmp_path) == (
-        f"{INDEX} puts 'a' in two.safetensors, which does not hold them ('one.safetensors' does); "
+        f"{INDEX} lists 'a' in two.safetensors, which does not hold them ('one.safetensors' does); "
         "download both again.",
-        f"{INDEX} puts 'c' in one.safetensors, which does not hold them; download both again.",
+        f"{INDEX} lists 'c' in one.safetensors, which does not hold them; download both again.",
     )
 
 
 def test_same_tensor_in_two_files(tmp_path):
     write(tmp_path, one={"a": A, "b": B}, two={"b": B, "a": A}, three={"a": A})
     assert problems(tmp_path) == (
-        f"one.safetensors and three.safetensors both hold 'a'; delete one of the files, or add the "
-        f"{INDEX} that says which to read.",
+        f"one.safetensors and three.safetensors both hold 'a'; delete one of the files, or add a "
+        f"{INDEX} that selects one.",
         f"one.safetensors and two.safetensors both hold 'a', 'b'; delete one of the files, or add "
-        f"the {INDEX} that says which to read.",
+        f"a {INDEX} that selects one.",
     )
 
 
@@ -447,7 +452,7 @@ def test_unfinished_downloads(tmp_path):
     cache.mkdir(parents=True)
     (cache / "x.incomplete").touch()
     assert problems(tmp_path) == (
-        f"{tmp_path} holds downloads that were not finished ('x.incomplete'); run `hf download` "
+        f"{tmp_path} holds unfinished downloads ('x.incomplete'); run `hf download` "
         "again, or delete them.",
     )
 
@@ -461,10 +466,16 @@ def test_all_problems_of_all_files_at_once(tmp_path):
     (tmp_path / "config.json").unlink()
     found = problems(tmp_path)
     assert len(found) == 5
-    assert found[0] == f"config.json in {tmp_path} does not exist; download it first."
+    assert (
+        found[0]
+        == f"config.json in {tmp_path} does not exist; check the path, or download it first."
+    )
     assert found[1] == f"four.safetensors in {tmp_path} cannot be read: it is a directory."
     assert found[2].startswith("one.safetensors is truncated: its header describes ")
-    assert found[3] == f"three.safetensors in {tmp_path} does not exist; download it first."
+    assert (
+        found[3]
+        == f"three.safetensors in {tmp_path} does not exist; check the path, or download it first."
+    )
     assert found[4].startswith("two.safetensors is a Git LFS pointer")
 
 
@@ -506,8 +517,8 @@ def test_files_without_tensors_have_a_size_that_is_read(tmp_path, name):
     path = write_index(write(tmp_path, one={"a": A}), a="one.safetensors") / name
     os.truncate(path, 1 << 40)
     assert problems(tmp_path)[0] == (
-        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the 100,000,000 that are "
-        "read of a JSON file; download it again."
+        f"{name} in {tmp_path} has 1,099,511,627,776 bytes, more than the limit of "
+        "100,000,000 for a JSON file; download it again."
     )
 
 
@@ -588,12 +599,12 @@ def test_files_that_may_not_be_read():
         (directory / SINGLE).chmod(0)
         with not_root():
             assert problems(directory) == (
-                f"{SINGLE} in {directory} may not be read by this user; change its permissions.",
+                f"{SINGLE} in {directory} is not readable by this user; change its permissions.",
             )
         directory.chmod(0)
         with not_root():
             assert problems(directory) == (
-                f"{directory} may not be read by this user; change its permissions.",
+                f"{directory} is not readable by this user; change its permissions.",
             )
         directory.chmod(0o755)
 

@@ -103,7 +103,7 @@ def test_adjacent_empty_tensors():
         (
             {"a": entry(shape=[5])},
             4,
-            "Tensor 'a' of f has 4 bytes, but U8[5] takes 5; download the file again.",
+            "Tensor 'a' of f has 4 bytes, but U8[5] needs 5; download the file again.",
         ),
         (
             {"a": entry()},
@@ -141,7 +141,7 @@ def test_layout_is_judged_as_by_the_reference(header, data, sentence):
 )
 def test_broken_entry(broken):
     assert problems(file_of({"a": broken}, 4)) == (
-        "Tensor 'a' of f lacks a proper dtype, shape and data_offsets; download the file again.",
+        "Tensor 'a' of f has no valid dtype, shape and data_offsets; download the file again.",
     )
 
 
@@ -164,7 +164,7 @@ def test_names_that_come_twice():
 def test_all_problems_at_once():
     header = {"a": entry("F4"), "b": entry(shape=[3], begin=5, end=9), "c": entry(begin=8, end=12)}
     found = problems(file_of(header, 11))
-    for part in ("F4", "U8[3] takes 3", "1 bytes before", "overlap", "truncated"):
+    for part in ("F4", "U8[3] needs 3", "1 bytes before", "overlap", "truncated"):
         assert any(part in sentence for sentence in found)
     assert len(found) == 5
 
@@ -225,7 +225,7 @@ def test_json_that_would_fill_the_memory_is_not_parsed():
 def test_absurd_shapes_are_told_in_a_sentence(shape):
     text = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 4]}})
     (sentence,) = problems(file_of(text.encode(), 4))
-    assert "lacks a proper dtype, shape" in sentence or "has 4 bytes, but U8" in sentence
+    assert "has no valid dtype, shape" in sentence or "has 4 bytes, but U8" in sentence
 
 
 def test_integers_that_python_does_not_parse_are_told():
