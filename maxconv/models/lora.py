@@ -101,7 +101,8 @@ def _whole_weights(
             continue  # `pairs` names it
         if base.shape != info.shape:
             problems.append(
-                f"tensor {name} {info.shape} matches no weight of the model: {weight} is {base.shape}"
+                f"tensor {name} {info.shape} matches no weight of the model: {weight} is "
+                f"{base.shape}"
             )
         if weight in found:
             other = next(tensors(found[weight])).name
