@@ -40,6 +40,9 @@ class Case:
 
 CASES = [
     Case(
+        "--no_such_option=1", "(Process 1 cannot go on: |^maxconv: )--no_such_option is not a flag"
+    ),
+    Case(
         "--save_dtype=float32 scan_layers=false checkpoint_storage_use_zarr3=false",
         "scan_layers is True on process 0 and False on process 1.*"
         "checkpoint_storage_use_zarr3 is True on process 0 and False on process 1.*"

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"maxconv: no command {name!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(lambda: COMMANDS[name](_with_flagfiles(rest)))
+    return run(lambda: COMMANDS[name](_with_flagfiles(rest)), rest if name in _TOGETHER else None)
 
 
 def _with_flagfiles(arguments: Sequence[str]) -> list[str]:
@@ -57,8 +57,11 @@ def script(argv: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def run(command: Callable[[], None]) -> int:
-    """Runs something, and tells a person what went wrong; returns the exit code."""
+def run(command: Callable[[], None], arguments: Sequence[str] | None = None) -> int:
+    """Runs something, and tells a person what went wrong; returns the exit code.
+
+    `arguments`: of a command that several processes run together, in which they find each other.
+    """
     from maxconv.errors import failure_text
     from maxconv.processes import liveness
 
@@ -70,9 +73,19 @@ def run(command: Callable[[], None]) -> int:
             return liveness.leave(0)
         except (UserError, VerificationError) as error:  # all processes came to it
             print(failure_text(error), file=sys.stderr)
+            _tell_the_others(arguments, error)
             return liveness.leave(error.exit_code)
         except Exception as error:
+            _tell_the_others(arguments, error)
             liveness.fail(error)
+
+
+def _tell_the_others(arguments: Sequence[str] | None, error: Exception) -> None:
+    """Has the processes that wait for this one end with it, if it fails before they have met."""
+    if arguments is not None:
+        from maxconv.processes.start import refuse
+
+        refuse(arguments, error)
 
 
 def _matters(record: logging.LogRecord) -> bool:
@@ -163,6 +176,7 @@ def show_help(arguments: Sequence[str]) -> None:
     print(topic(arguments[0]) if arguments else usage(), end="")
 
 
+_TOGETHER = ("convert", "plan", "verify")  # the commands that several processes run together
 COMMANDS = {
     "convert": convert,
     "plan": plan,

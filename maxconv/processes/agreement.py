@@ -15,7 +15,7 @@ PATIENCE = 120  # seconds for all processes to say what they are about to do
 _calls = itertools.count()
 
 
-def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> None:
+def agree(facts: Mapping[str, Any], mend: str) -> None:
     """Checks that all processes have the same facts, by name, as JSON has them.
 
     Does without collectives: those hang, or abort, when processes compile different programs for
@@ -24,7 +24,6 @@ def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> N
     Args:
         facts: are compared with those of process 0.
         mend: what to do about a difference, for the end of a sentence.
-        refused: problems that already keep this process from going on.
 
     Raises:
         UserError: the same on all processes; names each fact, process and both values.
@@ -34,18 +33,15 @@ def agree(facts: Mapping[str, Any], mend: str, refused: Sequence[str] = ()) -> N
 
     client: Any = state.client
     if client is None or state.num_processes == 1:
-        if refused:
-            raise UserError(refused)
         return
     from jax.errors import JaxRuntimeError
 
     key = f"maxconv/agree/{next(_calls)}"
     try:
         if state.process_id == 0:
-            client.key_value_set(f"{key}/facts", json.dumps({} if refused else facts))
+            client.key_value_set(f"{key}/facts", json.dumps(facts))
         first = json.loads(client.blocking_key_value_get(f"{key}/facts", 1000 * PATIENCE))
-        differ = _differences(first, facts, state.process_id, mend) if first else []
-        if problems := list(refused) or differ:
+        if problems := _differences(first, facts, state.process_id, mend):
             client.key_value_set(f"{key}/problems/{state.process_id:06}", json.dumps(problems))
         client.wait_at_barrier(key, timeout_in_ms=1000 * PATIENCE)
         said = client.key_value_dir_get(f"{key}/problems/")
@@ -80,16 +76,15 @@ def same_error_everywhere() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mine = _told(error)
+        mine = told(error)
     if failed := next(filter(None, gathered(mine)), None):
-        kind, problems = failed
-        raise _KINDS[kind](problems)
+        raise untold(*failed)
 
 
 _KINDS = {kind.__name__: kind for kind in (ConversionError, RetryableError, UserError)}
 
 
-def _told(error: Exception) -> tuple[str, Sequence[str]]:
+def told(error: Exception) -> tuple[str, Sequence[str]]:
     """An error as the others are told of it: its kind, and its problems."""
     if isinstance(error, ConversionError):
         kind = type(error).__name__
@@ -102,6 +97,11 @@ def _told(error: Exception) -> tuple[str, Sequence[str]]:
         f"The checkpoint or the arguments cannot be used ({said}); check that the files are whole, "
         "and report it if they are."
     ]
+
+
+def untold(kind: str, problems: Sequence[str]) -> ConversionError:
+    """The error that another process told of."""
+    return _KINDS[kind](problems)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -5,7 +5,6 @@ it outlives process 0 for long enough that they find out who is gone, say so, an
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -49,28 +48,12 @@ def serve(address: str, num_nodes: int) -> None:
     """Runs the service until some time after the process at the other end of stdin is gone."""
     from maxconv.private.jaxlib import _jax
 
-    _wait_until_free(int(address.rpartition(":")[2]))
     service = _jax.get_distributed_runtime_service(address, num_nodes)
     print("ready", flush=True)
     sys.stdout.close()
     time.sleep(LEAVE if sys.stdin.buffer.read() else LINGER)
     del service
     os._exit(0)
-
-
-def _wait_until_free(port: int) -> None:
-    """Waits for the service of an attempt before this one: two could share a port unnoticed."""
-    until = time.monotonic() + LINGER + 5
-    while True:
-        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-                return
-            except OSError:
-                if time.monotonic() > until:
-                    raise
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":  # where the package may be on no path; behind all others, it hides none

@@ -5,21 +5,23 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import glob
 from importlib import metadata
 
 import maxconv
-from maxconv.config import Config
+from maxconv.config import Config, parse
+from maxconv.config.argv import split
+from maxconv.config.options import OPTIONS
 from maxconv.errors import RetryableError, UserError
-from maxconv.processes import coordinator, liveness
+from maxconv.processes import coordinator, liveness, roll_call
 from maxconv.processes.agreement import agree
-from maxconv.text import duration
+from maxconv.processes.roll_call import Processes
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
 
 
-def initialize(config: Config, command: str = "", refused: Sequence[str] = ()) -> tuple[str, ...]:
+def initialize(config: Config, command: str = "") -> tuple[str, ...]:
     """Sets JAX up as `config` says; returns what the user should be told.
 
     Call it first: it has no effect on a backend that already runs.
@@ -27,27 +29,69 @@ def initialize(config: Config, command: str = "", refused: Sequence[str] = ()) -
     Args:
         config: where the other processes are, and what all of them must have been told.
         command: of maxconv, that all processes must have been given.
-        refused: problems for which this process cannot go on; then no process does.
 
     Raises:
-        UserError: processes were told different things, or one of them refused; on all of them.
+        UserError: processes were told different things, or one cannot go on; on all of them.
+        RetryableError: a process did not come; on all that did.
     """
-    platform = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    platform = platform or ("tpu" if _has_tpu() else "cpu")
     notices: tuple[str, ...] = ()
     if config.tpu_type is not None:  # a plan for devices that are not here needs none
         _use_cpu(1)
         return notices
-    if config.hardware == "cpu":
-        platform = "cpu"
-    elif platform == "cpu":
+    platform = _platform(config)
+    if platform == "cpu" and config.hardware != "cpu":
         notices = ("No TPU is in use here: the conversion runs on the CPU, as with hardware=cpu.",)
     if platform == "cpu":
         _use_cpu(config.simulated_cpu_devices_count)
     _connect(config, platform)
     given = {"the command": command, **_releases(), "the platform": platform}
-    agree({**given, **config.of_all_processes}, "start the same command on all of them", refused)
+    agree({**given, **config.of_all_processes}, "start the same command on all of them")
     return notices
+
+
+_WAITS = 30  # seconds that a process waits for the others only to tell them that it cannot go on
+_OF_MEETING = (
+    "hardware",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "skip_jax_distributed_system",
+    "jax_distributed_initialization_timeout",
+    "tpu_type",
+)
+
+
+def refuse(arguments: Sequence[str], error: Exception) -> None:
+    """Ends the processes that wait for this one, if it fails before they met.
+
+    Args:
+        arguments: of this process; those may be wrong that do not say where the others are.
+        error: why it cannot go on.
+    """
+    if roll_call.met():
+        return
+    given = split(arguments, {name: option.kind for name, option in OPTIONS.items()}).values
+    try:
+        config = parse([f"{name}={given[name]}" for name in _OF_MEETING if name in given])
+        to = None if config.tpu_type else find_processes(config, _platform(config))
+    except UserError:
+        return  # nobody can tell whom to tell
+    if to is not None:
+        seconds = min(_WAITS, config.jax_distributed_initialization_timeout)
+        print(
+            f"note: process {to.mine} of {to.n} tells {to.others} {to.where} that it cannot go on",
+            file=sys.stderr,
+            flush=True,
+        )
+        roll_call.meet(to, seconds, refused=error)
+
+
+def _platform(config: Config) -> str:
+    """Where arrays will be, as JAX names it."""
+    if config.hardware == "cpu":
+        return "cpu"
+    first = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    return first or ("tpu" if _has_tpu() else "cpu")
 
 
 def _releases() -> dict[str, str]:
@@ -74,15 +118,6 @@ def _use_cpu(num_devices: int) -> None:
             jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError:
         pass  # the backend runs: its devices stay
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a job: where their coordinator listens, how many, and which this one is."""
-
-    address: str
-    n: int
-    mine: int
 
 
 def find_processes(
@@ -150,48 +185,49 @@ def _connect(config: Config, platform: str) -> None:
 
     if jax.distributed.is_initialized() or not (to := find_processes(config, platform)):
         return
+    timeout = config.jax_distributed_initialization_timeout
+    print(
+        f"note: process {to.mine} of {to.n} waits for {to.others} {to.where}; started on one "
+        "worker only? Start it on all: gcloud takes --worker=all",
+        file=sys.stderr,
+        flush=True,
+    )
+    roll_call.meet(to, timeout)
     if platform == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    timeout = config.jax_distributed_initialization_timeout
     stock = _jax.get_distributed_runtime_service
     _jax.get_distributed_runtime_service = coordinator.Service
     try:
-        with _patience(to, timeout):
+        with _bounded(to):
             jax.distributed.initialize(
                 to.address,
                 to.n,
                 to.mine,
                 cluster_detection_method="deactivate",
-                initialization_timeout=2 * timeout + 60,  # JAX's own would abort the process
+                initialization_timeout=2 * _JOINS,  # after which it would abort the process
             )
     finally:
         _jax.get_distributed_runtime_service = stock
     liveness.watch()
 
 
+_JOINS = 60  # seconds for all processes, when they have met, to join JAX's service
+
+
 @contextmanager
-def _patience(to: Processes, seconds: int) -> Iterator[None]:
-    """Says whom this process waits for; ends it, with the usual mistake, when nobody comes."""
-    others = f"{to.n - 1} other process(es)" if to.mine == 0 else "process 0"
-    where = f"at {to.address}" if to.mine else f"to come to {to.address}"
-    print(
-        f"note: process {to.mine} of {to.n} waits for {others} {where}; started on one worker "
-        "only? Start it on all: gcloud takes --worker=all",
-        file=sys.stderr,
-        flush=True,
-    )
+def _bounded(to: Processes) -> Iterator[None]:
+    """Ends this process when JAX cannot join the others, though they were there."""
 
     def give_up() -> None:
         liveness.fail(
             RetryableError(
-                f"Process {to.mine} of {to.n} waited {duration(seconds)} in vain for {others} "
-                f"{where}; start the same command on all workers (gcloud takes --worker=all), and "
-                f"see that port {to.address.rpartition(':')[2]} is open between them."
+                f"Process {to.mine} of {to.n} could not join the others {to.where} within "
+                f"{_JOINS} s: one of them was killed since they met, or its host was taken away."
             )
         )
 
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(_JOINS, give_up)
     timer.daemon = True
     timer.start()
     try:

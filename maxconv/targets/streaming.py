@@ -9,7 +9,7 @@ private parts of Orbax, so it is done with the releases in `maxconv.private.TEST
 import asyncio
 import contextvars
 import itertools
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,31 @@ from maxconv.targets.lazy import LazyTensor, Part
 from maxconv.targets.orbax import TrainState
 
 _ROWS = 4  # in which concurrent writes are drawn, in a timeline
+
+
+class _Window:
+    """Bytes that wait to be written: at most `size`, or those of one group of parts."""
+
+    def __init__(self, size: int, progress: Progress):
+        self._size, self._progress = size, progress
+        self._changed = asyncio.Condition()
+
+    async def take(self, nbytes: int) -> None:
+        """Waits until there is room for so many bytes, and takes it."""
+
+        def is_there() -> bool:
+            held = self._progress.held
+            return not held or held + nbytes <= self._size
+
+        async with self._changed:
+            with span("wait", "for room", thread="room"):
+                await self._changed.wait_for(is_there)
+        self._progress.hold(nbytes)
+
+    async def give_back(self, nbytes: int) -> None:
+        self._progress.hold(-nbytes)
+        async with self._changed:
+            self._changed.notify_all()
 
 
 class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
@@ -83,13 +108,11 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
         infos: Sequence[types_v0.ParamInfo],
         args: Sequence[types_v0.SaveArgs],
     ) -> None:
-        room = asyncio.Condition()
         metadata = {i: self.kept[x.name] for i, x in enumerate(infos) if x.name in self.kept}
         await infos[0].await_path_creation()
         await asyncio.to_thread(self.progress.begun.wait)
-        use_ocdbt = bool(infos[0].is_ocdbt_checkpoint)
-        finished = journal.Journal(infos[0].parent_dir, use_ocdbt)
-
+        finished = journal.Journal(infos[0].parent_dir, bool(infos[0].is_ocdbt_checkpoint))
+        window = _Window(self.window, self.progress)
         left = [len(value.parts) for value in values]
         rows = itertools.cycle(range(_ROWS))
 
@@ -99,26 +122,17 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                     (metadata[i],) = await self._write(array, infos[i], args[i])
             finally:
                 del array
-                self.progress.hold(-cost)
-                async with room:
-                    room.notify_all()
+                await window.give_back(cost)
             self.progress.written += cost
             left[i] -= 1
             if not left[i]:
                 finished.add(metadata[i])
                 self.progress.leaves += 1
 
-        # One thread: leaves are made in one order on all processes, as collectives must be.
-        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
-            async with asyncio.TaskGroup() as writes:
-                for group in _groups(values, left_out=metadata):
-                    await self._take(room, sum(part.local_nbytes for _, (_, part) in group))
-                    for i, (in_whole, part) in group:
-                        copied: Any = contextvars.copy_context().run  # jax.config is thread-local
-                        make = partial(copied, self._to_host, part, values[i].shape, in_whole)
-                        array = await asyncio.get_running_loop().run_in_executor(maker, make)
-                        writes.create_task(write(i, array, part.local_nbytes))
-                        del array
+        async with asyncio.TaskGroup() as writes:
+            async for i, array, cost in self._made(values, window, left_out=frozenset(metadata)):
+                writes.create_task(write(i, array, cost))
+                del array
         finished.write()
         if self._array_metadata_store is not None:
             await self._array_metadata_store.write(
@@ -127,16 +141,20 @@ class _LazyArrayHandler(jax_array_handlers.ArrayHandler):
                 process_index=multihost.process_index(),
             )
 
-    async def _take(self, room: asyncio.Condition, cost: int) -> None:
-        """Waits until the window has room for so many bytes, and takes it."""
-
-        def is_there() -> bool:
-            return not self.progress.held or self.progress.held + cost <= self.window
-
-        async with room:
-            with span("wait", "for room", thread="room"):
-                await room.wait_for(is_there)
-        self.progress.hold(cost)
+    async def _made(
+        self, values: Sequence[LazyTensor], window: "_Window", left_out: Container[int]
+    ) -> AsyncIterator[tuple[int, replica_slices.ReplicaSlices, int]]:
+        """The position of a leaf, a part of it in host memory, and the bytes that it holds."""
+        # One thread: leaves are made in one order on all processes, as collectives must be.
+        with ThreadPoolExecutor(1, thread_name_prefix="make") as maker:
+            for group in _groups(values, left_out):
+                await window.take(sum(part.local_nbytes for _, (_, part) in group))
+                for i, (in_whole, part) in group:
+                    copied: Any = contextvars.copy_context().run  # jax.config is thread-local
+                    make = partial(copied, self._to_host, part, values[i].shape, in_whole)
+                    array = await asyncio.get_running_loop().run_in_executor(maker, make)
+                    yield i, array, part.local_nbytes
+                    del array
 
     def _to_host(
         self, part: LazyTensor, whole: Shape, in_whole: Callable[[Box], Box]
