@@ -233,5 +233,5 @@ def test_nothing_was_saved_is_said_only_until_it_was(
         leave_record(directory, name, record)
 
     monkeypatch.setattr(target, "leave_record", noted)
-    assert cli.main(["convert", *place.words]) == 0
+    assert cli.main(place.words) == 0
     assert unsaved == {target.UNFINISHED_WORDS: True, target.WORDS: False}
