@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from jobs import job_words
 from orbax.checkpoint import v1 as ocp
 
 from maxconv import cli
+from maxconv.processes import liveness
 from maxconv.targets import place as target
 
 CASE = "llama3.1-8b"
@@ -219,3 +221,17 @@ def test_interrupted_while_it_verifies(place: Place) -> None:
     assert f"saved: {place.out}/0/items" in out
     assert "interrupted" in err and "saved" not in err
     assert cli.main(["verify", str(place.out)]) == 0
+
+
+def test_nothing_was_saved_is_said_only_until_it_was(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsaved, leave_record = {}, target.leave_record
+
+    def noted(directory: str, name: str, record: Any) -> None:
+        unsaved[name] = liveness._unsaved
+        leave_record(directory, name, record)
+
+    monkeypatch.setattr(target, "leave_record", noted)
+    assert cli.main(place.words) == 0
+    assert unsaved == {target.UNFINISHED_WORDS: True, target.WORDS: False}

@@ -106,6 +106,13 @@ def test_one_that_comes_late_hears_it_too() -> None:
     assert said == ["", *["UserError: Process 0 cannot go on: no."] * 2]
 
 
+def test_two_with_one_number_hear_it_both() -> None:
+    job = Job(3)
+    zero, *twins = told(job.process(0, 2), job.process(1), job.process(1))
+    assert zero.startswith("UserError: Two processes have process_id=1")
+    assert twins == [zero] * 2
+
+
 def test_one_goes_away() -> None:
     job = Job(3)
     one, zero, _ = told(job.process(1), job.process(0, 3), job.says(hello(2, 3)))

@@ -5,28 +5,31 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from maxconv import __version__
-from maxconv.cli.help import command_help, topic, usage
 from maxconv.cli.output import guard_outputs
-from maxconv.config import Config
 from maxconv.errors import UserError, VerificationError
 from maxconv.execution.malloc import keep_freed
 from maxconv.text import note, say
+
+if TYPE_CHECKING:  # takes longer to import than some commands to run
+    from maxconv.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        say(usage())
+        show_help([])
         return 0 if arguments else 2
     if arguments[0] == "--version":
         say(__version__)
         return 0
     name, *rest = arguments
     if name in COMMANDS and {"-h", "--help"}.intersection(rest):
+        from maxconv.cli.help import command_help
+
         say(command_help(name))
         return 0
     if name not in COMMANDS:
@@ -93,7 +96,7 @@ def _matters(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR and not record.exc_info
 
 
-def start(arguments: Sequence[str], command: str = "convert") -> Config:
+def start(arguments: Sequence[str], command: str = "convert") -> "Config":
     """The config of a command line, with JAX started as it says, and the user told."""
     from maxconv.config import parse
     from maxconv.processes.start import initialize
@@ -173,6 +176,8 @@ def demo(arguments: Sequence[str]) -> None:
 
 
 def show_help(arguments: Sequence[str]) -> None:
+    from maxconv.cli.help import topic, usage
+
     if len(arguments) > 1:
         raise UserError("Give one topic: maxconv help TOPIC.")
     say(topic(arguments[0]) if arguments else usage())

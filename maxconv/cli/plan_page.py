@@ -1,7 +1,7 @@
 """A plan as one HTML page with diagrams: `maxconv plan --report=plan.html`."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from maxconv.algebra import Box
@@ -29,25 +29,8 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
 
     `on`: the slice that the plan is for, with --tpu_type.
     """
-    plan, window, readable = job.plan, job.window, source_text(job.source)
+    plan, readable = job.plan, source_text(job.source)
     reads = [plan.read_nbytes(process) for process in plan.processes]
-    over = sum(reads) - plan.needed_nbytes
-    host = host_estimate(plan, window, job.source)
-    facts = [
-        (size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"),
-        (size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"),
-        (str(len(reads)), f"hosts, {plan.mesh.size} devices"),
-        (size(host), "memory per host at most" + _of(on and on.machine.ram)),
-        (
-            size(device_estimate(plan, window)),
-            "memory per device at most" + _of(on and on.kind.hbm),
-        ),
-    ]
-    if on:
-        written = plan.output_nbytes / len(reads)
-        seconds = max(max(reads), written) / on.network
-        rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
-        facts.append((duration(seconds), f"network time at least, at {rate} per host"))
     name = job.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)
     slices = f"{len(reads) // on.hosts} x {on.name}" if on else ""
@@ -55,7 +38,7 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     body = [
         f"<h1>{escape(name)} on {escape(where)}</h1><p>{escape(readable)}</p>",
         '<div class="facts">',
-        *(f"<div><b>{escape(n)}</b>{escape(what)}</div>" for n, what in facts),
+        *(f"<div><b>{escape(n)}</b>{escape(what)}</div>" for n, what in _facts(job, reads, on)),
         "</div>",
         "<h2>Bytes that each host reads</h2>",
         _hosts(reads),
@@ -66,7 +49,7 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
         _who(plan),
         "<h2>Host memory, leaf by leaf</h2><p>Data that is read ahead, being computed and being "
         "written, in the order of the save.</p>",
-        _memory(plan, window),
+        _memory(plan, job.window),
         "<h2>Largest leaves</h2>",
         _largest(plan),
         *(["<h2>Notes</h2><ul>", *_items(job.notices), "</ul>"] if job.notices else []),
@@ -75,6 +58,23 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     meta = f'<meta charset="utf-8"><meta name="generator" content="{MARK}">'
     head = f'<!doctype html><html lang="en">{meta}{title}<style>{_STYLE}</style>'
     return "\n".join([head, *body, "</html>\n"])
+
+
+def _facts(job: Job, reads: Sequence[int], on: Slice | None) -> Iterator[tuple[str, str]]:
+    """The key figures, each with what it is; `reads`: bytes that each process reads."""
+    plan = job.plan
+    over = sum(reads) - plan.needed_nbytes
+    host, device = host_estimate(plan, job.window, job.source), device_estimate(plan, job.window)
+    yield size(sum(reads)), f"read, {100 * over / plan.needed_nbytes:.0f} % more than needed"
+    yield size(plan.output_nbytes), f"written, in {len(plan.leaves)} leaves"
+    yield str(len(reads)), f"hosts, {plan.mesh.size} devices"
+    yield size(host), "memory per host at most" + _of(on and on.machine.ram)
+    yield size(device), "memory per device at most" + _of(on and on.kind.hbm)
+    if on:
+        written = plan.output_nbytes / len(reads)
+        seconds = max(max(reads), written) / on.network
+        rate = f"{on.network * 8 / 1e9:.0f} Gbit/s"
+        yield duration(seconds), f"network time at least, at {rate} per host"
 
 
 def escape(text: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from maxconv.config.tables import (
 from maxconv.errors import UserError
 
 _FLAG_TYPES = {name: option.kind for name, option in OPTIONS.items()}
+_FLAG_TYPES["num_slices"] = int  # as gcloud and xpk spell it
 
 # MaxText keys that do not affect the checkpoint, or are secret.
 _OF_ONE_RUN = (
@@ -149,7 +150,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     Raises:
         UserError: with every problem that was found.
     """
-    words = split(argv, _FLAG_TYPES | {"num_slices": int})  # as gcloud and xpk spell it
+    words = split(argv, _FLAG_TYPES)
     problems, notices = words.problems, list[str]()
     texts = _ours(words.values, problems, notices) | _from_environ(environ, words.values, problems)
     typed = _typed(texts, problems)
@@ -330,6 +331,12 @@ def _shaping(
 def _text(value: Any) -> str:
     """A value as an argument."""
     return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def those_of(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The arguments with one of these names, as `name=value`; the others may be invalid."""
+    given = split(argv, _FLAG_TYPES).values
+    return [f"{name}={given[name]}" for name in names if name in given]
 
 
 def recorded(arguments: object) -> list[str]:

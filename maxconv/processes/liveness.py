@@ -85,11 +85,17 @@ def all_or_none() -> Iterator[None]:
 
 @contextmanager
 def unsaved() -> Iterator[None]:
-    """Marks a block during which a failure means that nothing was saved."""
+    """Marks a block in which a failure means that nothing was saved, until `saved` is called."""
     global _unsaved
     _unsaved = True
     yield
     _unsaved = False  # stays set after an exception, which is reported later
+
+
+def saved() -> None:
+    """Says that from now on there is a checkpoint, whatever else fails."""
+    global _unsaved
+    _unsaved = False
 
 
 def leave(code: int) -> int:

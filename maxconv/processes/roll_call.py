@@ -16,11 +16,11 @@ from maxconv.processes.agreement import told, untold
 from maxconv.processes.coordinator import LINGER
 from maxconv.text import duration, printable
 
-_ANSWER = 10  # seconds for the other end of a connection to say the next line
-_STRAGGLERS = 15  # seconds in which those that come late still hear that there is nothing to do
+_ANSWER = 10  # seconds for the other end of a connection to send the next line
+_STRAGGLERS = 15  # seconds in which processes that come late still hear why the job ends
 _HERE, _GO = b"maxconv: here\n", b"maxconv: go\n"
 _MOST_NAMED = 8  # processes in one sentence
-_MOST_PROBLEMS = 20  # of one process; all of them are told where it runs
+_MOST_PROBLEMS = 20  # of one process are sent to the others; it reports all of them itself
 _LONGEST = 1 << 20  # bytes of a line
 
 _met = False
@@ -37,15 +37,18 @@ class Processes:
 
     @property
     def others(self) -> str:
-        return f"{self.n - 1} other process(es)" if self.mine == 0 else "process 0"
+        """Whom this process waits for, in words."""
+        others = "the other process" if self.n == 2 else f"{self.n - 1} other processes"
+        return "process 0" if self.mine else others
 
     @property
     def where(self) -> str:
+        """Where it waits for them, in words."""
         return f"at {self.address}" if self.mine else f"to come to {self.address}"
 
 
 def met() -> bool:
-    """Whether this process has been at a roll call, whatever came of it."""
+    """Whether this process has been at a roll call, with whatever result."""
     return _met
 
 
@@ -70,42 +73,43 @@ def meet(at: Processes, seconds: float, refused: Exception | None = None) -> Non
 
 
 def _of(process: int, error: Exception) -> ConversionError:
-    """What the others are told of an error on one process."""
+    """An error on one process, as it is told to the others."""
     kind, problems = told(error)
     said = [f"Process {process} cannot go on: {printable(problem)}" for problem in problems]
     return untold(kind, said[:_MOST_PROBLEMS])
 
 
 class _Roll:
-    """Who has come to process 0, and why they cannot go on together, if they cannot."""
+    """The processes that have come to process 0, and the problem that ends the job, if any."""
 
     def __init__(self, n: int, problem: ConversionError | None):
         self.problem = problem
         self._n = n
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self._here: dict[int, asyncio.StreamWriter] = {}
+        self._came: dict[asyncio.StreamWriter, int] = {}
         self._changed = asyncio.Event()
         self._over = False
 
     @property
     def missing(self) -> list[int]:
-        return [process for process in range(1, self._n) if process not in self._here]
+        return sorted(set(range(1, self._n)) - set(self._came.values()))
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Speaks with one process until it goes, or with a stranger."""
+        """Serves a connection until it closes; drops those from outside this job."""
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = writer
         try:
             line = await asyncio.wait_for(reader.readline(), _ANSWER)
             process, n, cannot = (json.loads(line)[key] for key in ("process", "of", "cannot"))
-            if problem := self._problem(int(process), n, cannot):
+            process = int(process)
+            if problem := self._problem(process, n, cannot):
                 self._fail(problem)
         except (OSError, ValueError, KeyError, TypeError, TimeoutError):
-            writer.close()  # it is none of us
+            writer.close()  # it is not a process of this job
             return
         writer.write(_HERE)
-        self._here.setdefault(process, writer)
+        self._came[writer] = process
         self._changed.set()
         with suppress(OSError):  # a reset is an end, too
             await reader.read()
@@ -118,7 +122,7 @@ class _Roll:
                 f"num_processes is {self._n} on process 0 and {n} on process {process}; start the "
                 "same command on all of them."
             )
-        if process in self._here or not 0 < process < n:
+        if process in self._came.values() or not 0 < process < n:
             return UserError(f"Two processes have process_id={process}; each needs its own.")
         return untold(*cannot) if isinstance(cannot, list) else None
 
@@ -133,10 +137,10 @@ class _Roll:
             await self._changed.wait()
 
     async def end(self) -> None:
-        """Sends all who are there on, or home."""
+        """Tells all processes that came to go on, or why the job ends."""
         self._over = True
         word = _GO if self.problem is None else json.dumps(told(self.problem)).encode() + b"\n"
-        for writer in self._here.values():
+        for writer in self._came:
             with suppress(OSError):
                 writer.write(word)
                 await writer.drain()
@@ -206,7 +210,7 @@ async def _visit(
 async def _connected(
     at: Processes, problem: ConversionError | None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-    """A connection to process 0, which has heard that this one is here; None: not yet."""
+    """A connection to process 0, once it has answered; None if it has not yet."""
     host, _, port = at.address.rpartition(":")
     cannot = None if problem is None else told(problem)
     hello = json.dumps({"process": at.mine, "of": at.n, "cannot": cannot})

@@ -9,9 +9,7 @@ from glob import glob
 from importlib import metadata
 
 import maxconv
-from maxconv.config import Config, parse
-from maxconv.config.argv import split
-from maxconv.config.options import OPTIONS
+from maxconv.config import Config, parse, those_of
 from maxconv.errors import ConversionError, RetryableError, UserError
 from maxconv.processes import coordinator, liveness, roll_call
 from maxconv.processes.agreement import agree
@@ -19,6 +17,17 @@ from maxconv.processes.roll_call import Processes
 from maxconv.text import note
 
 PORT = 1234  # of a coordinator that is named without one, as MaxText has it
+_JOINS = 60  # seconds for all processes, when they have met, to join JAX's service
+_WAITS = 30  # seconds that a process waits for the others only to tell them that it cannot go on
+_OF_MEETING = (
+    "hardware",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
+    "skip_jax_distributed_system",
+    "jax_distributed_initialization_timeout",
+    "tpu_type",
+)
 
 
 def initialize(config: Config, command: str = "") -> tuple[str, ...]:
@@ -49,33 +58,20 @@ def initialize(config: Config, command: str = "") -> tuple[str, ...]:
     return notices
 
 
-_WAITS = 30  # seconds that a process waits for the others only to tell them that it cannot go on
-_OF_MEETING = (
-    "hardware",
-    "coordinator_address",
-    "num_processes",
-    "process_id",
-    "skip_jax_distributed_system",
-    "jax_distributed_initialization_timeout",
-    "tpu_type",
-)
-
-
 def refuse(arguments: Sequence[str], error: Exception) -> None:
     """Ends the processes that wait for this one, if it fails before they met.
 
     Args:
-        arguments: of this process; those may be wrong that do not say where the others are.
+        arguments: of this process. Only those that say where the others are must be valid.
         error: why it cannot go on.
     """
     if roll_call.met():
         return
-    given = split(arguments, {name: option.kind for name, option in OPTIONS.items()}).values
     try:
-        config = parse([f"{name}={given[name]}" for name in _OF_MEETING if name in given])
+        config = parse(those_of(arguments, _OF_MEETING))
         to = None if config.tpu_type else find_processes(config, _platform(config))
     except UserError:
-        return  # nobody can tell whom to tell
+        return  # where the others are is not known
     if to is not None:
         seconds = min(_WAITS, config.jax_distributed_initialization_timeout)
         note(f"process {to.mine} of {to.n} tells {to.others} {to.where} that it cannot go on")
@@ -207,12 +203,9 @@ def _connect(config: Config, platform: str) -> None:
     liveness.watch()
 
 
-_JOINS = 60  # seconds for all processes, when they have met, to join JAX's service
-
-
 @contextmanager
 def _bounded(to: Processes) -> Iterator[None]:
-    """Ends this process when JAX cannot join the others, though they were there."""
+    """Ends this process if JAX cannot join the others, although all have met."""
 
     def give_up() -> None:
         liveness.fail(

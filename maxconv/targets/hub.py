@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from maxconv.errors import UserError
+from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered, once, same_error_everywhere
 from maxconv.sources.orbax import Item
 from maxconv.targets import orbax, place
@@ -51,8 +52,9 @@ class HubTarget(MaxTextTarget):
         self._publication.wait_for_room(jax.process_index(), self._limit)
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        super().commit(record)
+        self._leave_record(record)
         once(self._publication.commit, patience=orbax.TIMEOUT_SECONDS)
+        liveness.saved()
 
     def saved(self, item: Item) -> Item:
         (made, *_) = gathered(self._publication.made)

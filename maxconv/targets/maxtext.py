@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from maxconv.errors import ConversionError, UserError
+from maxconv.processes import liveness
 from maxconv.processes.agreement import once, same_error_everywhere
 from maxconv.sources.orbax import Item
 from maxconv.targets import completeness, journal, orbax, place
@@ -131,6 +132,10 @@ class MaxTextTarget(Target):
             )
 
     def commit(self, record: Mapping[str, Any]) -> None:
+        liveness.saved()  # Orbax has renamed the step, or an earlier attempt did
+        self._leave_record(record)
+
+    def _leave_record(self, record: Mapping[str, Any]) -> None:
         if not self._is_owned:  # an earlier attempt had written everything
             self._own()
         if jax.process_index() == 0:

@@ -271,7 +271,7 @@ class Publication:
                 liveness.fail(error)
 
     def _upload_finished(self) -> None:
-        """Uploads the large files that are finished, and makes them hollow."""
+        """Uploads the large files that are finished, and then punches holes into them."""
         for store in _stores(self.scratch):
             try:
                 ready = _uploadable(store)
@@ -280,7 +280,7 @@ class Publication:
                     self._upload(files[i : i + AT_ONCE])
                 for file, spans in ready.items():
                     make_hollow(file, spans)
-            except (OSError, ValueError):  # Orbax gave the directory its last name
+            except (OSError, ValueError):  # expected if Orbax has renamed the directory
                 if (store / "manifest.ocdbt").exists():
                     raise
 
