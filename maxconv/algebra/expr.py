@@ -301,13 +301,15 @@ def map_tensors(
 
 def nodes(expr: Expr) -> Iterator[Expr]:
     """An expression and all parts that it is made of, outermost first, left to right."""
-    yield expr
-    match expr:
-        case Apply(_, x):
-            yield from nodes(x)
-        case Concat(_, parts) | Combine(_, parts):
-            for part in parts:
-                yield from nodes(part)
+    left = [expr]
+    while left:
+        node = left.pop()
+        yield node
+        match node:
+            case Apply(_, x):
+                left.append(x)
+            case Concat(_, parts) | Combine(_, parts):
+                left += reversed(parts)
 
 
 def tensors(expr: Expr) -> Iterator[Tensor]:

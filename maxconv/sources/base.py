@@ -27,11 +27,14 @@ class TensorInfo:
 
     The dtype is one that JAX supports without its 64-bit mode; wider stored dtypes are converted
     while reading (see `narrow.py`).
+
+    `chunk`: shape of the parts that can only be read as a whole, if it is stored in such.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
+    chunk: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
