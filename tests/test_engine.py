@@ -27,6 +27,7 @@ from maxconv.algebra import (
 )
 from maxconv.execution.engine import Engine
 from maxconv.planning.cells import steps
+from maxconv.planning.lanes import Stored
 from maxconv.planning.plan import Leaf, LeafPlan, Plan
 from maxconv.planning.slabs import slabs
 from maxconv.sources import LocalSource
@@ -87,8 +88,8 @@ def plan_of(source, named, budget):
     template, spec = named
     expr = bind(template, {n: i.shape for n, i in source.tensors.items()}, LAYERS)
     to, dtype = NamedSharding(MESH, spec), np.dtype(ml_dtypes.bfloat16)
-    dtypes = {n: i.dtype for n, i in source.tensors.items()}
-    made = slabs(steps(expr, dtypes, dtype, to, budget), expr.shape, dtype, to, math.inf)
+    stored = {n: Stored(i.dtype) for n, i in source.tensors.items()}
+    made = slabs(steps(expr, stored, dtype, to, budget), expr.shape, dtype, to, math.inf)
     leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
     return Plan(MESH, (leaf,), source.tensors)
 
@@ -177,7 +178,7 @@ def test_experts_of_several_dtypes(tmp_path):
         template = hf("e{e}") >> rearrange("m e -> e m")
         expr = bind(template, {n: (8, 4) for n in tensors}, {"e": Stacked(range(4), 0)})
         to, dtype = NamedSharding(MESH, P(("x", "y"))), np.dtype(ml_dtypes.bfloat16)
-        parts = steps(expr, {n: t.dtype for n, t in tensors.items()}, dtype, to, 1 << 20)
+        parts = steps(expr, {n: Stored(t.dtype) for n, t in tensors.items()}, dtype, to, 1 << 20)
         made = slabs(parts, expr.shape, dtype, to, math.inf)
         leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
         plan = Plan(MESH, (leaf,), source.tensors)
@@ -196,7 +197,7 @@ def test_nan_payloads_survive(tmp_path):
         template = hf("w{l}") >> rearrange("o i -> i o")
         expr = bind(template, {n: (256, 256) for n in tensors}, {"l": Stacked((0, 1), 1)})
         to, dtype = NamedSharding(MESH, P("x", None, "y")), np.dtype(ml_dtypes.bfloat16)
-        parts = steps(expr, dict.fromkeys(tensors, dtype), dtype, to, 1 << 20)
+        parts = steps(expr, dict.fromkeys(tensors, Stored(dtype)), dtype, to, 1 << 20)
         made = slabs(parts, expr.shape, dtype, to, math.inf)
         leaf = LeafPlan(Leaf("params.params.leaf", expr, dtype, to), made)
         plan = Plan(MESH, (leaf,), source.tensors)

@@ -23,6 +23,7 @@ from maxconv.execution.engine import Engine
 from maxconv.jobs import convert, resume
 from maxconv.jobs.prepare import prepared
 from maxconv.planning.cells import steps
+from maxconv.planning.lanes import Stored
 from maxconv.planning.placement import device_boxes
 from maxconv.planning.plan import Leaf, LeafPlan, Plan
 from maxconv.planning.slabs import Slab, slabs
@@ -36,8 +37,8 @@ def test_slabs_tile_their_leaf(name, limit, source, arrays):  # noqa: F811
     template, spec = LEAVES[name]
     expr = bind(template, {n: i.shape for n, i in source.tensors.items()}, INDICES)
     to = NamedSharding(MESH, spec)
-    dtypes = {n: i.dtype for n, i in source.tensors.items()}
-    made = steps(expr, dtypes, BF16, to, limit // 2)
+    stored = {n: Stored(i.dtype) for n, i in source.tensors.items()}
+    made = steps(expr, stored, BF16, to, limit // 2)
     parts = slabs(made, expr.shape, BF16, to, limit)
     leaf = LeafPlan(Leaf("params.params.leaf", expr, BF16, to), parts)
     plan = Plan(MESH, (leaf,), source.tensors)

@@ -14,7 +14,7 @@ from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from maxconv.families.qwen3_5 import QWEN3_5_MOE
 from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
-from maxconv.families.table import Family, Parameter, Row, bind_rows, flat, row
+from maxconv.families.table import Family, Parameter, Row, bind_rows, flat, paths, row
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -56,6 +56,7 @@ __all__ = [
     "bind_rows",
     "flat",
     "number_after",
+    "paths",
     "row",
     "stated",
     "stated_sizes",

@@ -295,6 +295,11 @@ def _instances(
             yield at, logical, {"l": Stacked(numbers, axis), **experts}
 
 
+def paths(rows: Iterable[Row], scan_axis: int | None) -> set[str]:
+    """The path of every parameter, see `bind_rows`; no tensors are needed for it."""
+    return {path for r in rows for path, _, _ in _instances(r, scan_axis)}
+
+
 def flat(numbers: Numbers) -> list[int]:
     """The HF layer numbers in a stack, or in a stack of stacks."""
     return [numbers] if isinstance(numbers, int) else [n for one in numbers for n in flat(one)]

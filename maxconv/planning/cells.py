@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -33,7 +34,14 @@ from maxconv.algebra import (
     volume,
     with_axis,
 )
-from maxconv.planning.lanes import Offset, PlacedCell, in_lanes, placed_cells, with_neighbours
+from maxconv.planning.lanes import (
+    Offset,
+    PlacedCell,
+    Stored,
+    in_lanes,
+    placed_cells,
+    with_neighbours,
+)
 from maxconv.planning.placement import local_devices, mesh_axes, shard_nbytes, shards
 from maxconv.planning.redistribution import CellRead, cell_read
 
@@ -147,7 +155,7 @@ class Step:
 
 def steps(
     expr: Expr,
-    dtypes: Mapping[str, np.dtype],
+    stored: Mapping[str, Stored],
     dtype: np.dtype,
     to: NamedSharding,
     budget: int,
@@ -156,12 +164,12 @@ def steps(
 
     Args:
         expr: the leaf.
-        dtypes: of the tensors, by name.
+        stored: how the tensors are stored, by name.
         dtype, to: dtype and sharding of the leaf.
         budget: maximum `Recipe.cost` of a step, in bytes; larger cells are made in slices.
     """
     found = []
-    cells = placed_cells(expr, dtypes)
+    cells = placed_cells(expr, stored)
 
     def at_once(first: PlacedCell, axis: int, most: int) -> int:
         return _at_once(_Cell(*first.kind, expr.shape, dtype, to), axis, most, budget)
@@ -177,7 +185,7 @@ class _Cell:
     """A cell without tensor names, and the leaf that it belongs to."""
 
     expr: Expr
-    dtypes: tuple[np.dtype, ...]
+    stored: tuple[Stored, ...]
     shape: Shape
     dtype: np.dtype
     to: NamedSharding
@@ -189,22 +197,25 @@ class _Cell:
         whole = full(self.expr.shape)
         in_shard = 1 if lanes is None else len(names) // shards(self.to, lanes)
         recipe = _recipe(self, whole, lanes, in_shard)
-        excess = recipe.cost / budget
-        if excess <= 1 or (cut := _slices(self, excess, lanes)) is None:
+        if not (cuts := _slices(self, recipe.cost / budget, lanes)):
             yield self._step(recipe, offset, names, [whole] * len(names))
             return
-        axis, n, pieces = cut
-        in_shards = lanes is None and pieces > 1  # then a step makes a slice in each shard
-        part = with_axis(whole, axis, (0, n))
-        recipe = _recipe(self, part, axis if in_shards else lanes, in_shard)
-        for at in range(0, self.expr.shape[axis] // pieces, n):
-            starts = [s * (self.expr.shape[axis] // pieces) + at for s in range(pieces)]
-            boxes = [with_axis(whole, axis, (start, start + n)) for start in starts]
-            moved = (*offset[:axis], offset[axis] + at, *offset[axis + 1 :])
-            if in_shards:
-                yield self._step(recipe, moved, list(names) * pieces, boxes)
+        part = tuple((0, n) for n in self.expr.shape)
+        for cut in cuts:
+            part = with_axis(part, cut.axis, (0, cut.n))
+        # A step makes a slice in each shard: these are its lanes.
+        sharded = next((cut for cut in cuts if lanes is None and cut.pieces > 1), None)
+        recipe = _recipe(self, part, sharded.axis if sharded else lanes, in_shard)
+        for starts in product(*(cut.starts(self.expr.shape) for cut in cuts)):
+            box, moved = part, offset
+            for cut, at in zip(cuts, starts, strict=True):
+                box = with_axis(box, cut.axis, (at, at + cut.n))
+                moved = (*moved[: cut.axis], moved[cut.axis] + at, *moved[cut.axis + 1 :])
+            if sharded is None:
+                yield self._step(recipe, moved, names, [box] * len(names))
             else:
-                yield self._step(recipe, moved, names, boxes * len(names))
+                boxes = [*sharded.in_shards(box, self.expr.shape)]
+                yield self._step(recipe, moved, list(names) * len(boxes), boxes)
 
     def _step(
         self,
@@ -220,26 +231,91 @@ class _Cell:
         return Step(recipe, offset, tuple(zip(*reads, strict=True)))
 
 
+class _Cut(NamedTuple):
+    """An axis of a cell that is sliced: the length of a slice, and the number of its shards."""
+
+    axis: int
+    n: int
+    pieces: int
+
+    def starts(self, shape: Shape) -> range:
+        """Of the slices, within a shard."""
+        return range(0, shape[self.axis] // self.pieces, self.n)
+
+    def in_shards(self, box: Box, shape: Shape) -> Iterator[Box]:
+        """The box of each shard for that of the first."""
+        lo, hi = box[self.axis]
+        for at in range(0, shape[self.axis], shape[self.axis] // self.pieces):
+            yield with_axis(box, self.axis, (at + lo, at + hi))
+
+
 @cache
-def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[int, int, int] | None:
-    """How to slice a cell: the axis, the length of a slice, the number of shards of the axis.
+def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[_Cut, ...]:
+    """How to slice a cell that is `excess` times too large.
 
     Only axes along which every read is cut evenly are used; preferably one that keeps runs in the
-    file long. None if there is no such axis.
+    file long. Tensors in chunks are cut along several, between the chunks as long as that helps.
     """
-    best: tuple[int, tuple[int, int, int]] | None = None
-    for axis, n in enumerate(cell.expr.shape):
-        pieces = shards(cell.to, axis) if n == cell.shape[axis] else 1
-        if lanes is not None and (axis == lanes or pieces > 1):
+    cuts: dict[int, _Cut] = {}
+    in_chunks = any(stored.chunk for stored in cell.stored)
+    for whole_chunks in (True, False) if in_chunks else (False,):
+        while excess > 1:
+            possible = [
+                found
+                for axis in range(len(cell.expr.shape))
+                if (found := _cut_along(cell, axis, cuts, excess, lanes, whole_chunks))
+            ]
+            if not possible:
+                break
+            _, cut, parts = min(possible)
+            excess /= parts
+            cuts[cut.axis] = cut
+            if not in_chunks:
+                return (cut,)
+    return tuple(cuts.values())
+
+
+def _cut_along(
+    cell: _Cell,
+    axis: int,
+    cuts: Mapping[int, _Cut],
+    excess: float,
+    lanes: int | None,
+    whole_chunks: bool,
+) -> tuple[int, _Cut, int] | None:
+    """A cut of an axis in addition to others: its rank, the cut, and how many more parts it makes."""
+    in_chunks = any(stored.chunk for stored in cell.stored)
+    n = cell.expr.shape[axis]
+    pieces = shards(cell.to, axis) if n == cell.shape[axis] else 1
+    is_used = any(cut.pieces > 1 and cut.axis != axis for cut in cuts.values())
+    if pieces > 1 and (lanes is not None or is_used):
+        return None
+    if axis == lanes:
+        return None
+    now = cuts[axis].n if axis in cuts else n // pieces  # the length of a slice so far
+    divisors = [p for p in range(2, now + 1) if now % p == 0]
+    enough = [p for p in divisors if p >= excess] or divisors[-1:]
+    fewer = [p for p in reversed(divisors) if p < excess]
+    for parts in (*enough, *fewer) if in_chunks else enough[:1]:
+        read_cuts = _cuts(cell.expr, full(cell.expr.shape), axis, n // now * parts)
+        if None in read_cuts:
             continue
-        rows = n // pieces
-        parts = next((p for p in range(1, rows + 1) if rows % p == 0 and p >= excess), rows)
-        cuts = _cuts(cell.expr, full(cell.expr.shape), axis, pieces * parts)
-        if parts > 1 and None not in cuts:
-            rank = max(cut for cut in cuts if cut is not None)
-            if best is None or rank < best[0]:
-                best = rank, (axis, rows // parts, pieces)
-    return best[1] if best else None
+        if whole_chunks and not _are_whole(cell, read_cuts, n // now * parts):
+            continue
+        along = max((cut for cut in read_cuts if cut is not None), default=0)
+        return axis if whole_chunks else along, _Cut(axis, now // parts, pieces), parts
+    return None
+
+
+def _are_whole(cell: _Cell, cuts: Sequence[int | None], parts: int) -> bool:
+    """Whether each read, cut into so many parts, is cut between chunks."""
+    for read, cut in zip(_reads(cell.expr, full(cell.expr.shape)), cuts, strict=True):
+        chunk = cell.stored[int(read.name)].chunk
+        if chunk is not None and cut is not None:
+            lo, hi = read.box[cut]
+            if lo % chunk[cut] or (hi - lo) // parts % chunk[cut]:
+                return False
+    return True
 
 
 @cache
@@ -269,7 +345,7 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Reci
             shape = (shards(cell.to, lanes) * in_shard, *shape)
             entries = [mesh_axes(cell.to, lanes) or None, *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
-        dtype = cell.dtypes[int(read.name)]
+        dtype = cell.stored[int(read.name)].dtype
         reads.append(cell_read(shape, dtype, sharding, shapes[read.name], lanes is not None))
     return Recipe(
         cell.expr,

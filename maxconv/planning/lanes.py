@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding
@@ -12,6 +13,14 @@ from maxconv.planning.placement import local_devices, shards
 Offset = tuple[int, ...]
 
 
+class Stored(NamedTuple):
+    """How a tensor is stored: its dtype, and the shape of its chunks, if it has such."""
+
+    dtype: np.dtype
+    chunk: Shape | None = None
+
+
+
 @dataclass(frozen=True)
 class PlacedCell:
     """A cell and its position.
@@ -20,18 +29,18 @@ class PlacedCell:
         offset: in the leaf.
         expr: over tensors named "0", "1", ...
         names: the real names of these tensors.
-        dtypes: of these tensors.
+        stored: how these tensors are stored.
     """
 
     offset: Offset
     expr: Expr
     names: tuple[str, ...]
-    dtypes: tuple[np.dtype, ...]
+    stored: tuple[Stored, ...]
 
     @property
-    def kind(self) -> tuple[Expr, tuple[np.dtype, ...]]:
+    def kind(self) -> tuple[Expr, tuple[Stored, ...]]:
         """Cells for which this is equal can be made by one program."""
-        return self.expr, self.dtypes
+        return self.expr, self.stored
 
 
 Group = tuple[int | None, Offset, Sequence[PlacedCell]]
@@ -39,12 +48,12 @@ Group = tuple[int | None, Offset, Sequence[PlacedCell]]
 shard; the cells, lane by lane."""
 
 
-def placed_cells(expr: Expr, dtypes: Mapping[str, np.dtype]) -> list[PlacedCell]:
-    """The cells of a leaf: the parts that it concatenates. `dtypes`: of tensors, by name."""
+def placed_cells(expr: Expr, stored: Mapping[str, Stored]) -> list[PlacedCell]:
+    """The cells of a leaf: the parts that it concatenates. `stored`: how tensors are, by name."""
     cells = []
     for offset, cell in _cells(expr, (0,) * len(expr.shape)):
         anonymous, names = _anonymous(cell)
-        cells.append(PlacedCell(offset, anonymous, names, tuple(dtypes[n] for n in names)))
+        cells.append(PlacedCell(offset, anonymous, names, tuple(stored[n] for n in names)))
     return cells
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxconv.algebra import Expr, Shape, clip, tensors, volume
 from maxconv.planning.cells import Recipe, Step, nbytes_by_process, steps
+from maxconv.planning.lanes import Stored
 from maxconv.planning.placement import local_devices, shard_nbytes
 from maxconv.planning.slabs import Slab, slabs
 from maxconv.sources import TensorInfo
@@ -203,11 +204,11 @@ def make_plan(
         budget: maximum memory cost of a step, in bytes per process.
         slab: maximum size of a slab, in bytes per process.
     """
-    dtypes = {name: info.dtype for name, info in tensors.items()}
+    stored = {name: Stored(info.dtype, info.chunk) for name, info in tensors.items()}
     sharing = Counter(leaf.tensors for leaf in leaves)
     planned = []
     for leaf in leaves:
-        made = steps(leaf.expr, dtypes, leaf.dtype, leaf.sharding, budget)
+        made = steps(leaf.expr, stored, leaf.dtype, leaf.sharding, budget)
         limit = slab / sharing[leaf.tensors]
         parts = slabs(made, leaf.shape, leaf.dtype, leaf.sharding, limit)
         planned.append(LeafPlan(leaf, parts))

@@ -1,0 +1,229 @@
+"""A Hugging Face checkpoint as a target: safetensors files, whose layout is known beforehand.
+
+Every process writes whole files of its own. They are made in a directory beside their places, and
+appear there when all of them are durable; the index comes last.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from maxconv.algebra import Box, full, slices, with_axis
+from maxconv.algebra.storage import runs
+from maxconv.sources.index import INDEX
+from maxconv.sources.safetensors import DTYPES
+
+ALONE = "model.safetensors"
+UNFINISHED = "maxconv.unfinished"  # the directory in which files are made
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ALIGNMENT = 8  # of the data of a file, as the safetensors library has it
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHORT = 16 << 10  # bytes: shorter runs are written through a mapping of the file
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a checkpoint, and the process that writes it."""
+
+    name: str
+    process: int
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """Everything before the data."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for tensor, start in zip(self.tensors, self._starts, strict=True):
+            entries[tensor.name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": tensor.shape,
+                "data_offsets": [start, start + tensor.nbytes],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        ends = [0]
+        for tensor in self.tensors:
+            ends.append(ends[-1] + tensor.nbytes)
+        return ends[:-1]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    def places(self) -> Iterator[tuple[Tensor, int]]:
+        """Each tensor with its offset in the file."""
+        for tensor, start in zip(self.tensors, self._starts, strict=True):
+            yield tensor, len(self.header) + start
+
+
+def files(tensors: Iterable[Tensor], most: int, processes: Sequence[int]) -> list[File]:
+    """Divides tensors among files of at most `most` bytes of data, as far as tensors allow.
+
+    Each process has an equal share of them, in the order of layers.
+    """
+    ordered = sorted(tensors, key=lambda tensor: _natural(tensor.name))
+    total = sum(tensor.nbytes for tensor in ordered)
+    groups: list[tuple[int, list[Tensor]]] = []
+    done = held = 0
+    owner = -1
+    for tensor in ordered:
+        middle = done + tensor.nbytes / 2
+        share = min(int(middle * len(processes) / max(total, 1)), len(processes) - 1)
+        if share != owner or held + tensor.nbytes > most:
+            groups.append((processes[share], []))
+            owner, held = share, 0
+        groups[-1][1].append(tensor)
+        held, done = held + tensor.nbytes, done + tensor.nbytes
+    if len(groups) == 1:
+        return [File(ALONE, groups[0][0], tuple(groups[0][1]))]
+    names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
+    return [File(n, p, tuple(of)) for n, (p, of) in zip(names, groups, strict=True)]
+
+
+def index(written: Sequence[File]) -> dict[str, Any]:
+    """The contents of model.safetensors.index.json."""
+    every = [tensor for file in written for tensor in file.tensors]
+    where = {tensor.name: file.name for file in written for tensor in file.tensors}
+    return {
+        "metadata": {
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in every),
+            "total_size": sum(tensor.nbytes for tensor in every),
+        },
+        "weight_map": dict(sorted(where.items())),
+    }
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts layer 10 after layer 2, and the embedding before layers."""
+    parts = re.split(r"(\d+)", name)
+    key = [int(part) if part.isdecimal() else part for part in parts]
+    return ["embed" not in name, len(parts) == 1, *key]
+
+
+class Writer:
+    """Writes boxes of tensors, in any order, into the files of this process."""
+
+    def __init__(self, directory: Path, mine: Iterable[File]):
+        self._directory, self._lock = directory, Lock()
+        self._places: dict[str, tuple[File, Tensor, int]] = {}
+        self._open: dict[str, int] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in mine:
+            self._places |= {t.name: (file, t, at) for t, at in file.places()}
+            opened = os.open(directory / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._open[file.name] = opened
+            os.posix_fallocate(opened, 0, file.nbytes)
+            os.pwrite(opened, file.header, 0)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is in a file of this process."""
+        return name in self._places
+
+    def write(self, name: str, box: Box, data: np.ndarray) -> int:
+        """Writes a box of a tensor; returns its bytes."""
+        file, tensor, start = self._places[name]
+        data = np.ascontiguousarray(data.astype(tensor.dtype, copy=False))
+        offsets, nbytes = runs(tensor.shape, box, tensor.dtype.itemsize)
+        opened, raw = self._open[file.name], data.reshape(-1).view(np.uint8).data
+        if nbytes >= _SHORT or len(offsets) == 1:
+            for i, offset in enumerate(offsets.tolist()):
+                _pwrite(opened, raw[i * nbytes : (i + 1) * nbytes], start + offset)
+            return data.nbytes
+        (lo, hi), *_ = box
+        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        with _mapped(opened, start + lo * row, (hi - lo) * row) as memory:
+            rows = np.ndarray((hi - lo, *tensor.shape[1:]), tensor.dtype, memory)
+            rows[slices(box, with_axis(full(tensor.shape), 0, (lo, hi)))] = data
+            del rows
+        return data.nbytes
+
+    def finish(self) -> None:
+        """Makes everything durable."""
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(os.fsync, self._open.values()):
+                pass
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _pwrite(file: int, data: memoryview, offset: int) -> None:
+    while data:  # one call writes 2 GiB at most
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
+
+
+@contextmanager
+def _mapped(file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """The bytes of a file as memory."""
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(file, before + nbytes, offset=offset - before) as mapped:
+        with memoryview(mapped) as memory, memory[before:] as wanted:
+            yield wanted
+
+
+def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]) -> None:
+    """Puts finished files in their places, and removes weights that were there before.
+
+    Args:
+        directory: of the checkpoint; the files are in `UNFINISHED` below it.
+        written: the files.
+        others: the contents of small files, such as config.json.
+    """
+    (directory / INDEX).unlink(missing_ok=True)
+    for old in weights(directory):
+        (directory / old).unlink()
+    for file in written:
+        (directory / UNFINISHED / file.name).rename(directory / file.name)
+    contents = dict(others)
+    if len(written) > 1:
+        contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
+    for name, content in contents.items():  # the index last
+        made = directory / UNFINISHED / name.replace("/", "_")
+        with made.open("wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        made.rename(directory / name)
+    shutil.rmtree(directory / UNFINISHED)
+    opened = os.open(directory, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
+
+
+def weights(directory: Path) -> list[str]:
+    """The files of a directory that hold weights as transformers reads them."""
+    names = (path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else ()
+    return sorted(name for name in names if _WEIGHTS.fullmatch(name))
