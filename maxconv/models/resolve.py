@@ -9,7 +9,7 @@ from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row, number_after, stated_sizes
 from maxconv.families.dims import DECODER_LAYERS
 from maxconv.models import schema
-from maxconv.models.architecture import check_config, family_of
+from maxconv.models.architecture import check_config, check_entries, family_of
 from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
@@ -83,7 +83,7 @@ def resolve(
             and what MaxText would build.
     """
     family = family_of(source, facts)
-    check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
+    check_entries(source, schema.sizes(family.sizes))
     logical = logical_tensors(source, family, keep_fp8)
     ends = head(source, family, logical.tensors, head_differs)
     published = _published(source, family, ends)
