@@ -13,6 +13,7 @@ import numpy as np
 
 from maxconv import cli
 from maxconv.config import Config
+from maxconv.config.paths import checked_path
 from maxconv.errors import UserError
 from maxconv.families import bind_rows
 from maxconv.jobs.prepare import opened, resolved
@@ -93,9 +94,10 @@ class LazyHFLoader:
     ):
         self.model_id, self.token, self.revision = model_id, token, revision
         self.save_dtype = save_dtype
-        self.is_local = os.path.isdir(model_id)
+        path = checked_path("model_id", model_id)
+        self.is_local = os.path.isdir(path)
         # A directory has no revisions: MaxText ignores the word, too.
-        self.source = open_source(model_id, None if self.is_local else revision, token)
+        self.source = open_source(path, None if self.is_local else revision, token)
 
     def get_tensor(self, key: str) -> np.ndarray:
         """The whole tensor; ValueError when there is none of that name."""

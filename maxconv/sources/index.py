@@ -147,6 +147,11 @@ def check_kind(root: str, names: set[str], config: str) -> None:
             f"{root} is the Hugging Face cache of a model: give one of the directories in its "
             "snapshots/, or the name of the model"
         )
+    if any(name.startswith("models--") for name in names):
+        raise UserError(
+            f"{root} is the Hugging Face cache: give the name of a model, org/name, or a directory "
+            "in the snapshots/ of one"
+        )
 
 
 def _all(root: str, names: set[str]) -> Sequence[str]:
