@@ -26,9 +26,9 @@ TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Checkpoint:
     """A tiny model of a family, whose tensors and config.json a test changes."""
 
-    def __init__(self, case: str, directory: Path):
-        self.case, self.directory = case, directory
-        self.hf = tiny.write(case, directory / "hf", shard_bytes=None)
+    def __init__(self, case: str | tiny.Case, directory: Path):
+        self.case, self.directory = tiny.CASES[case] if isinstance(case, str) else case, directory
+        self.hf = tiny.write(self.case, directory / "hf", shard_bytes=None)
         self.tensors = load_file(self.hf / "model.safetensors")
 
     def entries(self, **entries: Any) -> None:
@@ -43,7 +43,7 @@ class Checkpoint:
 
     def converted(self, *more: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """Every leaf as it is made on devices, and what the user is told."""
-        words = [*tiny.maxtext_words(self.case, tiny.CASES[self.case].scans)]
+        words = [*tiny.maxtext_words(self.case, self.case.scans)]
         line = job_words(self.directory, self.hf, words, "fsdp8", more)
         with prepared(parse(line)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
             made = {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from dialects import BF16, FP8, HEAD, TABLE, Checkpoint, same
+from dialects import BF16, HEAD, TABLE, Checkpoint, same
 from jobs import job_words
 from safetensors.numpy import save_file
 
@@ -113,56 +113,6 @@ def test_what_is_no_weight_is_left_out(case: str, tmp_path: Path) -> None:
     same(leaves, plain)
     (told,) = [n for n in notices if "no weights" in n]
     assert all(part in told for part in ("inv_freq", "v_head", "k_scale", "input_scale"))
-
-
-@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "mixtral-8x7b"])
-@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_fp8_with_a_scale_for_each_tensor(
-    case: str, end: str, shape: tuple[int, ...], tmp_path: Path
-) -> None:
-    c = Checkpoint(case, tmp_path)
-    stored, plain = {}, {}
-    for i, (name, x) in enumerate(c.tensors.items()):
-        stored[name] = plain[name] = x
-        if x.ndim == 2 and ".layers." in name and "gate.weight" not in name:
-            scale = np.float32(0.25 + i / 64)
-            packed = (x.astype(np.float32) / scale).astype(FP8)
-            stored |= {name: packed, name + end: np.full(shape, scale, np.float32)}
-            stored[name.replace(".weight", ".activation_scale")] = np.float32(1).reshape(())
-            plain[name] = (packed.astype(np.float32) * scale).astype(BF16)
-    c.save(plain)
-    want, _ = c.converted()
-    c.save(stored)
-    c.entries(quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
-    same(c.converted()[0], want)
-
-
-@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen3-8b"])
-@pytest.mark.parametrize(
-    ("method", "stored", "said"),
-    [
-        ("gptq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "GPTQ"),
-        ("awq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "AWQ"),
-        ("bitsandbytes", {"weight": np.int8, "SCB": np.float32}, "bitsandbytes"),
-        ("modelopt", {"weight": np.uint8, "weight_scale_2": np.float32}, "NVFP4"),
-        ("compressed-tensors", {"weight": FP8, "weight_scale": np.float32}, "compressed-tensors"),
-        ("compressed-tensors", {"weight_zero_point": np.int32}, "zero_point"),
-        ("compressed-tensors", {"weight_g_idx": np.int32}, "g_idx"),
-    ],
-)
-def test_quantised_in_a_way_that_is_not_read(
-    case: str, method: str, stored: Mapping[str, Any], said: str, tmp_path: Path
-) -> None:
-    c = Checkpoint(case, tmp_path)
-    at = "model.layers.0.mlp.up_proj."
-    others = {n: x for n, x in c.tensors.items() if not n.startswith(at)}
-    c.save(others | {at + end: np.ones((4, 2)).astype(dtype) for end, dtype in stored.items()})
-    c.entries(quantization_config={"quant_method": method})
-    problem = c.refused()
-    assert said in problem and "which is not read" in problem and "\n" not in problem
-    c.save()  # weights that were dequantised, and an entry that was left
-    c.converted()
 
 
 @pytest.mark.parametrize("case", ["llama3.1-8b", "qwen2.5-7b"])

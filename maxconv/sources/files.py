@@ -59,6 +59,7 @@ class FileSource(Source, ABC):
         choice = Choice([])
         with _collect(problems):
             choice = choose(self.root, names, config, self.config, self._object)
+        problems += choice.problems
         headers: dict[str, tuple[StoredTensor, ...]] = {}
         for file in choice.files:
             with _collect(problems):

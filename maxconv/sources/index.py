@@ -27,11 +27,13 @@ class Choice(NamedTuple):
         files: their names.
         where: the file of each tensor, if an index says so; else the files have them all.
         by: what decided: the name of a file, or an entry of config.json.
+        problems: files that are not there.
     """
 
     files: Sequence[str]
     where: Mapping[str, str] | None = None
     by: str = "files with transformers' names"
+    problems: Sequence[str] = ()
 
 
 def choose(
@@ -52,7 +54,7 @@ def choose(
         read: returns the content of an index.
 
     Raises:
-        UserError: there are none, or the index is malformed or names files that are not there.
+        UserError: there are none, or the index is malformed.
     """
     stated = entries.get(_STATED)
     if isinstance(stated, str):
@@ -87,13 +89,16 @@ def _listed(
     root: str, names: set[str], index: str, read: Callable[[str], Mapping[str, Any]]
 ) -> Choice:
     where = weight_map(read(index), index)
-    files = sorted(set(where.values()))
-    if missing := [file for file in files if file not in names and "/" not in file]:
-        raise UserError(
-            f"{index} in {root} lists tensors in {some(missing)}, not there: download the missing "
-            f"files, or remove {index} if the other files hold all tensors."
-        )
-    return Choice(files, where, index)
+    listed = sorted(set(where.values()))
+    missing = [file for file in listed if file not in names and "/" not in file]
+    files = [file for file in listed if file not in missing]
+    if not missing:
+        return Choice(files, where, index)
+    problem = (
+        f"{index} in {root} lists tensors in {some(missing)}, not there: download the missing "
+        f"files, or remove {index} if the other files hold all tensors."
+    )
+    return Choice(files, where, index, (problem,))
 
 
 def weight_map(content: Mapping[str, Any], index: str = INDEX) -> dict[str, str]:
