@@ -13,7 +13,7 @@ from jobs import job_words
 from plans import make_leaf
 from safetensors.numpy import load_file, save_file
 
-from maxconv.config import parse
+from maxconv.config import Config, parse
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import prepared
@@ -41,11 +41,17 @@ class Checkpoint:
         kept = {n: np.ascontiguousarray(x) for n, x in (tensors or self.tensors).items()}
         save_file(kept, self.hf / "model.safetensors")
 
+    def config(self, *more: str) -> Config:
+        """That of a command line that converts it."""
+        words = [*tiny.maxtext_words(self.case, self.case.scans)]
+        return parse(job_words(self.directory, self.hf, words, "fsdp8", more))
+
     def converted(self, *more: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
         """Every leaf as it is made on devices, and what the user is told."""
-        words = [*tiny.maxtext_words(self.case, self.case.scans)]
-        line = job_words(self.directory, self.hf, words, "fsdp8", more)
-        with prepared(parse(line)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
+        with (
+            prepared(self.config(*more)) as job,
+            Engine(job.plan, job.source, window=1 << 20) as engine,
+        ):
             made = {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}
             return made, job.notices
 

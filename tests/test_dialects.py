@@ -10,11 +10,12 @@ import pytest
 import tiny
 from dialects import BF16, HEAD, TABLE, Checkpoint, same
 from jobs import job_words
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from maxconv.config import parse
 from maxconv.errors import UserError
 from maxconv.jobs.prepare import prepared
+from maxconv.to_maxtext import get_maxtext_model_info
 
 LOGITS = "params.params.decoder.logits_dense.kernel"
 
@@ -35,6 +36,8 @@ def test_a_head_beside_a_tied_table(case: str, tmp_path: Path) -> None:
     rows = other.shape[0]
     np.testing.assert_array_equal(leaves[LOGITS][:, :rows], other.T)
     assert any("lm_head.weight is kept" in n for n in notices)
+    info, _ = get_maxtext_model_info(c.config("logits_via_embedding=False"))
+    assert LOGITS.removeprefix("params.").replace(".", "-") in info
     head_alone = {HEAD if n == TABLE else n: x for n, x in c.tensors.items()}
     c.save(head_alone)
     same(c.converted()[0], plain)
@@ -235,3 +238,20 @@ def test_an_adapter_of_a_tied_head(case: str, tmp_path: Path) -> None:
         c.save(tensors)
         problem = c.refused(adapter)
         assert "adapts lm_head" in problem and "tie_word_embeddings" in problem
+
+
+@pytest.mark.parametrize("case", ["gemma3-4b", "gemma4-31b", "gemma4-e4b", "qwen3.5-35b-a3b"])
+def test_an_adapter_of_what_is_left_out(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    if case == "gemma4-e4b":  # whose encoders MaxText has not
+        c.save({**c.tensors, "model.vision_tower.layers.0.q.weight": np.ones((4, 4), BF16)})
+        c.tensors = load_file(c.hf / "model.safetensors")
+    towers = [n for n in c.tensors if "vis" in n and n.endswith(".weight") and ".0." in n]
+    tower = next(n for n in towers if c.tensors[n].ndim == 2)
+    parts = parts_of(tower.removesuffix(".weight"), c.tensors[tower])
+    whole = {"base_model.model." + tower: c.tensors[tower]}
+    for name, stored in (("a", parts), ("b", whole)):
+        problem = c.refused(write_adapter(tmp_path / name, stored))
+        assert "weights that are left out are adapted by 'base_model.model." in problem
+        assert "merge it with PEFT first" in problem
+        assert ("add use_multimodal=True" in problem) == (case != "gemma4-e4b")

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dialects import Checkpoint, same
+from dialects import BF16, Checkpoint, same
+from jobs import CPU, MESHES
+
+from maxconv.config import parse
+from maxconv.jobs.prepare import prepared
 
 
 @pytest.mark.parametrize("case", ["gemma4-31b", "gemma4-26b+vision", "gemma4-e4b"])
@@ -85,3 +89,59 @@ def test_entries_that_come_twice_or_are_no_numbers(case: str, tmp_path: Path) ->
     assert "it has several values of hidden_size" in c.refused()
     path.write_text('{"hidden_size": NaN}')
     assert "hidden_size=NaN is not a whole number" in c.refused()
+
+
+@pytest.mark.parametrize("case", ["qwen3-30b-a3b", "qwen3-vl-30b-a3b", "qwen3-next-80b-a3b"])
+@pytest.mark.parametrize("dense", [[0], [1], [0, 2]])
+def test_layers_without_experts(case: str, dense: list[int], tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    prefix = next(n for n in c.tensors if "layers.0.mlp" in n).partition("layers.0.")[0]
+    for layer in dense:
+        at = f"{prefix}layers.{layer}.mlp."
+        c.tensors = {n: x for n, x in c.tensors.items() if not n.startswith(at)}
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            shape = (42, 52) if part == "down_proj" else (52, 42)
+            c.tensors[f"{at}{part}.weight"] = np.zeros(shape, BF16)
+    c.save()
+    config = json.loads((c.hf / "config.json").read_text())
+    if "text_config" in config:
+        c.entries(text_config=config["text_config"] | {"mlp_only_layers": dense})
+    else:
+        c.entries(mlp_only_layers=dense)
+    problem = c.refused()
+    numbers = ", ".join(map(str, dense))
+    assert f"layers {numbers} have no experts (mlp_only_layers={dense} in config.json)" in problem
+    assert "\n" not in problem
+    mend = "base_num_decoder_layers=1 converts those before"
+    assert (mend in problem) == (dense == [1])
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"), [("llama3.1-8b", (60, 20, 20)), ("mistral-7b", (60, 20, 20))]
+)
+def test_biases_that_the_decoder_has_not(case: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    layers = {n.split(".")[2] for n in c.tensors if n.startswith("model.layers.")}
+    biases = {
+        f"model.layers.{layer}.self_attn.{part}_proj.bias": np.ones(n, BF16)
+        for layer in layers
+        for part, n in zip("qkv", sizes, strict=True)
+    }
+    c.save({**c.tensors, **biases})
+    problem = c.refused()
+    assert len(problem.splitlines()) == 3
+    assert "q_proj.bias and" in problem and "its tensors are those of Qwen2ForCausalLM" in problem
+    more = {n.replace("q_proj", "o_proj"): np.ones(42, BF16) for n in biases if "q_proj" in n}
+    c.save({**c.tensors, **biases, **more})
+    problem = c.refused()
+    assert "o_proj.bias and" in problem and "has no such bias" in problem
+    c.save({**c.tensors, **biases})
+    c.entries(architectures=["Qwen2ForCausalLM"])
+    line = [
+        f"--hf_model_path={c.hf}",
+        f"base_output_directory={tmp_path}/o",
+        *CPU,
+        *MESHES["fsdp8"],
+    ]
+    with prepared(parse(line)) as job:
+        assert any(leaf.name.endswith("query.bias") for leaf in job.plan.leaves)

@@ -9,6 +9,7 @@ from typing import Any
 
 from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale, tensors
 from maxconv.errors import UserError
+from maxconv.families import Dims, Family
 from maxconv.models.adapter_config import (
     LONGEST_NAME,
     alphas,
@@ -18,6 +19,7 @@ from maxconv.models.adapter_config import (
 )
 from maxconv.models.stored_names import EMBEDDING, HEAD
 from maxconv.sources import Source
+from maxconv.sources.safetensors import some
 
 # Names in an adapter: of one of the two parts of a module; of a whole weight. What PEFT has in
 # memory and other programs save, too, is the adapter's own name in them, such as `.default`.
@@ -64,6 +66,27 @@ def check(problems: Iterable[str], adapter: Source) -> None:
     """Raises a UserError about an adapter if there are problems."""
     if found := [f"{adapter.root}: {p}." for p in problems]:
         raise UserError(found)
+
+
+def lost_parts(
+    source: Source, family: Family, dims: Dims, weights: Mapping[str, Expr]
+) -> Iterator[str]:
+    """A sentence if an adapter is of weights that are left out, such as those of an encoder."""
+    adapter = source.adapter
+    lost = [
+        tensor.name
+        for name, weight in weights.items()
+        if adapter and family.leaves_out(name, dims)
+        for tensor in tensors(weight)
+        if tensor.name in adapter.tensors
+    ]
+    if adapter and lost:
+        parts = " or use_audio=True" if family.audio_patterns else ""
+        mend = f"add use_multimodal=True{parts} to include them, or " if family.encoders else ""
+        yield (
+            f"{adapter.root}: weights that are left out are adapted by {some(lost)}; "
+            f"{mend}merge it with PEFT first."
+        )
 
 
 def is_part(name: str) -> bool:

@@ -14,7 +14,9 @@ from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
 from maxconv.models.head import Head, head, head_problems
+from maxconv.models.lora import lost_parts
 from maxconv.models.stored_names import HEAD
+from maxconv.models.unlike import dense_layers
 from maxconv.sources import Source
 
 _MOST_PADDING = 2  # times the vocabulary; more is a mistake
@@ -96,7 +98,12 @@ def resolve(
     problems = problems or list(layer_problems(dims, ends.tensors))
     if problems:
         raise UserError(problems)
-    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, ends.tensors))
+    table = tuple(family.rows(dims))
+    problems += dense_layers(source.config, family, dims, table, ends.tensors)
+    problems += lost_parts(source, family, dims, ends.tensors)
+    if problems:
+        raise UserError(problems)
+    rows = (*table, *scale_rows(family, dims, source.config, ends.tensors))
     notices = [
         *found_as(source.config, family),
         *logical.notices,
