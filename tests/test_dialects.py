@@ -250,8 +250,16 @@ def test_an_adapter_of_what_is_left_out(case: str, tmp_path: Path) -> None:
     tower = next(n for n in towers if c.tensors[n].ndim == 2)
     parts = parts_of(tower.removesuffix(".weight"), c.tensors[tower])
     whole = {"base_model.model." + tower: c.tensors[tower]}
+    plain, _ = c.converted()
+    mend = "add use_multimodal=True to include them"
     for name, stored in (("a", parts), ("b", whole)):
         problem = c.refused(write_adapter(tmp_path / name, stored))
-        assert "weights that are left out are adapted by 'base_model.model." in problem
-        assert "merge it with PEFT first" in problem
-        assert ("add use_multimodal=True" in problem) == (case != "gemma4-e4b")
+        assert f"{len(stored)} of its {len(stored)} tensors adapt weights that are left" in problem
+        assert (mend in problem) == (case != "gemma4-e4b")
+    queries = [n for n in c.tensors if n.endswith("self_attn.q_proj.weight")]
+    kept = next(n for n in queries if "vis" not in n)
+    more = parts_of(kept.removesuffix(".weight"), c.tensors[kept])
+    leaves, notices = c.converted(write_adapter(tmp_path / "c", parts | more))
+    assert leaves.keys() == plain.keys()
+    (note,) = [n for n in notices if "2 of its 4 tensors adapt weights that are left out" in n]
+    assert min(parts) in note and (mend in note) == (case != "gemma4-e4b")

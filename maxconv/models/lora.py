@@ -68,25 +68,28 @@ def check(problems: Iterable[str], adapter: Source) -> None:
         raise UserError(found)
 
 
-def lost_parts(
+def left_out(
     source: Source, family: Family, dims: Dims, weights: Mapping[str, Expr]
 ) -> Iterator[str]:
-    """A sentence if an adapter is of weights that are left out, such as those of an encoder."""
-    adapter = source.adapter
-    lost = [
-        tensor.name
-        for name, weight in weights.items()
-        if adapter and family.leaves_out(name, dims)
-        for tensor in tensors(weight)
-        if tensor.name in adapter.tensors
-    ]
-    if adapter and lost:
-        parts = " or use_audio=True" if family.audio_patterns else ""
-        mend = f"add use_multimodal=True{parts} to include them, or " if family.encoders else ""
-        yield (
-            f"{adapter.root}: weights that are left out are adapted by {some(lost)}; "
-            f"{mend}merge it with PEFT first."
-        )
+    """A sentence if an adapter is of weights that are left out, such as those of an encoder.
+
+    Raises:
+        UserError: it is of no others.
+    """
+    if (adapter := source.adapter) is None:
+        return
+    reached, lost = set[str](), set[str]()
+    for name, weight in weights.items():
+        own = (t.name for t in tensors(weight) if t.name in adapter.tensors)
+        (lost if family.leaves_out(name, dims) else reached).update(own)
+    if not lost:
+        return
+    audio = " or use_audio=True" if family.audio_patterns else ""
+    mend = f"add use_multimodal=True{audio} to include" if family.encoders else ""
+    what = f"{len(lost)} of its {len(adapter.tensors)} tensors adapt weights that are left out"
+    if not reached:
+        check([f"{what}; {f'{mend} them' if mend else 'take the adapter out'}"], adapter)
+    yield f"{adapter.root}: {what}: {some(sorted(lost))}{mend and f'; {mend} them'}"
 
 
 def is_part(name: str) -> bool:

@@ -14,7 +14,7 @@ from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
 from maxconv.models.head import Head, head, head_problems
-from maxconv.models.lora import lost_parts
+from maxconv.models.lora import left_out
 from maxconv.models.stored_names import HEAD
 from maxconv.models.unlike import dense_layers
 from maxconv.sources import Source
@@ -100,7 +100,6 @@ def resolve(
         raise UserError(problems)
     table = tuple(family.rows(dims))
     problems += dense_layers(source.config, family, dims, table, ends.tensors)
-    problems += lost_parts(source, family, dims, ends.tensors)
     if problems:
         raise UserError(problems)
     rows = (*table, *scale_rows(family, dims, source.config, ends.tensors))
@@ -108,6 +107,7 @@ def resolve(
         *found_as(source.config, family),
         *logical.notices,
         *ends.notices,
+        *left_out(source, family, dims, ends.tensors),
         *_notices(dims, published),
         *_advice(family, name, facts),
     ]

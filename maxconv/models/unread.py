@@ -61,7 +61,7 @@ def check_readable(source: Source) -> None:
 
 def _problems(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[str]:
     parts = [name for name in tensors if is_part(name)]
-    if parts and len(parts) == len(tensors):
+    if parts and not any("norm" in name for name in tensors):  # which every model has
         yield (
             "is a LoRA adapter, not a model: give it as hf_lora_adapter_path=, and the model that "
             "it is of as --hf_model_path="
