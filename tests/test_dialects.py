@@ -263,3 +263,23 @@ def test_an_adapter_of_what_is_left_out(case: str, tmp_path: Path) -> None:
     assert leaves.keys() == plain.keys()
     (note,) = [n for n in notices if "2 of its 4 tensors adapt weights that are left out" in n]
     assert min(parts) in note and (mend in note) == (case != "gemma4-e4b")
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "qwen3-8b"])
+def test_the_first_pattern_that_fits_gives_alpha(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    parts, merged = {}, dict(c.tensors)
+    patterns = {"layers.0.self_attn.q_proj": 3, "up_proj": 6, "q_proj": 10, "layers.0.*": 77}
+    adapted = {"0.self_attn.q_proj": 3, "1.self_attn.q_proj": 10, "1.mlp.up_proj": 6}
+    for module, alpha in adapted.items():
+        name = f"model.layers.{module}"
+        own = parts_of(name, c.tensors[f"{name}.weight"])
+        b, a = (own[f"base_model.model.{name}.lora_{x}.weight"].astype("f8") for x in "BA")
+        merged[f"{name}.weight"] = (c.tensors[f"{name}.weight"] + alpha / 2 * (b @ a)).astype("f4")
+        parts |= own
+    leaves, _ = c.converted(write_adapter(tmp_path / "a", parts, alpha_pattern=patterns))
+    c.save(merged)
+    want, _ = c.converted()
+    assert leaves.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(leaves[name].astype("f4"), x.astype("f4"), rtol=2**-7, atol=1e-3)
