@@ -223,7 +223,7 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
 def _entry(source: Source, f: Field) -> str:
     """The entry of config.json that a field is read from, or would be."""
     usual = (key for key in f.metadata["hf"] if not key.startswith(PER_LAYER))
-    return next(iter((*stated_sizes(source.config, f), *usual)))
+    return next(iter((*stated_sizes(source.config, f), *usual)), f.name)
 
 
 def _origin(source: Source, f: Field, value: Any) -> str:
