@@ -166,6 +166,7 @@ DEEPSEEK_V2 = Family(
     rows=v2_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )
 DEEPSEEK_V3 = Family(
@@ -175,6 +176,7 @@ DEEPSEEK_V3 = Family(
     rows=v3_rows,
     sizes=DeepSeekDims,
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )
 DEEPSEEK_V32 = Family(
@@ -184,5 +186,6 @@ DEEPSEEK_V32 = Family(
     rows=v32_rows,
     sizes=IndexerDims,
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )

@@ -30,15 +30,14 @@ class Gemma4Dims(VisionDims):
     moe_mlp: int = size("moe_intermediate_size", default=-1)
     head_dim: int = size("head_dim", maxtext="head_dim", default=256)
     full_head_dim: int = size(
+        "per_layer_config.full_attention.head_dim",
         "global_head_dim",
-        "per_layer_config.05.head_dim",
-        "per_layer_config.04.head_dim",
         maxtext="global_head_dim",
         default=512,
     )
     full_kv_heads: int = size(
+        "per_layer_config.full_attention.num_key_value_heads",
         "num_global_key_value_heads",
-        "per_layer_config.05.num_key_value_heads",
         maxtext="global_num_kv_heads",
         default=lambda d: d["kv_heads"],
     )

@@ -146,6 +146,8 @@ class Family:
             `maxconv.models.canonical_names.renamer`.
         ignored: patterns of tensors that have no parameter in MaxText.
         spare: returns more of these for given sizes.
+        predicts: name suffix of a tensor that only layers for multi-token prediction have, which
+            come after the others, if MaxText has such layers.
         encoders: patterns of tensors that have a parameter only with use_multimodal.
         audio_patterns: patterns of tensors that have a parameter only with use_audio.
         fuse_experts: name suffixes of the table's tensors of all experts; and, for each, those of
@@ -173,6 +175,7 @@ class Family:
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     spare: Callable[[Any], Iterable[str]] = lambda d: ()
+    predicts: str = ""
     encoders: tuple[str, ...] = ()
     audio_patterns: tuple[str, ...] = ()
     fuse_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()

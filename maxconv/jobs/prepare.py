@@ -124,14 +124,19 @@ def _check_outputs(config: Config) -> None:
 
 
 def _head_differs(config: Config, source: Source) -> bool:
-    """Whether a stored head differs from the table it is tied to; each process reads a share."""
+    """`head_differs`, of which each process reads a share."""
     mine = False
     with same_error_everywhere():
-        if not config.adapter_alone:
-            index, count = jax.process_index(), jax.process_count()
-            share = slice(index / count, (index + 1) / count)
-            mine = differs_in_share(source, model_facts(config.model_name), share)
+        index, count = jax.process_index(), jax.process_count()
+        mine = head_differs(config, source, slice(index / count, (index + 1) / count))
     return any(gathered(mine))
+
+
+def head_differs(config: Config, source: Source, share: slice = slice(0, 1)) -> bool:
+    """Whether a stored head differs from the table it is tied to, in a share of the rows."""
+    if config.adapter_alone:
+        return False
+    return differs_in_share(source, model_facts(config.model_name), share)
 
 
 def _planned(

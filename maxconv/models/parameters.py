@@ -1,9 +1,10 @@
 """The parameters of a MaxText model, bound to the tensors of a checkpoint."""
 
-from maxconv.algebra import AlgebraError, check_covered, tensors, unused
+from maxconv.algebra import AlgebraError, check_covered, unused
 from maxconv.errors import UserError
 from maxconv.families import Parameter, bind_rows
 from maxconv.models.resolve import Model
+from maxconv.models.unlike import without_counterpart
 
 
 def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter]:
@@ -30,8 +31,7 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
         except AlgebraError as error:
             problems += str(error).splitlines()
         left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]
-        found = [next(tensors(model.tensors[n])).name for n in left]
-        problems += [f"tensor {n} has no counterpart in {architecture}" for n in found]
+        problems += without_counterpart(family, model.dims, model.tensors, left)
     if problems:
         raise UserError([f"{root}: {p}." for p in problems])
     return bound

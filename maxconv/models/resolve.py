@@ -7,14 +7,16 @@ from typing import Any
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row, number_after, stated_sizes
-from maxconv.families.dims import DECODER_LAYERS
+from maxconv.families.dims import DECODER_LAYERS, PER_LAYER
 from maxconv.models import schema
-from maxconv.models.architecture import check_config, family_of
+from maxconv.models.architecture import check_config, check_entries, family_of
 from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
 from maxconv.models.head import Head, head, head_problems
+from maxconv.models.lora import left_out
 from maxconv.models.stored_names import HEAD
+from maxconv.models.unlike import dense_layers
 from maxconv.sources import Source
 
 _MOST_PADDING = 2  # times the vocabulary; more is a mistake
@@ -83,7 +85,7 @@ def resolve(
             and what MaxText would build.
     """
     family = family_of(source, facts)
-    check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
+    check_entries(source, schema.sizes(family.sizes))
     logical = logical_tensors(source, family, keep_fp8)
     ends = head(source, family, logical.tensors, head_differs)
     published = _published(source, family, ends)
@@ -96,11 +98,16 @@ def resolve(
     problems = problems or list(layer_problems(dims, ends.tensors))
     if problems:
         raise UserError(problems)
-    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, ends.tensors))
+    table = tuple(family.rows(dims))
+    problems += dense_layers(source.config, family, dims, table, ends.tensors)
+    if problems:
+        raise UserError(problems)
+    rows = (*table, *scale_rows(family, dims, source.config, ends.tensors))
     notices = [
         *found_as(source.config, family),
         *logical.notices,
         *ends.notices,
+        *left_out(source, family, dims, ends.tensors),
         *_notices(dims, published),
         *_advice(family, name, facts),
     ]
@@ -131,7 +138,7 @@ def _chosen(
             mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
             problems.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
-                f"{_entry(source, f)}={theirs} in config.json; "
+                f"{_origin(source, f, theirs)}; "
                 f"if the checkpoint is right, add {mend}."
             )
     return chosen, problems
@@ -139,11 +146,10 @@ def _chosen(
 
 def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]:
     """Parts that were asked for but that MaxText does not have, or only with all layers."""
-    predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(dims))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
         ("use_audio", dims.audio, family.audio_patterns),
-        ("mtp_num_layers", dims.mtp, predicts),
+        ("mtp_num_layers", dims.mtp, family.predicts),
     ):
         if wants and not has:
             yield (
@@ -161,11 +167,21 @@ def _published(source: Source, family: Family, ends: Head) -> Dims:
     """The sizes in config.json; UserError if the tensors have different ones."""
     try:
         dims = replace(family.dims(source.config), tied=ends.tied)
+        dims = replace(dims, mtp=_predicting(family, dims.layers, ends.tensors))
     except KeyError as error:
         check_config(source, [f"there is no entry {error}"])
         raise
     check_config(source, _size_problems(source, dims, ends.tensors))
     return dims
+
+
+def _predicting(family: Family, layers: int, names: Iterable[str]) -> int:
+    """The number of layers for multi-token prediction that a checkpoint has, by their names:
+    config.json may have lost the entry, or the checkpoint the layers."""
+    if not family.predicts:
+        return 0
+    numbers = {number_after(n, DECODER_LAYERS) for n in names if n.endswith(family.predicts)}
+    return sum(number is not None and number >= layers for number in numbers)
 
 
 def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> Iterator[str]:
@@ -206,7 +222,19 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
 
 def _entry(source: Source, f: Field) -> str:
     """The entry of config.json that a field is read from, or would be."""
-    return next(iter(stated_sizes(source.config, f)), f.metadata["hf"][0])
+    usual = (key for key in f.metadata["hf"] if not key.startswith(PER_LAYER))
+    return next(iter((*stated_sizes(source.config, f), *usual)), f.name)
+
+
+def _origin(source: Source, f: Field, value: Any) -> str:
+    """A size of the checkpoint, and what says so: config.json only if it does."""
+    said = f"{_entry(source, f)}={value}"
+    entries = list(stated_sizes(source.config, f).values())
+    if entries and entries[0] == value:
+        return f"{said} in config.json"
+    if f.name in ("tied", "mtp"):
+        return f"{said}, as the tensors of the checkpoint have it"
+    return f"{said}, which is the default where config.json has no such entry"
 
 
 def _architecture_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
