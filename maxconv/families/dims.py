@@ -106,15 +106,20 @@ def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
     return stated(hf_config, f.metadata["hf"])
 
 
-def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The given entries that a config.json has, with their values; for their syntax see `size`."""
+def text_entries(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json for its decoder, which may be nested in others."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
         inner = view.get(nested)
         if isinstance(inner, Mapping):
             said = {key: value for key, value in view.items() if value is not None}
             view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
-    found = {}
+    return view
+
+
+def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The given entries that a config.json has, with their values; for their syntax see `size`."""
+    view, found = text_entries(hf_config), {}
     for key in keys:
         value: Any = view
         for part in key.split("."):
