@@ -108,6 +108,17 @@ def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
     return stated(hf_config, f.metadata["hf"])
 
 
+def text_entries(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json for its decoder, which may be nested in others."""
+    view = dict(hf_config)
+    for nested in ("thinker_config", "text_config"):
+        inner = view.get(nested)
+        if isinstance(inner, Mapping):
+            said = {key: value for key, value in view.items() if value is not None}
+            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
+    return view
+
+
 def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     """The given entries that a config.json has, with their values; for their syntax see `size`.
 
@@ -115,13 +126,7 @@ def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     really has: per_layer_config.05.entry, or just that of all layers if theirs is not another
     (transformers heterogeneity/configuration_utils.py, since 5.15).
     """
-    view = dict(hf_config)
-    for nested in ("thinker_config", "text_config"):
-        inner = view.get(nested)
-        if isinstance(inner, Mapping):
-            said = {key: value for key, value in view.items() if value is not None}
-            view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
-    found = {}
+    view, found = text_entries(hf_config), {}
     for key in keys:
         parts = key.split(".")
         if parts[0] == PER_LAYER and len(parts) > 1:

@@ -60,6 +60,13 @@ def is_base(config: Mapping[str, Any]) -> bool:
     )
 
 
+def stated_architecture(config: Mapping[str, Any], family: Family) -> str:
+    """The architecture in config.json that made it this family; the family's if there is none."""
+    named = _architectures(config)
+    own = [name for name in named if name in family.architectures]
+    return next(iter([*own, *named]), family.architectures[0])
+
+
 def notices(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     """How the family was found, if config.json does not name it."""
     if not (names := _architectures(config)):

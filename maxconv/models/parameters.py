@@ -19,7 +19,7 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
         UserError: with every row that does not match, and every tensor that is not used.
     """
     family = model.family
-    architecture = family.architectures[0]
+    architecture = model.architecture or family.architectures[0]
     if scan_axis is not None and not family.scans:
         raise UserError(f"MaxText cannot scan the layers of {architecture}; add scan_layers=False.")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}

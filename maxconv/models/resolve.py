@@ -9,7 +9,12 @@ from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row, number_after, stated_sizes
 from maxconv.families.dims import DECODER_LAYERS, PER_LAYER
 from maxconv.models import schema
-from maxconv.models.architecture import check_config, check_entries, family_of
+from maxconv.models.architecture import (
+    check_config,
+    check_entries,
+    family_of,
+    stated_architecture,
+)
 from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
@@ -18,6 +23,7 @@ from maxconv.models.lora import left_out
 from maxconv.models.stored_names import HEAD
 from maxconv.models.unlike import dense_layers
 from maxconv.sources import Source
+from maxconv.text import argument
 
 _MOST_PADDING = 2  # times the vocabulary; more is a mistake
 
@@ -34,6 +40,7 @@ class Model:
         notices: sentences about how `dims` and `published` differ, and other choices.
         rounds: whether tensors are rounded to the saved dtype before anything is computed.
         metadata: what MaxText reads in addition to the tree.
+        architecture: as config.json has it.
     """
 
     family: Family
@@ -44,6 +51,7 @@ class Model:
     notices: tuple[str, ...]
     rounds: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor is left out on purpose: ignored, tied, or of a layer that is not wanted.
@@ -91,7 +99,7 @@ def resolve(
     published = _published(source, family, ends)
     # Layers for multi-token prediction are converted only if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
-    problems = _architecture_problems(family, name, facts)
+    problems = _architecture_problems(source, family, name, facts)
     chosen, contradictions = _chosen(source, family, published, name, facts, words)
     dims = replace(published, **chosen)
     problems += [*contradictions, *_part_problems(family, dims, published)]
@@ -109,9 +117,10 @@ def resolve(
         *ends.notices,
         *left_out(source, family, dims, ends.tensors),
         *_notices(dims, published),
-        *_advice(family, name, facts),
     ]
-    return Model(family, dims, published, rows, ends.tensors, tuple(notices))
+    architecture = stated_architecture(source.config, family)
+    tensors, said = ends.tensors, tuple(notices)
+    return Model(family, dims, published, rows, tensors, said, architecture=architecture)
 
 
 def _chosen(
@@ -124,24 +133,28 @@ def _chosen(
 ) -> tuple[dict[str, Any], list[str]]:
     """The sizes from MaxText or the arguments, and a sentence for each that is not possible."""
     chosen: dict[str, Any] = {}
-    problems: list[str] = []
+    contradictions: list[str] = []
+    fitting: dict[str, Any] = {}
     wanted = {**facts, **words}
     for f in fields(published):
         key, theirs, n = f.metadata["maxtext"], getattr(published, f.name), unit(f.name, family)
         typed = key in words
         said = words[key] if typed else facts.get(key)
-        if said is None or not wanted.get(f"use_{_encoder(f)}", True):
+        if said is None or not wanted.get(f"use_{encoder_of(f)}", True):
             continue
         ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            fits = theirs // n if n > 1 else theirs
-            mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
-            problems.append(
+            fitting[key] = theirs // n if n > 1 else theirs
+            contradictions.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
-                f"{_origin(source, f, theirs)}; "
-                f"if the checkpoint is right, add {mend}."
+                f"{_origin(source, f, theirs)}"
             )
-    return chosen, problems
+    if not contradictions:
+        return chosen, []
+    override = "" if fitting.keys() <= words.keys() else "override_model_config=True "
+    mend = override + " ".join(argument(key, value) for key, value in fitting.items())
+    leave = "" if name is None else "leave out model_name, or "
+    return chosen, [f"{', '.join(contradictions)}; if the checkpoint is right, {leave}add {mend}"]
 
 
 def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]:
@@ -204,7 +217,7 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
     """
     wanted: dict[str, int] = {}
     for f in fields(dims):
-        prefix, value, encoder = f.metadata["numbered"], getattr(dims, f.name), _encoder(f)
+        prefix, value, encoder = f.metadata["numbered"], getattr(dims, f.name), encoder_of(f)
         if prefix and (not encoder or getattr(dims, encoder)):
             wanted[prefix] = wanted.get(prefix, 0) + (len(value) if f.type is list else value)
     found = {prefix: set[int]() for prefix in wanted}
@@ -237,17 +250,19 @@ def _origin(source: Source, f: Field, value: Any) -> str:
     return f"{said}, which is the default where config.json has no such entry"
 
 
-def _architecture_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
+def _architecture_problems(
+    source: Source, family: Family, name: str | None, facts: Mapping[str, Any]
+) -> list[str]:
     architecture = facts.get("architecture", family.architectures[0])
     if architecture in family.architectures:
         return []
     return [
-        f"model_name={name} is a {architecture}, but config.json says {family.architectures[0]}; "
-        "correct model_name, or leave it out."
+        f"model_name={name} is a {architecture}, but config.json says "
+        f"{stated_architecture(source.config, family)}; correct model_name, or leave it out."
     ]
 
 
-def _encoder(f: Field) -> str:
+def encoder_of(f: Field) -> str:
     """The encoder that a size belongs to, "multimodal" or "audio", by its entry in config.json."""
     entry = next(iter(f.metadata["hf"]), "").partition(".")[0]
     return {"vision_config": "multimodal", "audio_config": "audio"}.get(entry, "")
@@ -285,17 +300,4 @@ def _notices(dims: Dims, published: Dims):
         yield (
             "the layers for multi-token prediction are left out; to include them, add "
             f"mtp_num_layers={published.mtp}"
-        )
-
-
-def _advice(family: Family, name: str | None, facts: Mapping[str, Any]):
-    if name is None and family.train_with:
-        yield (
-            f"to train this checkpoint, pass MaxText {family.train_with}, or a model_name of this "
-            "family"
-        )
-    if train_as := facts.get("train_as"):
-        yield (
-            f"to train this checkpoint, pass MaxText model_name={train_as}: only its converter "
-            f"knows {name}"
         )
