@@ -1,5 +1,7 @@
 """Text for people: what comes from files and servers made harmless; sizes, durations, tables."""
 
+import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
@@ -45,6 +47,12 @@ def say(text: str, out: TextIO | None = None) -> None:
 def note(sentence: str) -> None:
     """Tells the user on stderr something that keeps nothing from going on."""
     print(f"note: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def argument(key: str, value: object) -> str:
+    """An argument of MaxText or of ours, as a shell takes it."""
+    text = json.dumps(value) if isinstance(value, list) else str(value)
+    return shlex.quote(f"{key}={text}")
 
 
 def size(nbytes: float) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 
 from maxconv import cli
 from maxconv.config import Config
+from maxconv.config.paths import checked_path
 from maxconv.errors import UserError
 from maxconv.families import bind_rows
-from maxconv.jobs.prepare import opened, resolved
+from maxconv.jobs.prepare import head_differs, opened, resolved
 from maxconv.sources import open_source
 from maxconv.targets.lazy import LazyTensor
 from maxconv.targets.orbax import train_state
@@ -93,9 +94,10 @@ class LazyHFLoader:
     ):
         self.model_id, self.token, self.revision = model_id, token, revision
         self.save_dtype = save_dtype
-        self.is_local = os.path.isdir(model_id)
+        path = checked_path("model_id", model_id)
+        self.is_local = os.path.isdir(path)
         # A directory has no revisions: MaxText ignores the word, too.
-        self.source = open_source(model_id, None if self.is_local else revision, token)
+        self.source = open_source(path, None if self.is_local else revision, token)
 
     def get_tensor(self, key: str) -> np.ndarray:
         """The whole tensor; ValueError when there is none of that name."""
@@ -107,7 +109,8 @@ class LazyHFLoader:
 def get_maxtext_model_info(
     config: Config,
 ) -> tuple[dict[str, tuple[int, tuple[int, ...]]], Any]:
-    """MaxText's parameters, from the headers of the checkpoint.
+    """MaxText's parameters, from the headers of the checkpoint; of a head that may be the embedding
+    table, from both.
 
     Returns:
         For each parameter, such as `params-decoder-layers-mlp-wi_0-kernel`, its position among the
@@ -117,7 +120,7 @@ def get_maxtext_model_info(
         UserError: with everything that is wrong with the checkpoint.
     """
     with opened(config) as source:
-        model = resolved(config, source)
+        model = resolved(config, source, head_differs(config, source))
         shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:

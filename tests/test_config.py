@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from maxconv import cli
 from maxconv.config import Config, config_path, model_facts, parse
 from maxconv.config.argv import convert
 from maxconv.config.tables import MODEL_KEYS, defaults, known_models, maxtext_keys
@@ -257,14 +258,55 @@ def test_a_model_may_say_that_its_layers_are_not_scanned() -> None:
     assert parse(["model_name=qwen3-30b-a3b"], {}).scan_layers is True
 
 
-def test_paths_are_read_in_one_way() -> None:
-    for key in ("--hf_model_path", "hf_lora_adapter_path", "load_parameters_path"):
+def test_paths_are_read_in_one_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key in (
+        *("--hf_model_path", "hf_lora_adapter_path", "load_parameters_path"),
+        *("base_output_directory", "--trace", "--report"),
+    ):
         found = read(f"{key}=~/m/")
         assert getattr(found, key.lstrip("-")) == str(Path.home() / "m")
-    for page in ("https://huggingface.co/o/n", "hf://o/n/"):
-        assert read(f"--hf_model_path={page}").hf_model_path == "hf://o/n"
-    page = "https://huggingface.co/o/n/tree/v1"
-    assert read(f"--hf_model_path={page}").hf_model_path == "hf://o/n@v1"
-    assert read("--hf_model_path=o/n/").hf_model_path == "o/n"
-    with pytest.raises(UserError, match="gs:/b/c is no path: write gs://b/c"):
-        read("base_output_directory=gs:/b/c")
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    for page, name in {
+        "https://huggingface.co/o/n": "hf://o/n",
+        "https://hf.co/o/n/?a=b#c": "hf://o/n",
+        "https://mirror.example/o/n/": "hf://o/n",
+        "hf://o/n/": "hf://o/n",
+        "https://huggingface.co/o/n/tree/v1": "hf://o/n@v1",
+        "https://huggingface.co/o/n/tree/refs%2Fpr%2F3/": "hf://o/n@refs/pr/3",
+        "https://huggingface.co/o/n/blob/main/config.json": "hf://o/n@main",
+        "https://huggingface.co/o/n/resolve/main/a/b.safetensors": "hf://o/n@main",
+        "o/n/": "o/n",
+        "file:///a/b/": "/a/b",
+        "gs://b/c//": "gs://b/c",
+        "/": "/",
+    }.items():
+        assert read(f"--hf_model_path={page}").hf_model_path == name
+    for text, said in {
+        "gs:/b/c": "gs:/b/c is no path: write gs://b/c",
+        "hf:/o/n": "write hf://o/n",
+        "https://elsewhere.example/o/n": "no page of a model on the Hub",
+        "https://huggingface.co/datasets/o/n": "no page of a model on the Hub",
+        "https://huggingface.co/o/n/tree/main/sub": "is a directory within a model",
+    }.items():
+        for key in ("base_output_directory", "--hf_model_path", "hf_lora_adapter_path"):
+            with pytest.raises(UserError, match=said):
+                read(f"{key}={text}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yml").write_text("base_config: ~/base.yml\nscan_layers: false")
+    (tmp_path / "base.yml").write_text("param_scan_axis: 2")
+    found = read("~/mine.yml")
+    assert (found.scan_layers, found.param_scan_axis) == (False, 2)
+
+
+def test_paths_of_other_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    (tmp_path / "flags").write_text("gs:/b\n")
+    for command in ("inspect", "verify", "demo"):
+        assert cli.main([command, "--flagfile=~/flags"]) == 2
+        assert "=gs:/b is no path: write gs://b" in capsys.readouterr().err
+    for command in ("inspect", "verify"):
+        assert cli.main([command, "~/file/"]) == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err

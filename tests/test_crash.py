@@ -60,7 +60,10 @@ class Place:
         return list(self.out.glob("0.orbax-checkpoint-tmp*"))
 
     def has_data(self) -> bool:
-        return any(self.out.glob("0.*/items.orbax-checkpoint-tmp*/**/d/*"))
+        try:
+            return any(self.out.glob("0.*/items.orbax-checkpoint-tmp*/**/d/*"))
+        except FileNotFoundError:  # a directory has been renamed meanwhile
+            return False
 
     def has_none(self) -> bool:
         """Whether neither Orbax nor MaxText finds a checkpoint, or a word of one."""

@@ -5,61 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from dialects import BF16, HEAD, TABLE, Checkpoint, same
 from jobs import job_words
-from plans import make_leaf
 from safetensors.numpy import load_file, save_file
 
 from maxconv.config import parse
 from maxconv.errors import UserError
-from maxconv.execution.engine import Engine
 from maxconv.jobs.prepare import prepared
-
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-BF16 = np.dtype(ml_dtypes.bfloat16)
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class Checkpoint:
-    """A tiny model of a family, whose tensors and config.json a test changes."""
-
-    def __init__(self, case: str, directory: Path):
-        self.case, self.directory = case, directory
-        self.hf = tiny.write(case, directory / "hf", shard_bytes=None)
-        self.tensors = load_file(self.hf / "model.safetensors")
-
-    def entries(self, **entries: Any) -> None:
-        """Entries of config.json; None takes one out."""
-        path = self.hf / "config.json"
-        config = json.loads(path.read_text()) | entries
-        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-    def save(self, tensors: Mapping[str, np.ndarray] | None = None) -> None:
-        kept = {n: np.ascontiguousarray(x) for n, x in (tensors or self.tensors).items()}
-        save_file(kept, self.hf / "model.safetensors")
-
-    def converted(self, *more: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        """Every leaf as it is made on devices, and what the user is told."""
-        words = [*tiny.maxtext_words(self.case, tiny.CASES[self.case].scans)]
-        line = job_words(self.directory, self.hf, words, "fsdp8", more)
-        with prepared(parse(line)) as job, Engine(job.plan, job.source, window=1 << 20) as engine:
-            made = {leaf.name: np.asarray(make_leaf(engine, leaf)) for leaf in job.plan.leaves}
-            return made, job.notices
-
-    def refused(self, *more: str) -> str:
-        with pytest.raises(UserError) as caught:
-            self.converted(*more)
-        return "\n".join(caught.value.problems)
-
-
-def same(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
-    assert ours.keys() == theirs.keys()
-    differ = [n for n in theirs if not np.array_equal(ours[n], theirs[n])]
-    assert not differ
-
+from maxconv.to_maxtext import get_maxtext_model_info
 
 LOGITS = "params.params.decoder.logits_dense.kernel"
 
@@ -80,6 +36,8 @@ def test_a_head_beside_a_tied_table(case: str, tmp_path: Path) -> None:
     rows = other.shape[0]
     np.testing.assert_array_equal(leaves[LOGITS][:, :rows], other.T)
     assert any("lm_head.weight is kept" in n for n in notices)
+    info, _ = get_maxtext_model_info(c.config("logits_via_embedding=False"))
+    assert LOGITS.removeprefix("params.").replace(".", "-") in info
     head_alone = {HEAD if n == TABLE else n: x for n, x in c.tensors.items()}
     c.save(head_alone)
     same(c.converted()[0], plain)
@@ -158,56 +116,6 @@ def test_what_is_no_weight_is_left_out(case: str, tmp_path: Path) -> None:
     same(leaves, plain)
     (told,) = [n for n in notices if "no weights" in n]
     assert all(part in told for part in ("inv_freq", "v_head", "k_scale", "input_scale"))
-
-
-@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "mixtral-8x7b"])
-@pytest.mark.parametrize("end", ["_scale_inv", "_scale"])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_fp8_with_a_scale_for_each_tensor(
-    case: str, end: str, shape: tuple[int, ...], tmp_path: Path
-) -> None:
-    c = Checkpoint(case, tmp_path)
-    stored, plain = {}, {}
-    for i, (name, x) in enumerate(c.tensors.items()):
-        stored[name] = plain[name] = x
-        if x.ndim == 2 and ".layers." in name and "gate.weight" not in name:
-            scale = np.float32(0.25 + i / 64)
-            packed = (x.astype(np.float32) / scale).astype(FP8)
-            stored |= {name: packed, name + end: np.full(shape, scale, np.float32)}
-            stored[name.replace(".weight", ".activation_scale")] = np.float32(1).reshape(())
-            plain[name] = (packed.astype(np.float32) * scale).astype(BF16)
-    c.save(plain)
-    want, _ = c.converted()
-    c.save(stored)
-    c.entries(quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
-    same(c.converted()[0], want)
-
-
-@pytest.mark.parametrize("case", ["llama3.1-8b", "qwen3-8b"])
-@pytest.mark.parametrize(
-    ("method", "stored", "said"),
-    [
-        ("gptq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "GPTQ"),
-        ("awq", {"qweight": np.int32, "qzeros": np.int32, "scales": np.float16}, "AWQ"),
-        ("bitsandbytes", {"weight": np.int8, "SCB": np.float32}, "bitsandbytes"),
-        ("modelopt", {"weight": np.uint8, "weight_scale_2": np.float32}, "NVFP4"),
-        ("compressed-tensors", {"weight": FP8, "weight_scale": np.float32}, "compressed-tensors"),
-        ("compressed-tensors", {"weight_zero_point": np.int32}, "zero_point"),
-        ("compressed-tensors", {"weight_g_idx": np.int32}, "g_idx"),
-    ],
-)
-def test_quantised_in_a_way_that_is_not_read(
-    case: str, method: str, stored: Mapping[str, Any], said: str, tmp_path: Path
-) -> None:
-    c = Checkpoint(case, tmp_path)
-    at = "model.layers.0.mlp.up_proj."
-    others = {n: x for n, x in c.tensors.items() if not n.startswith(at)}
-    c.save(others | {at + end: np.ones((4, 2)).astype(dtype) for end, dtype in stored.items()})
-    c.entries(quantization_config={"quant_method": method})
-    problem = c.refused()
-    assert said in problem and "which is not read" in problem and "\n" not in problem
-    c.save()  # weights that were dequantised, and an entry that was left
-    c.converted()
 
 
 @pytest.mark.parametrize("case", ["llama3.1-8b", "qwen2.5-7b"])
@@ -330,3 +238,48 @@ def test_an_adapter_of_a_tied_head(case: str, tmp_path: Path) -> None:
         c.save(tensors)
         problem = c.refused(adapter)
         assert "adapts lm_head" in problem and "tie_word_embeddings" in problem
+
+
+@pytest.mark.parametrize("case", ["gemma3-4b", "gemma4-31b", "gemma4-e4b", "qwen3.5-35b-a3b"])
+def test_an_adapter_of_what_is_left_out(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    if case == "gemma4-e4b":  # whose encoders MaxText has not
+        c.save({**c.tensors, "model.vision_tower.layers.0.q.weight": np.ones((4, 4), BF16)})
+        c.tensors = load_file(c.hf / "model.safetensors")
+    towers = [n for n in c.tensors if "vis" in n and n.endswith(".weight") and ".0." in n]
+    tower = next(n for n in towers if c.tensors[n].ndim == 2)
+    parts = parts_of(tower.removesuffix(".weight"), c.tensors[tower])
+    whole = {"base_model.model." + tower: c.tensors[tower]}
+    plain, _ = c.converted()
+    mend = "add use_multimodal=True to include them"
+    for name, stored in (("a", parts), ("b", whole)):
+        problem = c.refused(write_adapter(tmp_path / name, stored))
+        assert f"{len(stored)} of its {len(stored)} tensors adapt weights that are left" in problem
+        assert (mend in problem) == (case != "gemma4-e4b")
+    queries = [n for n in c.tensors if n.endswith("self_attn.q_proj.weight")]
+    kept = next(n for n in queries if "vis" not in n)
+    more = parts_of(kept.removesuffix(".weight"), c.tensors[kept])
+    leaves, notices = c.converted(write_adapter(tmp_path / "c", parts | more))
+    assert leaves.keys() == plain.keys()
+    (note,) = [n for n in notices if "2 of its 4 tensors adapt weights that are left out" in n]
+    assert min(parts) in note and (mend in note) == (case != "gemma4-e4b")
+
+
+@pytest.mark.parametrize("case", ["llama3.1-8b", "mistral-7b", "qwen3-8b"])
+def test_the_first_pattern_that_fits_gives_alpha(case: str, tmp_path: Path) -> None:
+    c = Checkpoint(case, tmp_path)
+    parts, merged = {}, dict(c.tensors)
+    patterns = {"layers.0.self_attn.q_proj": 3, "up_proj": 6, "q_proj": 10, "layers.0.*": 77}
+    adapted = {"0.self_attn.q_proj": 3, "1.self_attn.q_proj": 10, "1.mlp.up_proj": 6}
+    for module, alpha in adapted.items():
+        name = f"model.layers.{module}"
+        own = parts_of(name, c.tensors[f"{name}.weight"])
+        b, a = (own[f"base_model.model.{name}.lora_{x}.weight"].astype("f8") for x in "BA")
+        merged[f"{name}.weight"] = (c.tensors[f"{name}.weight"] + alpha / 2 * (b @ a)).astype("f4")
+        parts |= own
+    leaves, _ = c.converted(write_adapter(tmp_path / "a", parts, alpha_pattern=patterns))
+    c.save(merged)
+    want, _ = c.converted()
+    assert leaves.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_allclose(leaves[name].astype("f4"), x.astype("f4"), rtol=2**-7, atol=1e-3)

@@ -4,7 +4,7 @@
 """
 
 from maxconv.algebra.boxes import Box, Interval, Shape, clip, dims, full, slices, volume, with_axis
-from maxconv.algebra.decode import Cast, Exp2, Nibbles, Repeat
+from maxconv.algebra.decode import Cast, Exp2, Repeat, Unpack
 from maxconv.algebra.expr import (
     Apply,
     Combine,
@@ -42,7 +42,6 @@ __all__ = [
     "Fill",
     "Fit",
     "Interval",
-    "Nibbles",
     "Op",
     "Pattern",
     "Read",
@@ -53,6 +52,7 @@ __all__ = [
     "Stacked",
     "Tensor",
     "Trace",
+    "Unpack",
     "apply",
     "bind",
     "check_covered",

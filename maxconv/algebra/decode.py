@@ -89,14 +89,19 @@ class Repeat(_OneWay):
 
 
 @dataclass(frozen=True)
-class Nibbles(_OneWay):
-    """The `per` half bytes of each integer on the last axis, the lowest first.
+class Unpack(_OneWay):
+    """The `per` numbers in each integer on the last axis, the lowest bits first.
 
-    `code`: "fp4" is E2M1 (OCP Microscaling Formats 1.0), "int4" an integer with 8 added.
+    `code`: "fp4" is E2M1 (OCP Microscaling Formats 1.0), "int4" an integer with 8 added, "int8" one
+    with 128 added.
     """
 
     per: int
-    code: Literal["fp4", "int4"]
+    code: Literal["fp4", "int4", "int8"]
+
+    @property
+    def bits(self) -> int:
+        return int(self.code[-1])
 
     def shape(self, s: Shape) -> Shape:
         return (*s[:-1], s[-1] * self.per)
@@ -107,13 +112,13 @@ class Nibbles(_OneWay):
         return (*box[:-1], (first, last)), (*box[:-1], (first * self.per, last * self.per))
 
     def run(self, x: Any, in_box: Box, out_box: Box) -> Any:
-        xp = x.__array_namespace__()
-        shifts = xp.arange(0, 4 * self.per, 4, dtype=np.uint32)
-        nibbles = x.astype(np.uint32)[..., None] >> shifts & np.uint32(15)
-        nibbles = nibbles.reshape(*x.shape[:-1], -1)
-        if self.code == "int4":
-            return nibbles.astype(np.float32) - np.float32(8)
-        sign, exponent, half = nibbles >> 3, nibbles >> 1 & 3, nibbles & 1
+        xp, mask = x.__array_namespace__(), np.uint32((1 << self.bits) - 1)
+        shifts = xp.arange(0, self.bits * self.per, self.bits, dtype=np.uint32)
+        numbers = x.astype(np.uint32)[..., None] >> shifts & mask
+        numbers = numbers.reshape(*x.shape[:-1], -1)
+        if self.code != "fp4":
+            return numbers.astype(np.float32) - np.float32(1 << self.bits - 1)
+        sign, exponent, half = numbers >> 3, numbers >> 1 & 3, numbers & 1
         normal = (exponent + 126 << 23 | half << 22).view(np.float32)
         magnitude = xp.where(exponent == 0, half.astype(np.float32) / 2, normal)
         return xp.where(sign == 1, -magnitude, magnitude)

@@ -97,10 +97,10 @@ class Concat(_Node):
 class Combine(_Node):
     """Bound expressions, computed with in float32.
 
-    "times" and "plus": of parts of one shape. "matmul": of (n, k) and (k, m).
+    "times", "plus" and "minus": of parts of one shape. "matmul": of (n, k) and (k, m).
     """
 
-    op: Literal["times", "plus", "matmul"]
+    op: Literal["times", "plus", "minus", "matmul"]
     parts: tuple[Expr, ...]
 
     @cached_property
@@ -129,6 +129,8 @@ class Combine(_Node):
                     x = x * y
                 case "plus":
                     x = x + y
+                case "minus":
+                    x = x - y
                 case "matmul":
                     x = _matmul(x, y)
         return x

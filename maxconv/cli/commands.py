@@ -139,13 +139,14 @@ def plan(arguments: Sequence[str]) -> None:
 
 def verify(arguments: Sequence[str]) -> None:
     from maxconv.cli.reports import TerminalReporter
+    from maxconv.config.paths import checked_path
     from maxconv.jobs import convert
     from maxconv.jobs.prepare import prepared
     from maxconv.jobs.verify import recorded_arguments, saved_items
 
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
-    saved = saved_items(arguments[0])
+    saved = saved_items(checked_path("CHECKPOINT", arguments[0]))
     config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"], "verify")
     with prepared(config, writes=False) as job:
         convert.check(job, str(saved), "full", TerminalReporter())
@@ -153,10 +154,11 @@ def verify(arguments: Sequence[str]) -> None:
 
 def inspect(arguments: Sequence[str]) -> None:
     from maxconv.cli.inspect import describe
+    from maxconv.config.paths import checked_path
 
     if len(arguments) != 1:
         raise UserError("Give one checkpoint: maxconv inspect PATH.")
-    say(describe(arguments[0]))
+    say(describe(checked_path("PATH", arguments[0])))
 
 
 def families(arguments: Sequence[str]) -> None:
@@ -169,10 +171,11 @@ def families(arguments: Sequence[str]) -> None:
 
 def demo(arguments: Sequence[str]) -> None:
     from maxconv.cli.demo import run
+    from maxconv.config.paths import checked_path
 
     if len(arguments) > 1:
         raise UserError("Give one directory: maxconv demo DIR.")
-    run(arguments[0] if arguments else "maxconv_demo")
+    run(checked_path("DIR", arguments[0]) if arguments else "maxconv_demo")
 
 
 def show_help(arguments: Sequence[str]) -> None:

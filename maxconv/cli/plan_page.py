@@ -31,7 +31,7 @@ def plan_page(job: Job, on: Slice | None = None) -> str:
     """
     plan, readable = job.plan, source_text(job.source)
     reads = [plan.read_nbytes(process) for process in plan.processes]
-    name = job.model.family.architectures[0]
+    name = job.model.architecture or job.model.family.architectures[0]
     mesh = " x ".join(f"{axis}={n}" for axis, n in plan.mesh.shape.items() if n > 1)
     slices = f"{len(reads) // on.hosts} x {on.name}" if on else ""
     where = f"{slices}, {mesh}" if on else mesh or "one device"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 
+from maxconv.cli.training_command import training_command
 from maxconv.execution.tpu_compiler import compile_all
 from maxconv.families import Dims
 from maxconv.jobs.prepare import Job
@@ -29,9 +30,10 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     reads = {process: plan.read_nbytes(process) for process in plan.processes}
     total = sum(reads.values())
     over, host = total - plan.needed_nbytes, host_estimate(plan, window, job.source)
+    architecture = job.model.architecture or job.model.family.architectures[0]
     lines = [
         f"source   {source_text(job.source)}",
-        f"model    {job.model.family.architectures[0]}: {_sizes(job.model.dims)}",
+        f"model    {architecture}: {_sizes(job.model.dims)}",
         f"mesh     {mesh}, {plan.mesh.size} devices, {_processes(len(reads))}",
         f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
         "",
@@ -47,6 +49,7 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
         f"compile  {len(plan.recipes) + len(plan.blanks)} programs, which run in "
         f"{len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
+        *(f"train    {command}" for command in [training_command(job)] if command),
     ]
     return "\n".join(lines)
 

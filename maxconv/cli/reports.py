@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager
 import jax
 
 from maxconv.cli.progress import ProgressLine
+from maxconv.cli.training_command import training_command
 from maxconv.execution.memory import peak_memory
 from maxconv.jobs.prepare import Job
 from maxconv.jobs.reporter import Reporter
-from maxconv.targets import place
-from maxconv.targets.publication import is_repository, repository_name
 from maxconv.text import duration, note, say, size
 
 
@@ -58,17 +57,12 @@ def _summary(job: Job, took: float) -> str:
     moved = f", transferred {size(traffic.nbytes)} in {traffic.requests} requests" * bool(
         traffic.requests
     )
-    how = f"\nto train from it in MaxText: {_loaded_by(job)}"
+    command = training_command(job)
+    how = f"\nto train from it in MaxText, with your data and steps: {command}" * (
+        command is not None
+    )
     return (
         f"{len(plan.leaves)} leaves, {size(plan.output_nbytes)} in {duration(took)} "
         f"({size(plan.output_nbytes / took)}/s); this process read {size(read)}{moved}; "
         f"peak RSS {size(peak_memory())}\nsaved: {job.items}"
-    ) + ("" if job.config.adapter_alone else how)
-
-
-def _loaded_by(job: Job) -> str:
-    directory = job.config.base_output_directory
-    if not is_repository(directory):
-        return f"load_parameters_path={job.items}"
-    download = f"hf download {repository_name(directory)} --local-dir DIR"
-    return f"{download}, then load_parameters_path={place.items('DIR')}"
+    ) + how

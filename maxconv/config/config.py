@@ -260,7 +260,7 @@ def _read_yml(
     name: str, problems: list[str], notices: list[str], most: int = _MOST_CONFIGS
 ) -> dict[str, Any]:
     """The keys we read of a config file and of the `base_config` files below it, `most` in all."""
-    path = Path(name)
+    path = Path(paths.read_path(name))
     if not path.is_file():
         if path.name != "base.yml":  # that one is MaxText's own: our defaults
             problems.append(f"{name}: no such file")
@@ -280,7 +280,8 @@ def _read_yml(
     if base and most <= 1:
         problems.append(f"{name} is the last of {_MOST_CONFIGS} files that read one another")
         return {}
-    values = _read_yml(str(path.parent / str(base)), problems, notices, most - 1) if base else {}
+    below = str(path.parent / paths.read_path(str(base)))
+    values = _read_yml(below, problems, notices, most - 1) if base else {}
     if unknown := sorted(keys.keys() - maxtext_keys()):
         names = ", ".join(unknown)
         notices.append(f"{name} has keys that MaxText 0.2.5 does not have, ignored: {names}.")
@@ -366,4 +367,4 @@ def recorded(arguments: object) -> list[str]:
 
 
 def _absolute(directory: str) -> str:
-    return directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
+    return directory if "://" in directory else os.path.abspath(directory)

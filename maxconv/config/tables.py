@@ -112,6 +112,23 @@ def known_models() -> Mapping[str, Mapping[str, Any]]:
 
 
 @cache
+def trained_models() -> Mapping[str, Mapping[str, Any]]:
+    """The values of MaxText's arguments that decide what it computes, for each model_name.
+
+    `default` is the model_name of none. Keys are those of `model_facts`, of `training.yml`, and of
+    the layout.
+    """
+    table = own_yaml(config_path("training.yml").read_text())
+    base = {key: defaults()[key] for key in (*MODEL_KEYS, "scan_layers", "param_scan_axis")}
+    base |= table[".base"]
+    models = {"default": {}, **known_models()}
+    return {
+        name: {"model_name": name, **base, **facts, **table.get(name, {})}
+        for name, facts in models.items()
+    }
+
+
+@cache
 def maxtext_keys() -> frozenset[str]:
     """The names of all keys of MaxText."""
     return frozenset(config_path("maxtext_keys.txt").read_text().split())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from maxconv.algebra import hf, rearrange
+from maxconv.families import rope
 from maxconv.families.blocks import (
     DECODER,
     FUSED,
@@ -21,6 +22,16 @@ from maxconv.families.blocks import (
     routed_experts,
 )
 from maxconv.families.dims import DECODER_LAYERS, MOST_EXPERTS, MOST_LAYERS, Dims, layer_count, size
+from maxconv.families.settings import (
+    Computation,
+    Fixed,
+    Setting,
+    activation,
+    chosen_experts,
+    epsilon,
+    normalized_experts,
+    or_none,
+)
 from maxconv.families.table import Family, Layers, Row, each, row, uniform
 
 
@@ -159,13 +170,45 @@ IGNORED = (
     "model.layers.*.shared_head.head.weight",
 )
 
+V2 = Computation(
+    settings=(
+        epsilon(),
+        activation(),
+        chosen_experts(6),
+        Setting("routed_scaling_factor", ("routed_scaling_factor",), 1.0),
+        Setting("routed_score_func", ("scoring_func",), "softmax"),
+    ),
+    fixed=(
+        Fixed(("topk_method",), "greedy", lambda d, name: "greedy"),
+        Fixed(("norm_topk_prob",), False, lambda d, name: False),
+    ),
+    rope=rope.latent,
+    turned=lambda d, attention: d.rope,
+)
+V3 = Computation(
+    settings=(
+        epsilon(),
+        activation(),
+        chosen_experts(8),
+        Setting("routed_scaling_factor", ("routed_scaling_factor",), 2.5),
+        Setting("routed_score_func", ("scoring_func",), "sigmoid"),
+        Setting("n_routing_groups", ("n_group",), 8, or_none),
+        Setting("topk_routing_group", ("topk_group",), 4, or_none),
+    ),
+    fixed=(normalized_experts(True),),
+    rope=rope.latent,
+    turned=lambda d, attention: d.rope,
+)
+
 DEEPSEEK_V2 = Family(
     architectures=("DeepseekV2ForCausalLM",),
     model_types=("deepseek_v2",),
     decoder_block="deepseek",
     rows=v2_rows,
     sizes=DeepSeekDims,
+    computes=V2,
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )
 DEEPSEEK_V3 = Family(
@@ -174,7 +217,9 @@ DEEPSEEK_V3 = Family(
     decoder_block="deepseek",
     rows=v3_rows,
     sizes=DeepSeekDims,
+    computes=V3,
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )
 DEEPSEEK_V32 = Family(
@@ -183,6 +228,8 @@ DEEPSEEK_V32 = Family(
     decoder_block="deepseek",
     rows=v32_rows,
     sizes=IndexerDims,
+    computes=replace(V3, settings=(*V3.settings, Setting("indexer_topk", ("index_topk",), 2048))),
     ignored=IGNORED,
+    predicts=".eh_proj.weight",
     split_experts=FUSED,
 )

@@ -10,6 +10,14 @@ from dataclasses import dataclass, replace
 from maxconv.algebra import Fill, Slice, fit, hf, rearrange
 from maxconv.families.blocks import DECODER, ends, gated_mlp, norm, projection, routed_experts
 from maxconv.families.dims import MOST_EXPERTS, MOST_LAYERS, Dims, size
+from maxconv.families.settings import (
+    Computation,
+    Setting,
+    chosen_experts,
+    epsilon,
+    normalized_experts,
+    window,
+)
 from maxconv.families.table import Family, Layers, Row, each, row
 
 AT, NAME = DECODER
@@ -176,6 +184,19 @@ DEEPSEEK_V4 = Family(
     decoder_block="deepseek4",
     rows=rows,
     sizes=DeepSeek4Dims,
+    computes=Computation(
+        settings=(
+            epsilon(),
+            chosen_experts(6),
+            window(128),
+            Setting("mlp_activations_limit", ("swiglu_limit",), 10.0),
+            Setting("routed_scaling_factor", ("routed_scaling_factor",), 1.5),
+            Setting("routed_score_func", ("scoring_func",), "sqrtsoftplus"),
+            Setting("indexer_topk", ("index_topk",), 512),
+        ),
+        fixed=(normalized_experts(True),),
+        rope=None,
+    ),
     names=(
         ("embed.", "model.embed_tokens."),
         ("layers.", "model.layers."),

@@ -27,7 +27,8 @@ def size(
 
     Args:
         hf: the entries of config.json that may have the value, in order of preference. A dot leads
-            into a nested entry; entries of a `text_config` are found without that prefix.
+            into a nested entry; entries of a `text_config` are found without that prefix. For
+            `per_layer_config.KIND.entry` see `stated`.
         maxtext: the MaxText key with the same meaning.
         default: transformers' default if config.json has no value: a value, or a function of the
             preceding fields, by name. Without a default the first entry is required.
@@ -64,6 +65,7 @@ def number_after(name: str, prefix: str) -> int | None:
     return int(part) if _NUMBER.fullmatch(part) else None
 
 
+PER_LAYER = "per_layer_config"  # the entry of config.json that has what differs between layers
 DECODER_LAYERS = "model.layers."  # prefix of the tensor names of decoder layers
 
 
@@ -106,19 +108,46 @@ def stated_sizes(hf_config: Mapping[str, Any], f: Field) -> dict[str, Any]:
     return stated(hf_config, f.metadata["hf"])
 
 
-def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """The given entries that a config.json has, with their values; for their syntax see `size`."""
+def text_entries(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json for its decoder, which may be nested in others."""
     view = dict(hf_config)
     for nested in ("thinker_config", "text_config"):
         inner = view.get(nested)
         if isinstance(inner, Mapping):
             said = {key: value for key, value in view.items() if value is not None}
             view = dict(inner) | said  # the outer entry wins: tie_word_embeddings
-    found = {}
+    return view
+
+
+def stated(hf_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The given entries that a config.json has, with their values; for their syntax see `size`.
+
+    `per_layer_config.KIND.entry` is that of the layers of a kind in layer_types, by the name it
+    really has: per_layer_config.05.entry, or just that of all layers if theirs is not another
+    (transformers heterogeneity/configuration_utils.py, since 5.15).
+    """
+    view, found = text_entries(hf_config), {}
     for key in keys:
+        parts = key.split(".")
+        if parts[0] == PER_LAYER and len(parts) > 1:
+            parts = _of_kind(view, *parts[1:])
         value: Any = view
-        for part in key.split("."):
+        for part in parts:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
-            found[key] = value
+            found[".".join(parts)] = value
     return found
+
+
+def _of_kind(view: Mapping[str, Any], kind: str, *entry: str) -> list[str]:
+    """The path of an entry of the layers of a kind."""
+    layers, kinds = view.get(PER_LAYER), view.get("layer_types")
+    if not isinstance(layers, Mapping):
+        return [PER_LAYER, kind, *entry]
+    for key, own in layers.items():
+        number = int(key) if _NUMBER.fullmatch(key) else -1
+        if isinstance(kinds, list) and kinds[number : number + 1] != [kind]:
+            continue
+        if number >= 0 and (not isinstance(own, Mapping) or own.keys() >= set(entry)):
+            return [PER_LAYER, key, *entry]
+    return list(entry) or [PER_LAYER, kind]

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from maxconv.algebra import scale, shift
+from maxconv.families import rope
 from maxconv.families.blocks import (
     Ops,
     attention,
@@ -22,6 +23,17 @@ from maxconv.families.blocks import (
     query_scale,
 )
 from maxconv.families.dims import Dims, size
+from maxconv.families.rope import FULL, SLIDING
+from maxconv.families.settings import (
+    NOT_BIDIRECTIONAL,
+    SOFT_CAPS,
+    Computation,
+    Fixed,
+    activation,
+    epsilon,
+    layer_kinds,
+    window,
+)
 from maxconv.families.table import Family, cycle, each, pairs
 from maxconv.families.vision import VisionDims, siglip
 
@@ -71,12 +83,31 @@ def gemma3_rows(d: Gemma3Dims):
         yield from siglip(d, (d.vit_image // d.vit_patch) ** 2, PLUS_ONE, "float32")
 
 
+def gemma3_query(d: Gemma3Dims, name: str) -> int:
+    """What MaxText divides queries by the root of, under a model_name."""
+    return d.emb // d.heads if name == "gemma3-27b" else d.head_dim
+
+
+TANH = "gelu_pytorch_tanh"
+
 GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM",),
     model_types=("gemma2",),
     ties=True,
     decoder_block="gemma2",
     rows=gemma2_rows,
+    computes=Computation(
+        settings=(epsilon(), activation(TANH), window(4096), *SOFT_CAPS),
+        fixed=(
+            Fixed(("query_pre_attn_scalar",), 256, lambda d, name: d.head_dim),
+            Fixed(("rms_norm_eps",), 1e-6, lambda d, name: 1e-6),  # of the norms in layers
+            layer_kinds(lambda d, name: 2),
+            NOT_BIDIRECTIONAL,
+        ),
+        rope=rope.theta_alone,
+        has_sliding=True,
+        scaled_table=True,
+    ),
     pads_vocab=True,
     layers_per_block=2,
 )
@@ -87,6 +118,21 @@ GEMMA3 = Family(
     spare_rows=64,
     decoder_block="gemma3",
     rows=gemma3_rows,
+    computes=Computation(
+        settings=(epsilon(), activation(TANH), window(4096), *SOFT_CAPS),
+        fixed=(
+            Fixed(("query_pre_attn_scalar",), 256, gemma3_query),
+            Fixed(("rms_norm_eps",), 1e-6, lambda d, name: 1e-6),  # of the norms in layers
+            Fixed(("sliding_window_pattern", "_sliding_window_pattern"), 6, lambda d, name: CYCLE),
+            layer_kinds(lambda d, name: CYCLE),
+            NOT_BIDIRECTIONAL,
+        ),
+        bases={FULL: 1_000_000.0, SLIDING: 10_000.0},
+        rope=rope.gemma3,
+        split=True,
+        has_sliding=True,
+        scaled_table=True,
+    ),
     sizes=Gemma3Dims,
     names=(
         ("language_model.model.", "model."),

@@ -13,9 +13,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from maxconv.algebra import hf, rearrange, scale
+from maxconv.families import rope
 from maxconv.families.blocks import LAYER, attention, ends, fused_kernels, gated_mlp, norm, qk_norms
 from maxconv.families.dims import MOST_LAYERS, Dims, size
 from maxconv.families.gemma import norms
+from maxconv.families.rope import FULL, SLIDING
+from maxconv.families.settings import (
+    SOFT_CAPS,
+    Computation,
+    Setting,
+    activation,
+    epsilon,
+    layer_kinds,
+    window,
+)
 from maxconv.families.table import Family, Layers, Numbers, Row, each, row
 from maxconv.families.vision import VisionDims, gemma4_vit
 
@@ -30,15 +41,14 @@ class Gemma4Dims(VisionDims):
     moe_mlp: int = size("moe_intermediate_size", default=-1)
     head_dim: int = size("head_dim", maxtext="head_dim", default=256)
     full_head_dim: int = size(
+        "per_layer_config.full_attention.head_dim",
         "global_head_dim",
-        "per_layer_config.05.head_dim",
-        "per_layer_config.04.head_dim",
         maxtext="global_head_dim",
         default=512,
     )
     full_kv_heads: int = size(
+        "per_layer_config.full_attention.num_key_value_heads",
         "num_global_key_value_heads",
-        "per_layer_config.05.num_key_value_heads",
         maxtext="global_num_kv_heads",
         default=lambda d: d["kv_heads"],
     )
@@ -177,6 +187,29 @@ def taken(d: SmallDims) -> Iterator[str]:
             yield f"model.layers.{layer}.self_attn.{part}.weight"
 
 
+def small_cycle(d: SmallDims, name: str) -> int:
+    """After how many layers one of full attention comes, under a model_name of MaxText."""
+    return BLOCK - 1 if name == "gemma4-e2b" else BLOCK
+
+
+COMPUTES = Computation(
+    settings=(
+        epsilon(),
+        activation("gelu_pytorch_tanh"),
+        window(512),
+        *SOFT_CAPS,
+        Setting("num_experts_per_tok", ("top_k_experts",), None, lambda n: n or 1),
+        Setting("share_kv_projections", ("attention_k_eq_v",), False),
+    ),
+    fixed=(layer_kinds(lambda d, name: BLOCK),),
+    bases={FULL: 1_000_000.0, SLIDING: 10_000.0},
+    rope=rope.gemma4,
+    split=True,
+    turned=lambda d, attention: d.full_head_dim if attention == FULL else d.head_dim,
+    has_sliding=True,
+    scaled_table=True,
+)
+
 GEMMA4 = Family(
     architectures=("Gemma4ForConditionalGeneration", "Gemma4ForCausalLM"),
     model_types=("gemma4", "gemma4_text"),
@@ -184,6 +217,7 @@ GEMMA4 = Family(
     decoder_block="gemma4",
     rows=rows,
     sizes=Gemma4Dims,
+    computes=COMPUTES,
     names=(
         ("model.language_model.", "model."),
         ("model.vision_tower.encoder.layers.*.*.*.linear.", "vision_tower.encoder.layers.*.*.*."),
@@ -198,6 +232,7 @@ GEMMA4_SMALL = replace(
     decoder_block="gemma4_small",
     marked_by="num_kv_shared_layers",
     rows=small_rows,
+    computes=replace(COMPUTES, fixed=(layer_kinds(small_cycle),)),
     sizes=SmallDims,
     ignored=("model.*_tower.*", "model.embed_vision.*", "model.embed_audio.*"),
     spare=taken,

@@ -9,9 +9,26 @@ from dataclasses import dataclass
 from maxconv.algebra import Slice, hf, rearrange
 from maxconv.families.blocks import LAYER, attention, ends, pre_norms
 from maxconv.families.dims import Dims, size
+from maxconv.families.settings import (
+    Computation,
+    Setting,
+    chosen_experts,
+    epsilon,
+    layer_kinds,
+    window,
+)
 from maxconv.families.table import Family, cycle, each, row
 
 CYCLE = 2  # a layer of sliding attention, then one of full attention
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150_000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # if config.json says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,4 +82,15 @@ GPT_OSS = Family(
     decoder_block="gpt_oss",
     rows=rows,
     sizes=GptOssDims,
+    computes=Computation(
+        settings=(
+            epsilon(1e-5),
+            window(128),
+            chosen_experts(4, "experts_per_token"),
+            Setting("mlp_activations_limit", ("swiglu_limit",), 7.0),
+        ),
+        fixed=(layer_kinds(lambda d, name: CYCLE),),
+        default_rope=YARN,
+        has_sliding=True,
+    ),
 )

@@ -1,5 +1,6 @@
 """Llama, of every size. transformers modeling_llama.py; MaxText models/llama2.py."""
 
+from maxconv.families import rope
 from maxconv.families.blocks import (
     ROPE_PAIRS,
     attention,
@@ -9,6 +10,7 @@ from maxconv.families.blocks import (
     query_scale,
 )
 from maxconv.families.dims import Dims
+from maxconv.families.settings import Computation
 from maxconv.families.table import Family, each, uniform
 
 
@@ -22,5 +24,5 @@ LLAMA = Family(
     model_types=("llama",),
     decoder_block="llama2",
     rows=rows,
-    train_with="rope_type=llama3.1",  # else MaxText does not rotate pairs (layers/attentions.py)
+    computes=Computation(rope=rope.pairs, names=False),
 )

@@ -5,6 +5,7 @@ Unlike its llama, MaxText's mistral applies RoPE to the halves of a head, as tra
 
 from maxconv.families.blocks import attention, ends, gated_mlp, pre_norms, query_scale
 from maxconv.families.dims import Dims
+from maxconv.families.settings import Computation, no_window
 from maxconv.families.table import Family, each, uniform
 
 
@@ -18,4 +19,5 @@ MISTRAL = Family(
     model_types=("mistral",),
     decoder_block="mistral",
     rows=rows,
+    computes=Computation(fixed=(no_window(4096),)),
 )

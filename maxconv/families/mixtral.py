@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 from maxconv.families.blocks import attention, ends, pre_norms, query_scale, routed_experts
 from maxconv.families.dims import Dims, size
+from maxconv.families.rope import FULL
+from maxconv.families.settings import (
+    Computation,
+    activation,
+    chosen_experts,
+    epsilon,
+    no_window,
+)
 from maxconv.families.table import Family, each, uniform
 
 
@@ -24,6 +32,9 @@ MIXTRAL = Family(
     decoder_block="mixtral",
     rows=rows,
     sizes=MixtralDims,
+    computes=Computation(
+        (epsilon(1e-5), activation(), chosen_experts(2)), (no_window(),), {FULL: 1_000_000.0}
+    ),
     names=(("model.layers.*.mlp.", "model.layers.*.block_sparse_moe."),),  # of transformers 5
     split_experts=(
         (".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight")),

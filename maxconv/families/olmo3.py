@@ -2,6 +2,8 @@
 
 from maxconv.families.blocks import attention, ends, gated_mlp, norm
 from maxconv.families.dims import Dims
+from maxconv.families.rope import FULL
+from maxconv.families.settings import Computation, activation, epsilon, layer_kinds, window
 from maxconv.families.table import Family, cycle, each
 
 CYCLE = 4  # three layers of sliding attention, then one of full attention
@@ -26,5 +28,12 @@ OLMO3 = Family(
     model_types=("olmo3",),
     decoder_block="olmo3",
     rows=rows,
+    computes=Computation(
+        settings=(epsilon(1e-5), activation(), window(4096)),
+        fixed=(layer_kinds(lambda d, name: CYCLE),),
+        bases={FULL: 500_000.0},
+        split=True,
+        has_sliding=True,
+    ),
     pads_vocab=True,
 )

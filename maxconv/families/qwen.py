@@ -16,6 +16,14 @@ from maxconv.families.blocks import (
     routed_experts,
 )
 from maxconv.families.dims import Dims, size
+from maxconv.families.settings import (
+    Computation,
+    activation,
+    chosen_experts,
+    epsilon,
+    normalized_experts,
+    switched_window,
+)
 from maxconv.families.table import Family, each, uniform
 
 
@@ -47,6 +55,7 @@ QWEN2 = Family(
     model_types=("qwen2",),
     decoder_block="qwen2",
     rows=qwen2_rows,
+    computes=Computation(fixed=(switched_window(),)),
     pads_vocab=True,
 )
 QWEN3 = Family(
@@ -54,6 +63,7 @@ QWEN3 = Family(
     model_types=("qwen3",),
     decoder_block="qwen3",
     rows=qwen3_rows,
+    computes=Computation(fixed=(switched_window(),)),
     pads_vocab=True,
 )
 QWEN3_MOE = Family(
@@ -61,6 +71,10 @@ QWEN3_MOE = Family(
     model_types=("qwen3_moe",),
     decoder_block="qwen3_moe",
     rows=qwen3_moe_rows,
+    computes=Computation(
+        settings=(epsilon(), activation(), chosen_experts(8)),
+        fixed=(switched_window(), normalized_experts(False)),
+    ),
     pads_vocab=True,
     sizes=ExpertsOnly,
     split_experts=FUSED,

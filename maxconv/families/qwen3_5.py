@@ -6,6 +6,7 @@ transformers modeling_qwen3_5_moe.py; MaxText models/qwen3_5.py.
 from dataclasses import dataclass, replace
 
 from maxconv.algebra import Concat, Expr, Slice, hf, rearrange
+from maxconv.families import rope
 from maxconv.families.blocks import FUSED, LAYER, ends, fused_experts
 from maxconv.families.qwen_next import (
     HybridDims,
@@ -14,6 +15,7 @@ from maxconv.families.qwen_next import (
     norms,
     shared_expert,
 )
+from maxconv.families.settings import Computation, activation, chosen_experts, epsilon
 from maxconv.families.table import Family, cycle, each
 from maxconv.families.vision import QwenVisionDims, qwen_vision
 
@@ -66,6 +68,11 @@ QWEN3_5_MOE = Family(
     decoder_block="qwen3_5",
     rows=rows,
     sizes=Dims,
+    computes=Computation(
+        settings=(epsilon(), activation(), chosen_experts(8)),
+        rope=rope.partial,
+        default_part=0.25,
+    ),
     names=(("model.language_model.", "model."),),
     ignored=("mtp.*",),
     encoders=("model.visual.*",),

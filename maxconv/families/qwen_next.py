@@ -7,9 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from maxconv.algebra import Expr, hf, rearrange
+from maxconv.families import rope
 from maxconv.families.blocks import FUSED, LAYER, ends, gated_mlp, norm, projection, routed_experts
 from maxconv.families.dims import MOST_LAYERS, size
 from maxconv.families.qwen import ExpertsOnly
+from maxconv.families.settings import (
+    Computation,
+    activation,
+    chosen_experts,
+    epsilon,
+    normalized_experts,
+)
 from maxconv.families.table import Family, Layers, Row, each, row
 
 ATTENTION = "decoder/{layers}/attention"
@@ -110,6 +118,12 @@ QWEN3_NEXT = Family(
     decoder_block="qwen3_next",
     rows=rows,
     sizes=HybridDims,
+    computes=Computation(
+        settings=(epsilon(), activation(), chosen_experts(10)),
+        fixed=(normalized_experts(True),),
+        rope=rope.partial,
+        default_part=0.25,
+    ),
     ignored=("mtp.*",),
     split_experts=FUSED,
 )

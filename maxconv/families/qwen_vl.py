@@ -9,9 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from maxconv.algebra import hf, rearrange
+from maxconv.families import rope
 from maxconv.families.blocks import FUSED, Root, attention, ends, fused_experts, pre_norms, qk_norms
 from maxconv.families.dims import Dims, layer_count, size
 from maxconv.families.qwen import ExpertsOnly, qwen3_moe_rows, qwen3_rows
+from maxconv.families.rope import FULL
+from maxconv.families.settings import (
+    Computation,
+    activation,
+    chosen_experts,
+    epsilon,
+    normalized_experts,
+)
 from maxconv.families.table import Family, Row, each, row, uniform, unrolled
 from maxconv.families.vision import QwenVisionDims, dense, layer_norm, qwen_vision, vector
 
@@ -121,12 +130,20 @@ def _audio_layer(a: Dims, root: Root) -> Iterator[Row]:
 
 SEEING = ("model.visual.*",)
 
+BASES = {FULL: 500_000.0}
+ROUTED = Computation(
+    settings=(epsilon(), activation(), chosen_experts(8)),
+    fixed=(normalized_experts(True),),
+    bases=BASES,
+    rope=rope.partial,
+)
 QWEN3_VL = Family(
     architectures=("Qwen3VLForConditionalGeneration",),
     model_types=("qwen3_vl",),
     decoder_block="qwen3",
     rows=vl_rows,
     sizes=QwenVisionDims,
+    computes=Computation(bases=BASES, rope=rope.partial),
     names=(("model.language_model.", "model."),),
     encoders=SEEING,
     scans=False,
@@ -137,6 +154,7 @@ QWEN3_VL_MOE = Family(
     model_types=("qwen3_vl_moe",),
     decoder_block="qwen3_moe",
     rows=vl_moe_rows,
+    computes=ROUTED,
     sizes=MoeDims,
     names=(("model.language_model.", "model."),),
     transposed_experts=((".experts.gate_up_proj", ".experts.down_proj"),),
@@ -149,6 +167,7 @@ QWEN3_OMNI_MOE = Family(
     model_types=("qwen3_omni_moe",),
     decoder_block="qwen3_moe",
     rows=omni_rows,
+    computes=replace(ROUTED, bases={FULL: 1_000_000.0}),
     sizes=OmniDims,
     names=(
         ("thinker.visual.merger.ln_q.", "model.visual.merger.norm."),
@@ -172,6 +191,7 @@ WEAVER = Family(
     decoder_block="qwen3",
     rows=vl_rows,
     sizes=QwenVisionDims,
+    computes=Computation(bases=BASES, rope=rope.partial),
     names=(
         ("layers.*.self_attn.to_q.", "model.layers.*.self_attn.q_proj."),
         ("layers.*.self_attn.to_k.", "model.layers.*.self_attn.k_proj."),

@@ -13,6 +13,7 @@ from typing import Any
 
 from maxconv.algebra import AlgebraError, Expr, Shape, Stacked, bind, tensors
 from maxconv.families.dims import REQUIRED, Dims, stated, stated_sizes
+from maxconv.families.settings import Computation
 
 Numbers = int | Sequence["Numbers"]  # of HF layers: one, a stack, or a stack of stacks
 
@@ -146,6 +147,8 @@ class Family:
             `maxconv.models.canonical_names.renamer`.
         ignored: patterns of tensors that have no parameter in MaxText.
         spare: returns more of these for given sizes.
+        predicts: name suffix of a tensor that only layers for multi-token prediction have, which
+            come after the others, if MaxText has such layers.
         encoders: patterns of tensors that have a parameter only with use_multimodal.
         audio_patterns: patterns of tensors that have a parameter only with use_audio.
         fuse_experts: name suffixes of the table's tensors of all experts; and, for each, those of
@@ -157,7 +160,7 @@ class Family:
             down projections, which some checkpoints store transposed.
         scans: whether MaxText can stack its layers.
         pads_vocab: whether MaxText pads or cuts the embedding to its own vocab_size.
-        train_with: the argument that MaxText needs to train such a model without a model_name.
+        computes: what it computes with, beside sizes.
         layers_per_block: number of HF layers per layer of base_num_decoder_layers.
         in_blocks: returns the sizes in units of blocks, if MaxText can keep fp8 weights with a
             scale per block; the scales are then the kernels of a smaller model.
@@ -173,6 +176,7 @@ class Family:
     names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     spare: Callable[[Any], Iterable[str]] = lambda d: ()
+    predicts: str = ""
     encoders: tuple[str, ...] = ()
     audio_patterns: tuple[str, ...] = ()
     fuse_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -180,7 +184,7 @@ class Family:
     transposed_experts: tuple[tuple[str, str], ...] = ()
     scans: bool = True
     pads_vocab: bool = False
-    train_with: str = ""
+    computes: Computation = Computation()
     layers_per_block: int = 1
     marked_by: str = ""
     in_blocks: Callable[[Any, int], Dims] | None = None

@@ -51,7 +51,15 @@ def conversion_leaves(
         if (problem := misfit(expr, dtypes, dtype)) is not None:
             problems[f"{source.root}: {problem}."] = None
         leaves.append(Leaf(parameter.name, expr, dtype, NamedSharding(mesh, spec)))
-        notices |= dict.fromkeys(f"{why}, so this axis is replicated there" for why in dropped)
+        is_kv = parameter.path[-2:-1] in (("key",), ("value",))
+        notices |= {_undivided(why, is_kv): None for why in dropped}
     if problems:
         raise UserError(list(problems))
     return leaves, list(notices)
+
+
+def _undivided(why: str, is_kv: bool) -> str:
+    """What comes of an axis that a mesh axis does not divide; `is_kv`: of keys or values."""
+    if is_kv and why.startswith("kv_heads "):  # layers/attentions.py, _validate_kv_head_sharding
+        return f"{why}: MaxText refuses to train on this mesh; convert and train with another"
+    return f"{why}, so this axis is replicated there"

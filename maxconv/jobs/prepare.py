@@ -13,6 +13,7 @@ from maxconv import __version__
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh
 from maxconv.config.outputs import of_process, output_problem
+from maxconv.config.tables import trained_models
 from maxconv.errors import RetryableError, UserError
 from maxconv.execution.memory import machine_memory
 from maxconv.execution.tpu_compiler import chips
@@ -21,6 +22,7 @@ from maxconv.jobs.leaves import conversion_leaves
 from maxconv.models.adapters import adapter_model
 from maxconv.models.head import differs_in_share
 from maxconv.models.resolve import Model, resolve
+from maxconv.models.training import Training, training
 from maxconv.planning.plan import Plan, make_plan
 from maxconv.planning.tpus import slice_of
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
@@ -53,6 +55,8 @@ class Job:
     window: int
     identity: Mapping[str, str]
     target: Target
+    training: Training | None = None
+    """What MaxText is told to train it; None for an adapter alone."""
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
     """How far an earlier attempt of this conversion got, if it is to be resumed."""
 
@@ -99,13 +103,15 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         differs = _head_differs(config, source)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window, differs)
+            train = None if config.adapter_alone else _training(config, source, model)
+            notices = (*notices, *(train.notices if train else ()))
         mine = resume.identity(config, source, plan, window)
         if jax.process_count() > 1:
             agree({"the plan": plan.digest}, "start them in the same environment")
         same = gathered(mine)[0]  # local copies differ in their modification times
         form = _format(config, model, window)
         target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
-        job = Job(config, source, model, plan, notices, window, same, target)
+        job = Job(config, source, model, plan, notices, window, same, target, train)
         with same_error_everywhere():
             if writes:
                 job = _with_target(job, form)
@@ -124,14 +130,19 @@ def _check_outputs(config: Config) -> None:
 
 
 def _head_differs(config: Config, source: Source) -> bool:
-    """Whether a stored head differs from the table it is tied to; each process reads a share."""
+    """`head_differs`, of which each process reads a share."""
     mine = False
     with same_error_everywhere():
-        if not config.adapter_alone:
-            index, count = jax.process_index(), jax.process_count()
-            share = slice(index / count, (index + 1) / count)
-            mine = differs_in_share(source, model_facts(config.model_name), share)
+        index, count = jax.process_index(), jax.process_count()
+        mine = head_differs(config, source, slice(index / count, (index + 1) / count))
     return any(gathered(mine))
+
+
+def head_differs(config: Config, source: Source, share: slice = slice(0, 1)) -> bool:
+    """Whether a stored head differs from the table it is tied to, in a share of the rows."""
+    if config.adapter_alone:
+        return False
+    return differs_in_share(source, model_facts(config.model_name), share)
 
 
 def _planned(
@@ -145,6 +156,14 @@ def _planned(
     slab = window // 4 if config.lazy_load_tensors else math.inf
     plan = make_plan(leaves, source.tensors, mesh, min(window // 8, STEP_MOST), slab)
     return model, plan, (*source.notices, *model.notices, *replicated)
+
+
+def _training(config: Config, source: Source, model: Model) -> Training:
+    """The arguments with which MaxText trains what is converted."""
+    layout: dict[str, Any] = {"scan_layers": config.scan_layers}
+    if config.scan_layers:
+        layout["param_scan_axis"] = config.param_scan_axis
+    return training(model, source.config, trained_models(), config.model_name, layout)
 
 
 def _format(config: Config, model: Model, window: int) -> Format:

@@ -20,7 +20,7 @@ def family_of(source: Source, facts: Mapping[str, Any] | None = None) -> Family:
     Raises:
         UserError: it is of none, or config.json holds what it may not.
     """
-    check_config(source, schema.problems(source.config, schema.CONFIG))
+    check_entries(source, schema.CONFIG)
     for family in _candidates(source.config, facts or {}):
         if family.fits(source.config):
             return family
@@ -29,6 +29,18 @@ def family_of(source: Source, facts: Mapping[str, Any] | None = None) -> Family:
     raise UserError(
         f"{source.root} is a {what}{where}, which is not supported; supported architectures are "
         f"{', '.join(BY_ARCHITECTURE)}. To add one, see `maxconv help models`."
+    )
+
+
+def check_entries(source: Source, rules: schema.Schema) -> None:
+    """UserError if config.json has invalid values of some entries, or several of one."""
+    names = {part for path in rules for part in path.split(".")}
+    check_config(
+        source,
+        (
+            *schema.problems(source.config, rules),
+            *(f"it has several values of {n}" for n in source.contradictory if n in names),
+        ),
     )
 
 
@@ -46,6 +58,13 @@ def is_base(config: Mapping[str, Any]) -> bool:
     return bool(names) and all(
         name.endswith(_BASE) and not name.endswith(f"Head{_BASE}") for name in names
     )
+
+
+def stated_architecture(config: Mapping[str, Any], family: Family) -> str:
+    """The architecture in config.json that made it this family; the family's if there is none."""
+    named = _architectures(config)
+    own = [name for name in named if name in family.architectures]
+    return next(iter([*own, *named]), family.architectures[0])
 
 
 def notices(config: Mapping[str, Any], family: Family) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from maxconv.algebra import AlgebraError, Combine, Expr, Tensor, apply, rearrange, scale, tensors
 from maxconv.errors import UserError
+from maxconv.families import Dims, Family
 from maxconv.models.adapter_config import (
     LONGEST_NAME,
     alphas,
@@ -18,6 +19,7 @@ from maxconv.models.adapter_config import (
 )
 from maxconv.models.stored_names import EMBEDDING, HEAD
 from maxconv.sources import Source
+from maxconv.sources.safetensors import some
 
 # Names in an adapter: of one of the two parts of a module; of a whole weight. What PEFT has in
 # memory and other programs save, too, is the adapter's own name in them, such as `.default`.
@@ -64,6 +66,30 @@ def check(problems: Iterable[str], adapter: Source) -> None:
     """Raises a UserError about an adapter if there are problems."""
     if found := [f"{adapter.root}: {p}." for p in problems]:
         raise UserError(found)
+
+
+def left_out(
+    source: Source, family: Family, dims: Dims, weights: Mapping[str, Expr]
+) -> Iterator[str]:
+    """A sentence if an adapter is of weights that are left out, such as those of an encoder.
+
+    Raises:
+        UserError: it is of no others.
+    """
+    if (adapter := source.adapter) is None:
+        return
+    reached, lost = set[str](), set[str]()
+    for name, weight in weights.items():
+        own = (t.name for t in tensors(weight) if t.name in adapter.tensors)
+        (lost if family.leaves_out(name, dims) else reached).update(own)
+    if not lost:
+        return
+    audio = " or use_audio=True" if family.audio_patterns else ""
+    mend = f"add use_multimodal=True{audio} to include" if family.encoders else ""
+    what = f"{len(lost)} of its {len(adapter.tensors)} tensors adapt weights that are left out"
+    if not reached:
+        check([f"{what}; {f'{mend} them' if mend else 'take the adapter out'}"], adapter)
+    yield f"{adapter.root}: {what}: {some(sorted(lost))}{mend and f'; {mend} them'}"
 
 
 def is_part(name: str) -> bool:

@@ -1,9 +1,10 @@
 """The parameters of a MaxText model, bound to the tensors of a checkpoint."""
 
-from maxconv.algebra import AlgebraError, check_covered, tensors, unused
+from maxconv.algebra import AlgebraError, check_covered, unused
 from maxconv.errors import UserError
 from maxconv.families import Parameter, bind_rows
 from maxconv.models.resolve import Model
+from maxconv.models.unlike import without_counterpart
 
 
 def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter]:
@@ -18,7 +19,7 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
         UserError: with every row that does not match, and every tensor that is not used.
     """
     family = model.family
-    architecture = family.architectures[0]
+    architecture = model.architecture or family.architectures[0]
     if scan_axis is not None and not family.scans:
         raise UserError(f"MaxText cannot scan the layers of {architecture}; add scan_layers=False.")
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
@@ -30,8 +31,7 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
         except AlgebraError as error:
             problems += str(error).splitlines()
         left = [n for n in unused(expressions, list(shapes)) if not model.is_dropped(n)]
-        found = [next(tensors(model.tensors[n])).name for n in left]
-        problems += [f"tensor {n} has no counterpart in {architecture}" for n in found]
+        problems += without_counterpart(family, model.dims, model.tensors, left)
     if problems:
         raise UserError([f"{root}: {p}." for p in problems])
     return bound

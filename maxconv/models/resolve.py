@@ -7,15 +7,23 @@ from typing import Any
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
 from maxconv.families import Dims, Family, Row, number_after, stated_sizes
-from maxconv.families.dims import DECODER_LAYERS
+from maxconv.families.dims import DECODER_LAYERS, PER_LAYER
 from maxconv.models import schema
-from maxconv.models.architecture import check_config, family_of
+from maxconv.models.architecture import (
+    check_config,
+    check_entries,
+    family_of,
+    stated_architecture,
+)
 from maxconv.models.architecture import notices as found_as
 from maxconv.models.canonical_names import logical_tensors
 from maxconv.models.codecs import scale_rows
 from maxconv.models.head import Head, head, head_problems
+from maxconv.models.lora import left_out
 from maxconv.models.stored_names import HEAD
+from maxconv.models.unlike import dense_layers
 from maxconv.sources import Source
+from maxconv.text import argument
 
 _MOST_PADDING = 2  # times the vocabulary; more is a mistake
 
@@ -32,6 +40,7 @@ class Model:
         notices: sentences about how `dims` and `published` differ, and other choices.
         rounds: whether tensors are rounded to the saved dtype before anything is computed.
         metadata: what MaxText reads in addition to the tree.
+        architecture: as config.json has it.
     """
 
     family: Family
@@ -42,6 +51,7 @@ class Model:
     notices: tuple[str, ...]
     rounds: bool = True
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
     def is_dropped(self, name: str) -> bool:
         """Whether a tensor is left out on purpose: ignored, tied, or of a layer that is not wanted.
@@ -83,28 +93,34 @@ def resolve(
             and what MaxText would build.
     """
     family = family_of(source, facts)
-    check_config(source, schema.problems(source.config, schema.sizes(family.sizes)))
+    check_entries(source, schema.sizes(family.sizes))
     logical = logical_tensors(source, family, keep_fp8)
     ends = head(source, family, logical.tensors, head_differs)
     published = _published(source, family, ends)
     # Layers for multi-token prediction are converted only if they are asked for.
     words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
-    problems = _architecture_problems(family, name, facts)
+    problems = _architecture_problems(source, family, name, facts)
     chosen, contradictions = _chosen(source, family, published, name, facts, words)
     dims = replace(published, **chosen)
     problems += [*contradictions, *_part_problems(family, dims, published)]
     problems = problems or list(layer_problems(dims, ends.tensors))
     if problems:
         raise UserError(problems)
-    rows = (*family.rows(dims), *scale_rows(family, dims, source.config, ends.tensors))
+    table = tuple(family.rows(dims))
+    problems += dense_layers(source.config, family, dims, table, ends.tensors)
+    if problems:
+        raise UserError(problems)
+    rows = (*table, *scale_rows(family, dims, source.config, ends.tensors))
     notices = [
         *found_as(source.config, family),
         *logical.notices,
         *ends.notices,
+        *left_out(source, family, dims, ends.tensors),
         *_notices(dims, published),
-        *_advice(family, name, facts),
     ]
-    return Model(family, dims, published, rows, ends.tensors, tuple(notices))
+    architecture = stated_architecture(source.config, family)
+    tensors, said = ends.tensors, tuple(notices)
+    return Model(family, dims, published, rows, tensors, said, architecture=architecture)
 
 
 def _chosen(
@@ -117,33 +133,36 @@ def _chosen(
 ) -> tuple[dict[str, Any], list[str]]:
     """The sizes from MaxText or the arguments, and a sentence for each that is not possible."""
     chosen: dict[str, Any] = {}
-    problems: list[str] = []
+    contradictions: list[str] = []
+    fitting: dict[str, Any] = {}
     wanted = {**facts, **words}
     for f in fields(published):
         key, theirs, n = f.metadata["maxtext"], getattr(published, f.name), unit(f.name, family)
         typed = key in words
         said = words[key] if typed else facts.get(key)
-        if said is None or not wanted.get(f"use_{_encoder(f)}", True):
+        if said is None or not wanted.get(f"use_{encoder_of(f)}", True):
             continue
         ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
-            fits = theirs // n if n > 1 else theirs
-            mend = f"{key}={fits}" if typed else f"override_model_config=True {key}={fits}"
-            problems.append(
+            fitting[key] = theirs // n if n > 1 else theirs
+            contradictions.append(
                 f"{key}={said}{'' if typed else f' of {name}'} contradicts "
-                f"{_entry(source, f)}={theirs} in config.json; "
-                f"if the checkpoint is right, add {mend}."
+                f"{_origin(source, f, theirs)}"
             )
-    return chosen, problems
+    if not contradictions:
+        return chosen, []
+    override = "" if fitting.keys() <= words.keys() else "override_model_config=True "
+    mend = override + " ".join(argument(key, value) for key, value in fitting.items())
+    leave = "" if name is None else "leave out model_name, or "
+    return chosen, [f"{', '.join(contradictions)}; if the checkpoint is right, {leave}add {mend}"]
 
 
 def _part_problems(family: Family, dims: Dims, published: Dims) -> Iterator[str]:
     """Parts that were asked for but that MaxText does not have, or only with all layers."""
-    predicts = any(f.name == "mtp" and f.metadata["hf"] for f in fields(dims))
     for key, wants, has in (
         ("use_multimodal", dims.multimodal, family.encoders),
         ("use_audio", dims.audio, family.audio_patterns),
-        ("mtp_num_layers", dims.mtp, predicts),
+        ("mtp_num_layers", dims.mtp, family.predicts),
     ):
         if wants and not has:
             yield (
@@ -161,11 +180,21 @@ def _published(source: Source, family: Family, ends: Head) -> Dims:
     """The sizes in config.json; UserError if the tensors have different ones."""
     try:
         dims = replace(family.dims(source.config), tied=ends.tied)
+        dims = replace(dims, mtp=_predicting(family, dims.layers, ends.tensors))
     except KeyError as error:
         check_config(source, [f"there is no entry {error}"])
         raise
     check_config(source, _size_problems(source, dims, ends.tensors))
     return dims
+
+
+def _predicting(family: Family, layers: int, names: Iterable[str]) -> int:
+    """The number of layers for multi-token prediction that a checkpoint has, by their names:
+    config.json may have lost the entry, or the checkpoint the layers."""
+    if not family.predicts:
+        return 0
+    numbers = {number_after(n, DECODER_LAYERS) for n in names if n.endswith(family.predicts)}
+    return sum(number is not None and number >= layers for number in numbers)
 
 
 def _size_problems(source: Source, dims: Dims, tensors: Mapping[str, Expr]) -> Iterator[str]:
@@ -188,7 +217,7 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
     """
     wanted: dict[str, int] = {}
     for f in fields(dims):
-        prefix, value, encoder = f.metadata["numbered"], getattr(dims, f.name), _encoder(f)
+        prefix, value, encoder = f.metadata["numbered"], getattr(dims, f.name), encoder_of(f)
         if prefix and (not encoder or getattr(dims, encoder)):
             wanted[prefix] = wanted.get(prefix, 0) + (len(value) if f.type is list else value)
     found = {prefix: set[int]() for prefix in wanted}
@@ -206,20 +235,34 @@ def layer_problems(dims: Dims, names: Iterable[str]) -> Iterator[str]:
 
 def _entry(source: Source, f: Field) -> str:
     """The entry of config.json that a field is read from, or would be."""
-    return next(iter(stated_sizes(source.config, f)), f.metadata["hf"][0])
+    usual = (key for key in f.metadata["hf"] if not key.startswith(PER_LAYER))
+    return next(iter((*stated_sizes(source.config, f), *usual)), f.name)
 
 
-def _architecture_problems(family: Family, name: str | None, facts: Mapping[str, Any]) -> list[str]:
+def _origin(source: Source, f: Field, value: Any) -> str:
+    """A size of the checkpoint, and what says so: config.json only if it does."""
+    said = f"{_entry(source, f)}={value}"
+    entries = list(stated_sizes(source.config, f).values())
+    if entries and entries[0] == value:
+        return f"{said} in config.json"
+    if f.name in ("tied", "mtp"):
+        return f"{said}, as the tensors of the checkpoint have it"
+    return f"{said}, which is the default where config.json has no such entry"
+
+
+def _architecture_problems(
+    source: Source, family: Family, name: str | None, facts: Mapping[str, Any]
+) -> list[str]:
     architecture = facts.get("architecture", family.architectures[0])
     if architecture in family.architectures:
         return []
     return [
-        f"model_name={name} is a {architecture}, but config.json says {family.architectures[0]}; "
-        "correct model_name, or leave it out."
+        f"model_name={name} is a {architecture}, but config.json says "
+        f"{stated_architecture(source.config, family)}; correct model_name, or leave it out."
     ]
 
 
-def _encoder(f: Field) -> str:
+def encoder_of(f: Field) -> str:
     """The encoder that a size belongs to, "multimodal" or "audio", by its entry in config.json."""
     entry = next(iter(f.metadata["hf"]), "").partition(".")[0]
     return {"vision_config": "multimodal", "audio_config": "audio"}.get(entry, "")
@@ -257,17 +300,4 @@ def _notices(dims: Dims, published: Dims):
         yield (
             "the layers for multi-token prediction are left out; to include them, add "
             f"mtp_num_layers={published.mtp}"
-        )
-
-
-def _advice(family: Family, name: str | None, facts: Mapping[str, Any]):
-    if name is None and family.train_with:
-        yield (
-            f"to train this checkpoint, pass MaxText {family.train_with}, or a model_name of this "
-            "family"
-        )
-    if train_as := facts.get("train_as"):
-        yield (
-            f"to train this checkpoint, pass MaxText model_name={train_as}: only its converter "
-            f"knows {name}"
         )

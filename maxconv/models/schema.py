@@ -45,7 +45,8 @@ def _object_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
-def _is_block(value: Any) -> bool:
+def is_block(value: Any) -> bool:
+    """Whether a value is the size of a block: rows and columns."""
     return _list_of(lambda n: _is_whole(n, 1, 1 << 20))(value) and len(value) == 2
 
 
@@ -60,7 +61,7 @@ CONFIG: Schema = {
     "thinker_config": OBJECT,
     "text_config": OBJECT,
     "quantization_config": OBJECT,
-    "quantization_config.weight_block_size": Rule("two positive whole numbers", _is_block),
+    "quantization_config.weight_block_size": Rule("two positive whole numbers", is_block),
 }
 """The schema of config.json, without the sizes of its family."""
 

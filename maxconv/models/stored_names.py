@@ -27,6 +27,8 @@ NO_WEIGHTS = (
     "*.v_proj.output_scale",
     "*.activation_scale",
     "*.input_scale",
+    "*.input_scale_ub",
+    "*.input_zero_point",
     "*.input_global_scale",
 )
 _NO_WEIGHT = re.compile("|".join(f"({translate(pattern)})" for pattern in NO_WEIGHTS))

@@ -4,20 +4,19 @@ It is recognised by the tensors: an entry `quantization_config` is often left be
 config.json of weights that were dequantised.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from maxconv.errors import UserError
-from maxconv.models.codecs import QUANTIZATION
+from maxconv.models.codecs import PLAIN, QUANTIZATION, packed_bits
 from maxconv.models.lora import is_part
 from maxconv.models.schema import entry
 from maxconv.models.stored_names import no_weights
 from maxconv.sources import Source, TensorInfo
 from maxconv.sources.safetensors import some
-
-_PLAIN = "convert a release in bfloat16 or block fp8"
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,22 @@ FORMATS = (
     Format(
         "bitsandbytes",
         (".SCB", ".absmax", ".quant_map", ".nested_absmax", ".quant_state.bitsandbytes__nf4"),
-        f"{_PLAIN}, or dequantise it with transformers (model.dequantize()) and save it again",
+        f"{PLAIN}, or dequantise it with transformers (model.dequantize()) and save it again",
     ),
-    Format("NVFP4", ("_scale_2", "_global_scale"), _PLAIN),
-    Format(
-        "integers with weight_zero_point (asymmetric)",
-        ("_zero_point",),
-        f"{_PLAIN}, or symmetric int4",
-    ),
-    Format("integers in the order of activations (g_idx)", ("weight_g_idx",), _PLAIN),
-    Format("HQQ", (".W_q",), _PLAIN),
-    Format("AQLM", (".codebooks",), _PLAIN),
+    Format("NVFP4", ("_scale_2", "_global_scale"), PLAIN),
+    Format("integers in the order of activations (g_idx)", ("weight_g_idx",), PLAIN),
+    Format("sparse matrices", (".bitmask", ".compressed", ".scale_packed"), PLAIN),
+    Format("HQQ", (".W_q",), PLAIN),
+    Format("AQLM", (".codebooks",), PLAIN),
+    Format("VPTQ", (".centroids.weight",), PLAIN),
+    Format("SpQR", (".dense_weights",), PLAIN),
+    Format("EETQ", (".weight_scales",), PLAIN),
+    Format("torchao", ("_weight_qdata", ".weight:_data", ".int_data"), PLAIN),
 )
 _PACKED = Format(
     "GPTQ or AWQ",
     (".qweight", ".qzeros"),
-    f"{_PLAIN}, or dequantise it with GPTQModel and save it again",
+    f"{PLAIN}, or dequantise it with GPTQModel and save it again",
 )
 
 
@@ -62,7 +61,7 @@ def check_readable(source: Source) -> None:
 
 def _problems(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Iterator[str]:
     parts = [name for name in tensors if is_part(name)]
-    if parts and len(parts) == len(tensors):
+    if parts and not any("norm" in name for name in tensors):  # which every model has
         yield (
             "is a LoRA adapter, not a model: give it as hf_lora_adapter_path=, and the model that "
             "it is of as --hf_model_path="
@@ -93,15 +92,16 @@ def _quantised(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
     if (found := _marked(tensors, _PACKED.marks)) is not None:
         name = {"gptq": "GPTQ", "awq": "AWQ"}.get(method, _PACKED.name)
         return _sentence(name, found, "", _PACKED.mend)
+    form = str(entry(quantization, "format", "")) or method
     for name, info in tensors.items():
-        if name.endswith("weight_packed") and (bits := _bits(quantization)) != 4:
-            return _sentence(f"packed integers of {bits} bits", name, method, _PLAIN)
-        weight = tensors.get(name.removesuffix("_scale"))
-        if weight is None or not name.endswith("weight_scale"):
-            continue
-        if math.prod(info.shape) != 1 or weight.dtype.kind in "iu":
-            kind = f"{weight.dtype} with weight_scale of shape {info.shape}"
-            return _sentence(kind, name, method, _PLAIN)
+        if name.endswith("weight_packed") and info.dtype != np.int32:
+            return _sentence(f"{form} with weight_packed of {info.dtype}", name, method, PLAIN)
+        if name.endswith("weight_packed") and (bits := packed_bits(quantization)) not in (4, 8):
+            kind = f"packed integers of {bits} bits" if bits else "packed integers of several sizes"
+            return _sentence(kind, name, method, PLAIN)
+        is_read = info.dtype == np.int8 and f"{name}_scale" in tensors
+        if method and name.endswith(".weight") and info.dtype.kind in "iu" and not is_read:
+            return _sentence(f"{form} with weights of {info.dtype}", name, method, PLAIN)
     return None
 
 
@@ -112,13 +112,3 @@ def _marked(tensors: Mapping[str, TensorInfo], marks: Sequence[str]) -> str | No
 def _sentence(kind: str, tensor: str, method: str, mend: str) -> str:
     of = f" ({method})" if method and method.lower() not in kind.lower() else ""
     return f"is quantised as {kind}{of}, which is not read: {tensor}; {mend}"
-
-
-def _bits(quantization: Mapping[str, Any]) -> int:
-    """Bits of a weight (compressed-tensors), all groups alike."""
-    groups = entry(quantization, "config_groups", {})
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = entry(group, "weights", {}) if isinstance(group, Mapping) else {}
-        if isinstance(weights, Mapping) and type(bits := weights.get("num_bits")) is int:
-            return bits
-    return 4

@@ -15,6 +15,7 @@ class AdaptedSource(Source):
     def __init__(self, base: Source, adapter: Source):
         super().__init__()
         self.root, self.revision, self.config = base.root, base.revision, base.config
+        self.contradictory = base.contradictory
         self.notices = (*base.notices, *adapter.notices)
         self.tensors = {**base.tensors, **adapter.tensors}
         self.adapter = self._adapter = adapter

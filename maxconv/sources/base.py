@@ -84,6 +84,7 @@ class Source(ABC):
         root: its path or URL, for messages.
         revision: the commit it was taken from, if known.
         config: the contents of its config.json.
+        contradictory: names of entries that it has several times, with different values.
         tensors: by name.
         notices: sentences about what was found and what is ignored.
         adapter: a LoRA adapter whose tensors are among `tensors`.
@@ -96,6 +97,7 @@ class Source(ABC):
     root: str
     revision: str | None
     config: dict[str, Any]
+    contradictory: Sequence[str] = ()
     tensors: Mapping[str, TensorInfo]
     notices: Sequence[str]
     adapter: "Source | None" = None

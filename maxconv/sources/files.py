@@ -14,24 +14,23 @@ from maxconv.algebra.storage import blocks, coalesce, runs
 from maxconv.errors import UserError
 from maxconv.sources.base import Part, Source, TensorInfo, aligned_empty, bit_views
 from maxconv.sources.index import (
-    INDEX,
+    ADAPTER,
+    Choice,
     check_distinct,
     check_index,
     check_kind,
-    choose_files,
+    choose,
     notices,
-    of_the_model,
-    weight_map,
 )
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, parse_header
+from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, parse_header, some
 
 
 class FileSource(Source, ABC):
     """A directory with safetensors files and a config.json.
 
-    The tensors are those listed in model.safetensors.index.json; without it those of
-    model.safetensors; else those of all *.safetensors. Subclasses list files and fetch byte ranges.
+    The tensors are those of the files that `index.choose` chooses. Subclasses list files and fetch
+    byte ranges.
 
     Attributes:
         stored: the file, offset and stored dtype of each of `tensors`.
@@ -51,25 +50,24 @@ class FileSource(Source, ABC):
         Raises:
             UserError: with everything that is wrong with the directory, including `problems`.
         """
-        found, problems = self._names(), list(problems)
-        names = of_the_model(found)
+        names, problems = self._names(), list(problems)
         self._digests: dict[str, str] = {}
+        self.config, self.contradictory = {}, []
         with _collect(problems):
             check_kind(self.root, names, config)
-            self.config = self._object(config)
-        where: dict[str, str] | None = None
-        files: Sequence[str] = []
+            self.config = self._object(config, None if config == ADAPTER else self.contradictory)
+        choice = Choice([])
         with _collect(problems):
-            if INDEX in names:
-                where = weight_map(self._object(INDEX))
-            files = choose_files(self.root, names, where)
+            choice = choose(self.root, names, config, self.config, self._object)
+        problems += choice.problems
         headers: dict[str, tuple[StoredTensor, ...]] = {}
-        for file in files:
+        for file in choice.files:
             with _collect(problems):
                 raw, size = self._header(file)
                 headers[file] = parse_header(raw, file, size)
                 self._digests[file] = _digest(raw)
-        problems += check_distinct(headers) if where is None else check_index(headers, where)
+        where = choice.where
+        problems += check_distinct(headers) if where is None else check_index(headers, choice)
         if problems:
             raise UserError(problems)
 
@@ -83,14 +81,17 @@ class FileSource(Source, ABC):
             name: TensorInfo(name, narrow(info.dtype), info.shape)
             for name, info in self.stored.items()
         }
-        self.notices = notices(self.root, found, headers, self.stored)
+        self.notices = notices(self.root, names, headers, self.stored, choice.by)
+        if self.contradictory:
+            said = f"{config} has {some(self.contradictory)} more than once; the last counts."
+            self.notices.append(said)
 
-    def _object(self, file: str) -> dict[str, Any]:
+    def _object(self, file: str, contradictory: list[str] | None = None) -> dict[str, Any]:
         raw = self._content(file)
         self._digests[file] = _digest(raw)
         check_lfs(raw, file)
         problems: list[str] = []
-        value = load_object(raw, file, problems)
+        value = load_object(raw, file, problems, contradictory)
         if problems:
             raise UserError(problems)
         return value
@@ -118,6 +119,11 @@ class FileSource(Source, ABC):
     def files(self) -> list[str]:
         """The files that hold tensors."""
         return sorted({info.file for info in self.stored.values()})
+
+    @property
+    def read_files(self) -> list[str]:
+        """All files that were read so far: those that hold tensors, and what describes them."""
+        return sorted(self._digests)
 
     @abstractmethod
     def _names(self) -> set[str]:

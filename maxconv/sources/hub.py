@@ -1,5 +1,6 @@
 """Models on the Hugging Face Hub, read without downloading the files."""
 
+import glob
 import os
 from collections.abc import Callable, Mapping
 from threading import Lock
@@ -26,7 +27,6 @@ from maxconv.sources.remote import RemoteSource, Span, spans
 
 _TOKENS = ("HF_TOKEN", "HF_AUTH_TOKEN")  # the latter is what MaxText's documents name
 _NETWORK = ("httpx", "requests", "urllib3")  # HTTP clients of releases of huggingface_hub
-_WANTED = ("*.json", "*.safetensors")
 _MOST_REDIRECTS = 5  # of the Hub itself
 
 Answer = TypeVar("Answer")
@@ -43,8 +43,10 @@ def open_hub(
     if not (cache or constants.HF_HUB_OFFLINE):
         return HubSource(name, revision, token, max_retries, config)
     try:
+        if not constants.HF_HUB_OFFLINE:
+            return LocalSource(_downloaded(name, revision, token, max_retries, config), config)
         path = snapshot_download(
-            name, revision=revision, token=token or False, allow_patterns=list(_WANTED)
+            name, revision=revision, token=token or False, allow_patterns=glob.escape(config)
         )
     except LocalEntryNotFoundError:
         raise UserError(
@@ -54,6 +56,15 @@ def open_hub(
     except Exception as error:
         raise told(error, name, revision, token) from None
     return LocalSource(path, config)
+
+
+def _downloaded(
+    name: str, revision: str | None, token: str | None, max_retries: int, config: str
+) -> str:
+    """The directory in the Hugging Face cache, with those files of a model that are read."""
+    with HubSource(name, revision, token, max_retries, config) as there:
+        wanted = [glob.escape(file) for file in there.read_files]
+    return snapshot_download(name, revision=revision, token=token or False, allow_patterns=wanted)
 
 
 def find_token(given: str | None) -> str | None:

@@ -143,8 +143,16 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(map(repr, names[:limit])) + more
 
 
-def load_object(raw: bytes, file: str, problems: list[str]) -> dict[str, Any]:
-    """`raw` as a JSON object; duplicate names in it are added to `problems`.
+def load_object(
+    raw: bytes, file: str, problems: list[str], contradictory: list[str] | None = None
+) -> dict[str, Any]:
+    """`raw` as a JSON object, of whose duplicate names the last counts.
+
+    Args:
+        raw: the contents of a file.
+        file: its name, for messages.
+        problems: a sentence about duplicate names is added here, unless
+        contradictory: is given: the names of several different values are added here instead.
 
     Raises:
         UserError: if it is not a JSON object, or one that would fill the memory.
@@ -152,9 +160,13 @@ def load_object(raw: bytes, file: str, problems: list[str]) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
-        if len(result) < len(pairs):
-            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-            problems.append(f"{file} has {some(twice)} more than once; download it again.")
+        if len(result) == len(pairs):
+            return result
+        if contradictory is not None:
+            contradictory.extend(key for key, value in pairs if value != result[key])
+            return result
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        problems.append(f"{file} has {some(twice)} more than once; download it again.")
         return result
 
     if sum(map(raw.count, (b"[", b"{", b","))) > _MAX_VALUES:  # every value follows one of these

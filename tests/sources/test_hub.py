@@ -245,8 +245,13 @@ def test_a_file_that_changes_at_a_commit_ends_the_reading(hub, tmp_path):
 
 
 def test_the_cache_of_hugging_face_serves_offline(hub, tmp_path):
+    others = ("consolidated.safetensors", "original/model.safetensors", "tokenizer.json")
+    for other in others:
+        (hub.root / MODEL / other).parent.mkdir(exist_ok=True)
+        (hub.root / MODEL / other).write_bytes(b"none of the model's")
     assert convert(hub, tmp_path, MODEL, "--cache").returncode == 0
     asked = len(hub.log)
+    assert not [e for e in hub.log if e["path"].endswith(others)]
     done = convert(hub, tmp_path, MODEL, "--overwrite", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert len(hub.log) == asked

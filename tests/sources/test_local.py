@@ -381,7 +381,6 @@ def test_orbax_checkpoint(tmp_path):
     "text, sentence",
     [
         ("[]", "config.json is not a JSON object; download it again."),
-        ('{"a": 1, "a": 2}', "config.json has 'a' more than once; download it again."),
         (
             "version https://git-lfs.github.com/spec/v1\n",
             "config.json is a Git LFS pointer, not the file itself; run `git lfs pull` where it "
@@ -392,6 +391,44 @@ def test_orbax_checkpoint(tmp_path):
 def test_broken_config(tmp_path, text, sentence):
     (write(tmp_path, model={"a": A}) / "config.json").write_text(text)
     assert problems(tmp_path) == (sentence,)
+
+
+def test_entries_that_come_twice(tmp_path):
+    config = write(tmp_path, model={"a": A}) / "config.json"
+    config.write_text('{"a": 1, "b": 2, "a": 1, "c": {"b": 3, "b": 2}}')
+    source = LocalSource(tmp_path)
+    assert source.contradictory == ["b"]
+    assert source.notices == ["config.json has 'b' more than once; the last counts."]
+
+
+def test_transformers_reads_a_single_file_before_an_index(tmp_path):
+    write_index(write(tmp_path, model={"a": A}), b="model-00001-of-00002.safetensors")
+    assert set(LocalSource(tmp_path).tensors) == {"a"}
+
+
+def test_config_names_its_files(tmp_path):
+    write(tmp_path, model={"a": A}, ours={"b": B}, one={"c": B})
+    config, index = tmp_path / "config.json", "other.safetensors.index.json"
+    (tmp_path / index).write_text('{"weight_map": {"c": "one.safetensors"}}')
+    for stated, name in (("ours.safetensors", "b"), (index, "c")):
+        config.write_text(json.dumps({"transformers_weights": stated}))
+        source = LocalSource(tmp_path)
+        assert set(source.tensors) == {name}
+        (notice,) = source.notices
+        assert f"transformers_weights={stated} in config.json" in notice
+    for stated in ("gone.safetensors", "config.json", "../ours.safetensors"):
+        config.write_text(json.dumps({"transformers_weights": stated}))
+        (sentence,) = problems(tmp_path)
+        assert f"transformers_weights={stated} in config.json, but no such" in sentence
+
+
+def test_adapters_and_models_in_one_directory(tmp_path):
+    write(tmp_path, adapter_model={"z": A}, one={"a": A}, two={"b": B})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert set(LocalSource(tmp_path).tensors) == {"a", "b"}
+    write(tmp_path, model={"c": A})
+    assert set(LocalSource(tmp_path).tensors) == {"c"}
+    assert set(LocalSource(tmp_path, "adapter_config.json").tensors) == {"z"}
 
 
 def test_broken_index(tmp_path):
@@ -423,7 +460,8 @@ def test_index_without_a_file_for_a_tensor(tmp_path, name):
 def test_index_names_a_file_that_is_missing(tmp_path):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b="two.safetensors")
     assert problems(tmp_path) == (
-        f"two.safetensors in {tmp_path} does not exist; check the path, or download it first.",
+        f"{INDEX} in {tmp_path} lists tensors in 'two.safetensors', not there: download the "
+        f"missing files, or remove {INDEX} if the other files hold all tensors.",
     )
 
 
@@ -526,7 +564,7 @@ def test_files_without_tensors_have_a_size_that_is_read(tmp_path, name):
 def test_names_that_no_file_can_have(tmp_path, name):
     write_index(write(tmp_path, one={"a": A}), a="one.safetensors", b=name)
     (sentence,) = problems(tmp_path)
-    assert sentence.startswith(f"{name} in {tmp_path} cannot be read: ")
+    assert sentence.startswith(f"{INDEX} in {tmp_path} lists tensors in {name!r}, not there: ")
 
 
 # ---- what tells copies apart
