@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 _SIGN, _MAGNITUDE = np.uint32(1 << 31), np.uint32((1 << 31) - 1)
+_EXPONENT = np.uint32(0x7F800000)
 _HIGH_HALF = np.uint32(0xFFFFF000)  # a float32 without the lower half of its mantissa
 _NORMAL = np.uint32(1 << 23)  # the bits of 2^-126
 _UP, _DOWN = np.float32(2.0**100), np.float32(2.0**-100)
@@ -39,6 +40,25 @@ def times(x: Any, factor: float, wide: bool = False) -> Any:
     scaled = xp.where(units < np.float32(2.0**24), subnormal, (product * _DOWN).view(np.uint32))
     large = _product(a, s, tail)[0] if tail else a * s
     return (xp.where(small, scaled, large.view(np.uint32)) | sign).view(np.float32)
+
+
+def over(x: Any, divisor: float) -> Any:
+    """The quotient of a float32 array and a positive float32 of 2^-60 to 2^60.
+
+    XLA would multiply with the reciprocal. So do we, with one of 48 bits, and then look whether
+    what is left is more than half a unit of the last place.
+    """
+    xp, s = x.__array_namespace__(), np.float32(divisor)
+    quotient = times(x, 1 / float(np.float64(s)), wide=True)
+    u, v = quotient.view(np.uint32), x.view(np.uint32)
+    q, a = (u & _MAGNITUDE).view(np.float32), (v & _MAGNITUDE).view(np.float32)
+    product = q * s
+    left = (a - product) - _error(q, s, product)
+    half = (u & _EXPONENT).view(np.float32) * np.float32(2.0**-24) * s
+    is_large = (q > np.float32(2.0**-60)) & (q < np.float32(2.0**120)) & (a < np.float32(2.0**120))
+    up = (is_large & (left > half)).astype(np.uint32)
+    down = (is_large & (left < -half)).astype(np.uint32)
+    return (u + up - down).view(np.float32)
 
 
 def _product(t: Any, s: np.float32, tail: np.float32) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from maxconv.algebra.arithmetic import times
+from maxconv.algebra.arithmetic import over, times
 from maxconv.algebra.boxes import Box, Shape, dims, with_axis
 from maxconv.algebra.rearrange import AlgebraError
 
@@ -134,7 +134,7 @@ class Affine:
         shift = np.float32(self.shift)
         if self.undo:
             x = x - shift if self.shift else x
-            return x / np.float32(self.scale) if self.scale != 1 else x
+            return over(x, self.scale) if self.scale != 1 else x
         x = times(x, self.scale, self.wide) if self.scale != 1 else x
         return x + shift if self.shift else x
 

@@ -109,6 +109,10 @@ class Config:
     num_processes: int | None
     process_id: int | None
     max_host_memory_gb: float | None
+    max_shard_size_gb: float
+    """Largest file of weights that an export writes, in units of 10**9 bytes."""
+    step: int | None
+    """Of a training run, to be exported."""
     tpu_type: str | None
     """The type of slice to plan for, if not the devices of this machine."""
     report: str | None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-CONVERT, PLAN, VERIFY = "convert", "plan", "verify"
+CONVERT, EXPORT, PLAN, VERIFY = "convert", "export", "plan", "verify"
 
 
 class Option(NamedTuple):
@@ -110,6 +110,18 @@ OPTIONS: Mapping[str, Option] = {
         "safetensors, or transformers: load the whole model in RAM with transformers and convert "
         "that; needs --lazy_load_tensors=False and pip install 'maxconv[transformers]'",
         shapes=True,
+    ),
+    "max_shard_size_gb": Option(
+        float,
+        5.0,
+        "largest file of weights to write, in GB of 10**9 bytes",
+        commands=(EXPORT,),
+    ),
+    "step": Option(
+        int,
+        None,
+        "step of a training run to export. Default: its last",
+        commands=(EXPORT,),
     ),
     "trace": Option(
         str,

@@ -98,7 +98,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         _check_outputs(config)
     with _opened_by_all(config) as source:
         _check_same_everywhere(source)
-        window = min(gathered(_window(config)))  # hosts may differ, plans may not
+        window = min(gathered(window_of(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
         differs = _head_differs(config, source)
         with same_error_everywhere():
@@ -311,7 +311,7 @@ def _scratch_nbytes(job: Job) -> int:
     return min(bound, job.plan.output_nbytes)
 
 
-def _window(config: Config) -> int:
+def window_of(config: Config) -> int:
     """Maximum bytes that a process may hold for reading, computing and writing."""
     if config.max_host_memory_gb is not None:
         window = int(config.max_host_memory_gb * 2**30) - BASE

@@ -4,23 +4,23 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from maxconv.algebra import AlgebraError, Expr, Shape, Tensor, invert, substitute, tensors
+from maxconv.algebra import AlgebraError, Expr, Tensor, invert, substitute, tensors
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
 from maxconv.families import Parameter, Row, paths
 from maxconv.models.codecs import decoded
 from maxconv.models.parameters import parameters
 from maxconv.models.resolve import Model, resolve
-from maxconv.models.stored_names import EMBEDDING
+from maxconv.models.stored_names import HEAD
 from maxconv.sources import Source, TensorInfo
+from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
-from maxconv.text import some
 
 ROOT = "params.params."  # before the names of MaxText's tree
 _QUANTISED = "quantization_config"
@@ -36,7 +36,10 @@ class WayBack:
         model: as it was published, with the sizes that the tree has.
         stacks: the tensors, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
-        left_out: tensors as published that the tree has nothing for.
+        keeps_fp8: whether fp8 weights stay as they are, with their scales.
+        copied: published tensors that the tree has nothing for: encoders that were not trained,
+            layers for multi-token prediction. They are taken as they are.
+        left_out: those that cannot be: of a tied head, or quantised.
         scan_axis: along which layers are stacked in the tree; None if they are not.
         notices: sentences for the user.
     """
@@ -44,6 +47,8 @@ class WayBack:
     model: Model
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, np.dtype]
+    keeps_fp8: bool
+    copied: tuple[str, ...]
     left_out: tuple[str, ...]
     scan_axis: int | None
     notices: tuple[str, ...]
@@ -105,13 +110,32 @@ def way_back(
     try:
         back = invert(rules)
     except AlgebraError as error:
-        raise UserError(f"{published.root}: {line}." for line in str(error).splitlines()) from None
-    left_out = tuple(sorted(plain.tensors.keys() - back.keys()))
+        lines = str(error).splitlines()
+        raise UserError([f"{published.root}: {line}." for line in lines]) from None
+    stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
+    left = sorted(plain.tensors.keys() - back.keys())
+    as_stored = {n for n in left if n in published.tensors} if not _codecs(plain) else set()
+    copied = tuple(n for n in left if n in as_stored and stored.get(n, n) != HEAD)
+    left_out = tuple(sorted({*left} - {*copied}))
     dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
-    if isinstance(plain, Unquantised) and plain.codecs:
+    if _codecs(plain):
         notices.append("weights are written in bfloat16, not quantised as they were published")
     told = (*plain.notices, *notices)
-    return WayBack(model, tuple(stacks(back)), dtypes, left_out, axis, told)
+    return WayBack(model, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told)
+
+
+def _codecs(source: Source) -> bool:
+    """Whether a checkpoint was quantised, and is taken as it would be without."""
+    return isinstance(source, Unquantised) and bool(source.codecs)
+
+
+def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:
+    """The tensors that are made together; all of a stack have one dtype."""
+    by_dtype: dict[np.dtype, dict[str, Expr]] = {}
+    for name, expr in back.items():
+        by_dtype.setdefault(dtypes[name], {})[name] = expr
+    for rules in by_dtype.values():
+        yield from stacks(rules)
 
 
 def _parts(tree: TreeSource) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ from maxconv.sources.index import (
 )
 from maxconv.sources.narrow import narrow, narrowed
 from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, parse_header, some
+
+
+# Beside the weights and their index.
+_COMPANION = re.compile(
+    r"(?!\.|.*\.index\.json$)(.*\.(json|jinja|model|py|tiktoken|txt)|(LICENSE|NOTICE|USE_POLICY)[^/]*)"
+)
 
 
 class FileSource(Source, ABC):
@@ -114,6 +121,16 @@ class FileSource(Source, ABC):
         found = np.empty(len(offsets) * nbytes, np.uint8)
         self._fetch(stored, offsets.tolist(), nbytes, found.data)
         return narrowed(found.view(stored.dtype).reshape(dims(box)), info.name)
+
+    @property
+    def companions(self) -> list[str]:
+        """The names of the small files that belong to the model: config, tokenizer, code."""
+        small = (name for name in self._names() if _COMPANION.fullmatch(name))
+        return sorted(small)
+
+    def content(self, file: str) -> bytes:
+        """The contents of a small file; UserError if it cannot be read."""
+        return self._content(file)
 
     @property
     def files(self) -> list[str]:
