@@ -114,6 +114,11 @@ def test_the_printed_command_trains(tmp_path: Path) -> None:
         *("run_name=tiny", f"base_output_directory={tmp_path / 'run'}", "steps=2"),
         *("dataset_type=synthetic", "per_device_batch_size=1", "max_target_length=32"),
         *("hardware=cpu", "skip_jax_distributed_system=True", "attention=dot_product"),
-        *("enable_checkpointing=false", "jax_cache_dir="),
-        env={"XLA_FLAGS": load_logits.XLA_FLAGS, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        *("enable_checkpointing=false", "jax_cache_dir=", "opt_type=sgd"),
+        env={
+            "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
+            "XLA_FLAGS": load_logits.XLA_FLAGS,
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+        },
     )

@@ -59,7 +59,7 @@ SAID: dict[str, dict[str, Any]] = {
 
 
 def write(name: str, directory: str | Path, dtype: str) -> Path:
-    """Writes the checkpoint of a case, whose name may go on after a comma; returns its directory."""
+    """Writes a case (its name may go on after a comma) as a checkpoint; returns its directory."""
     path = tiny.write(name.partition(",")[0], directory, dtype)
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | SAID.get(name, {})))
