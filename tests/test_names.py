@@ -10,9 +10,10 @@ from headers import HeaderSource, published
 from jobs import evaluated
 from safetensors.numpy import load_file, save_file
 
-from maxconv.config.tables import model_facts
+from maxconv.config.tables import model_facts, trained_models
 from maxconv.families.blocks import GATED
 from maxconv.models.resolve import resolve
+from maxconv.models.training import training
 
 # How the names begin in the published files, and in those that other releases write.
 RELEASES = [
@@ -49,10 +50,12 @@ def test_other_names_are_the_same_model(model_name, names):
     assert any("are read as" in notice for notice in theirs.notices)
 
 
-def test_a_name_that_only_the_converter_has_comes_with_the_other():
+def test_a_name_that_only_the_converter_has_is_trained_with_the_other():
     name = "qwen3-coder-480b-a35b"
-    model = resolve(published(name), name, model_facts(name))
-    assert any("model_name=qwen3-480b-a35b" in notice for notice in model.notices)
+    source = published(name)
+    model = resolve(source, name, model_facts(name))
+    told = training(model, source.config, trained_models(), name, {"scan_layers": True})
+    assert told.arguments["model_name"] == "qwen3-480b-a35b"
 
 
 @pytest.mark.parametrize(

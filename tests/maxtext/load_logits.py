@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 DEVICES = 8
+XLA_FLAGS = f"--xla_force_host_platform_device_count={DEVICES}"
 LOADERS = ("pretrain", "from_pretrained")
 
 # Before jax is imported. Nothing below needs the network, and libraries must not try.
@@ -29,7 +30,7 @@ os.environ |= {
     "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",  # as MaxText's training does; it compiles much faster
     "JAX_PLATFORMS": "cpu",
     "TRANSFORMERS_VERBOSITY": "error",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    "XLA_FLAGS": XLA_FLAGS,
 }
 
 RUN_WORDS = [

@@ -11,7 +11,6 @@ whoever reads the files needs numpy.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -23,53 +22,19 @@ import transformers
 
 TESTS = Path(__file__).resolve().parents[1]
 STORED = TESTS / "data" / "logits"
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "maxtext")]
 
 import tiny  # noqa: E402
+import told  # noqa: E402
 
 LENGTH = 24
-
-# What a checkpoint's config.json must say for transformers to compute what MaxText does.
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "original_max_position_embeddings": 8192,
-    "attention_factor": 1.2079441541679836,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
-SAID: dict[str, dict[str, Any]] = {
-    # As published; but five experts make one group, which is what MaxText takes unless told.
-    "deepseek3-671b": {
-        "n_group": 1,
-        "topk_group": 1,
-        "max_position_embeddings": 163840,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 40,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-    },
-    # MaxText scales the positions of all layers, transformers 5 not those of sliding attention.
-    "olmo3-7b": {
-        "max_position_embeddings": 65536,
-        "rope_scaling": None,
-        "rope_parameters": {"sliding_attention": YARN, "full_attention": YARN},
-    },
-}
 
 
 def load(case: str, dtype: str) -> Any:
     """The model of a case's checkpoint, which transformers dequantises if need be."""
-    (architecture,) = tiny.CASES[case].config["architectures"]
+    (architecture,) = tiny.CASES[case.partition(",")[0]].config["architectures"]
     with tempfile.TemporaryDirectory() as directory:
-        config = tiny.write(case, directory, dtype) / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | SAID.get(case, {})))
+        told.write(case, directory, dtype)
         return getattr(transformers, architecture).from_pretrained(
             directory,
             dtype=torch.float32,
@@ -88,7 +53,7 @@ def round_head(model: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stores what transformers says.")
-    parser.add_argument("case", nargs="+", choices=tiny.CASES, metavar="CASE")
+    parser.add_argument("case", nargs="+", choices=(*tiny.CASES, *told.SAID), metavar="CASE")
     parser.add_argument("--dtype", choices=tiny.DTYPES, default="float32")
     args = parser.parse_args()
     STORED.mkdir(exist_ok=True)

@@ -5,8 +5,10 @@ Runs in the environment that `environment.sh` makes, with maxconv installed in i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,17 @@ import smollm2  # noqa: E402
 REFERENCE = HERE.parent / "data" / "smollm2_reference.npz"
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
     """Runs a Python program in a process of its own: each needs another set of devices."""
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
     output = result.stdout[-2000:] + result.stderr[-4000:]
     assert not result.returncode, f"{command[:3]} failed:\n{output}"
+    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tiny models through maxconv and MaxText: the logits are those of transformers.
+"""Tiny models through maxconv, then MaxText as the printed command has it: transformers' logits.
 
 Runs in the environment that `environment.sh` makes, with maxconv installed in it. The reference is
 stored by `reference_tiny.py`. Both compute in float32. Layers are scanned; MAXCONV_ALL_LOGITS=1
@@ -8,6 +8,7 @@ runs every model with its layers one by one, too.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import load_logits  # noqa: E402
-import tiny  # noqa: E402
+import told  # noqa: E402
 from test_smollm2 import run  # noqa: E402
 
 HALVES = ("ici_fsdp_parallelism=2", "ici_data_parallelism=4")  # of an embedding axis of 42
@@ -29,10 +30,10 @@ DENSE_EXPERTS = ("sparse_matmul=false", "megablox=false")  # the others are kern
 
 @dataclass(frozen=True)
 class Case:
-    """What a run of MaxText must be told beside the sizes, and how much its logits may differ.
+    """The mesh, what only a run on CPUs must be told, and how much its logits may differ.
 
     Attributes:
-        words: for MaxText alone.
+        words: for MaxText alone; what the model needs is in the command that maxconv prints.
         tolerance: relative to the largest logit.
         table: the same, of a model whose head is the embedding table. MaxText rounds that to
             bfloat16 for the head; `tolerance` holds where the reference does so, too.
@@ -52,11 +53,14 @@ CASES: dict[str, Case] = {
     "qwen3-30b-a3b": Case((*HALVES, *DENSE_EXPERTS)),
     # In its recurrence float32 gives no more: transformers' own logits in float64 are as far away.
     "qwen3-next-80b-a3b": Case((*HALVES, *DENSE_EXPERTS), tolerance=4e-5),
-    "gpt-oss-20b": Case((*HALVES, *DENSE_EXPERTS, "sliding_window_size=16")),
-    "gpt-oss-20b+mxfp4": Case((*HALVES, *DENSE_EXPERTS, "sliding_window_size=16")),
+    "gpt-oss-20b": Case((*HALVES, *DENSE_EXPERTS)),
+    "gpt-oss-20b+mxfp4": Case((*HALVES, *DENSE_EXPERTS)),
     "mixtral-8x7b": Case((*HALVES, *DENSE_EXPERTS)),
     "deepseek3-671b": Case((*HALVES, *DENSE_EXPERTS)),
     "olmo3-7b": Case(),
+    "llama3.1-8b,plain": Case(),
+    "llama3.1-8b,factor": Case(),
+    "mistral-7b,theta": Case(("ici_fsdp_parallelism=8",)),
 }
 RUNS = [
     pytest.param(name, scan, id=f"{name}-{'scan' if scan else 'unscan'}")
@@ -66,19 +70,26 @@ RUNS = [
 ]
 
 
+def converted(checkpoint: Path, out: Path, scan: bool) -> list[str]:
+    """Converts a checkpoint, without telling its model; returns the training command's words."""
+    printed = run(
+        *("-m", "maxconv.to_maxtext", f"scan_layers={scan}", f"base_output_directory={out}"),
+        *("hardware=cpu", "skip_jax_distributed_system=True", "--save_dtype=float32"),
+        *(f"--hf_model_path={checkpoint}", f"--simulated_cpu_devices_count={load_logits.DEVICES}"),
+    )
+    (line,) = (line for line in printed.splitlines() if line.startswith("to train"))
+    return shlex.split(line.partition("maxtext.trainers.pre_train.train ")[2])
+
+
 @pytest.mark.parametrize(("name", "scan"), RUNS)
 def test_maxtext_says_what_transformers_says(name: str, scan: bool, tmp_path: Path) -> None:
     case = CASES[name]
     stored = HERE.parent / "data" / "logits" / f"{name}.npz"
     reference = np.load(stored)
-    words = tiny.maxtext_words(name, scan)
-    checkpoint = tiny.write(name, tmp_path / "hf", str(reference["dtype"]))
-    run(
-        *("-m", "maxconv.to_maxtext", *words, "hardware=cpu", "skip_jax_distributed_system=True"),
-        *(f"--hf_model_path={checkpoint}", f"base_output_directory={tmp_path / 'out'}"),
-        *("--save_dtype=float32", f"--simulated_cpu_devices_count={load_logits.DEVICES}"),
-    )
+    checkpoint = told.write(name, tmp_path / "hf", str(reference["dtype"]))
+    command = converted(checkpoint, tmp_path / "out", scan)
     out = tmp_path / "logits.npy"
+    words = [word for word in command if not word.startswith("load_parameters_path=")]
     run(
         *(HERE / "load_logits.py", tmp_path / "out/0/items", *words, *case.words),
         *("--tokens", stored, "--out", out),
@@ -92,3 +103,22 @@ def test_maxtext_says_what_transformers_says(name: str, scan: bool, tmp_path: Pa
         difference = abs(made - reference[kind]).max() / abs(reference[kind]).max()
         print(f"{name}: {kind} differ by {difference:.1e} of the largest")
         assert difference <= tolerance, kind
+
+
+def test_the_printed_command_trains(tmp_path: Path) -> None:
+    """The real trainer takes it; that its arguments give the right logits is tested above."""
+    name = "gemma3-4b+64"
+    command = converted(told.write(name, tmp_path / "hf", "float32"), tmp_path / "out", True)
+    run(
+        *("-m", "maxtext.trainers.pre_train.train", *command),
+        *("run_name=tiny", f"base_output_directory={tmp_path / 'run'}", "steps=2"),
+        *("dataset_type=synthetic", "per_device_batch_size=1", "max_target_length=32"),
+        *("hardware=cpu", "skip_jax_distributed_system=True", "attention=dot_product"),
+        *("enable_checkpointing=false", "jax_cache_dir=", "opt_type=sgd"),
+        env={
+            "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
+            "XLA_FLAGS": load_logits.XLA_FLAGS,
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+        },
+    )
