@@ -48,7 +48,7 @@ def over(x: Any, divisor: float) -> Any:
     XLA would multiply with the reciprocal. So do we, with one of 48 bits, and then look whether
     what is left is more than half a unit of the last place.
     """
-    xp, s = x.__array_namespace__(), np.float32(divisor)
+    s = np.float32(divisor)
     quotient = times(x, 1 / float(np.float64(s)), wide=True)
     u, v = quotient.view(np.uint32), x.view(np.uint32)
     q, a = (u & _MAGNITUDE).view(np.float32), (v & _MAGNITUDE).view(np.float32)

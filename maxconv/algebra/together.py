@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from maxconv.algebra.boxes import Shape
 from maxconv.algebra.decode import Cast
-from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, Tensor, apply
+from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, apply
 from maxconv.algebra.ops import Affine, Fit, Op, Slice
 from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
 
@@ -52,8 +52,9 @@ def _stacked(found: Sequence[tuple[str, tuple[int, ...], Expr]]) -> Iterator[Sta
     order = sorted(range(len(found)), key=lambda i: [axis[i] for axis in axes])
     grid = [tuple(axis[i] for axis in axes) for i in order]
     leading = tuple(map(len, ranges))
-    if not axes or grid != [tuple(r.start + i for r, i in zip(ranges, at, strict=True))
-                            for at in _indices(leading)]:
+    if not axes or grid != [
+        tuple(r.start + i for r, i in zip(ranges, at, strict=True)) for at in _indices(leading)
+    ]:
         yield from (Stack((name,), expr, ()) for name, _, expr in found)
         return
     _, _, expr = found[order[0]]
@@ -109,7 +110,9 @@ class _Mover:
                     return apply(Slice(axis + moved, start, 1), x), moved
                 if moved:
                     raise AlgebraError(f"{expr} takes the same place twice")
-                return apply(_to_front(axis, len(x.shape)), apply(Slice(axis, start, self.n), x)), True
+                return apply(
+                    _to_front(axis, len(x.shape)), apply(Slice(axis, start, self.n), x)
+                ), True
             case Apply(op, x):
                 x, moved = self.move(x)
                 return apply(_deeper(op, self.n) if moved else op, x), moved
@@ -117,7 +120,9 @@ class _Mover:
                 found = [self.move(part) for part in parts]
                 if not any(moved for _, moved in found):
                     return Concat(axis, tuple(part for part, _ in found)), False
-                return Concat(axis + 1, tuple(x if m else self._repeated(x) for x, m in found)), True
+                return Concat(
+                    axis + 1, tuple(x if m else self._repeated(x) for x, m in found)
+                ), True
         return expr, False
 
     def _repeated(self, x: Expr) -> Expr:

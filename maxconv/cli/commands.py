@@ -120,6 +120,20 @@ def convert(arguments: Sequence[str]) -> None:
     convert.run(config, TerminalReporter())
 
 
+def export(arguments: Sequence[str]) -> None:
+    from maxconv.config.paths import read_path
+    from maxconv.jobs import export
+
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError("Give the checkpoint first: maxconv export CHECKPOINT.")
+    checkpoint, *rest = arguments
+    config = start(rest, "export")
+    from maxconv.cli.reports import TerminalReporter
+
+    with export.prepared(config, read_path(checkpoint)) as job:
+        export.run(job, TerminalReporter())
+
+
 def plan(arguments: Sequence[str]) -> None:
     import jax
 
@@ -186,9 +200,15 @@ def show_help(arguments: Sequence[str]) -> None:
     say(topic(arguments[0]) if arguments else usage())
 
 
-_TOGETHER = ("convert", "plan", "verify")  # the commands that several processes run together
+_TOGETHER = (
+    "convert",
+    "export",
+    "plan",
+    "verify",
+)  # the commands that several processes run together
 COMMANDS = {
     "convert": convert,
+    "export": export,
     "plan": plan,
     "verify": verify,
     "inspect": inspect,

@@ -15,6 +15,10 @@ COMMANDS = {
         "[base.yml] key=value ... [--flag=value ...]",
         "Convert a Hugging Face checkpoint to a MaxText checkpoint.",
     ),
+    "export": (
+        "CHECKPOINT --hf_model_path=MODEL base_output_directory=DIR [key=value ...]",
+        "Write a MaxText checkpoint as a Hugging Face checkpoint.",
+    ),
     "plan": (
         "[base.yml] key=value ... [--flag=value ...]",
         "Show what a conversion would do, without reading any tensor.",
@@ -31,6 +35,10 @@ COMMANDS = {
 _MORE = {
     "convert": "The checkpoint is written to base_output_directory/0/items. The arguments are "
     "those of MaxText's to_maxtext; `python -m maxconv.to_maxtext` takes the same ones.",
+    "export": "CHECKPOINT is what was converted or trained: DIR, DIR/0/items, or a run's directory "
+    "or its checkpoints, of which the last step is taken. MODEL is a checkpoint of the same model: "
+    "names, shapes, dtypes, config.json and tokenizer are taken from there, and what MaxText does "
+    "not train. On several hosts DIR must be shared by all of them.",
     "plan": "Takes the same arguments as convert, and reads only the headers of the checkpoint. "
     "With --tpu_type it plans for a slice that you do not have.",
     "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items, where DIR was the base_output_directory of "

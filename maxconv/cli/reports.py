@@ -41,6 +41,23 @@ class TerminalReporter(Reporter):
                 f"{duration(seconds)}"
             )
 
+    def exported(
+        self, directory: str, tensors: int, files: int, nbytes: int, seconds: float
+    ) -> None:
+        if self._speaks:
+            say(
+                f"{tensors} tensors, {size(nbytes)} in {duration(seconds)} "
+                f"({size(nbytes / seconds)}/s); peak RSS {size(peak_memory())}\n"
+                f"saved: {directory}, {files} file(s) of weights"
+            )
+
+    def compared(self, tensors: int, of: int, nbytes: int, seconds: float) -> None:
+        if self._speaks:
+            say(
+                f"verified {tensors} of {of} tensors, {size(nbytes)}, bit for bit against what "
+                f"numpy makes of the checkpoint, in {duration(seconds)}"
+            )
+
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         if self._speaks:
             parts = (f"{kind} {duration(spent)}" for kind, spent in seconds.items())

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 CONVERT, EXPORT, PLAN, VERIFY = "convert", "export", "plan", "verify"
+CONVERSIONS = CONVERT, PLAN, VERIFY
+ALL = *CONVERSIONS, EXPORT
 
 
 class Option(NamedTuple):
@@ -21,14 +23,14 @@ class Option(NamedTuple):
     default: Any
     help: str
     shapes: bool = False
-    commands: tuple[str, ...] = (CONVERT, PLAN, VERIFY)
+    commands: tuple[str, ...] = CONVERSIONS
 
 
 class Key(NamedTuple):
     """A MaxText config key that affects a conversion: its description, and where it is listed."""
 
     help: str
-    commands: tuple[str, ...] = (CONVERT, PLAN, VERIFY)
+    commands: tuple[str, ...] = CONVERSIONS
 
 
 OPTIONS: Mapping[str, Option] = {
@@ -38,20 +40,27 @@ OPTIONS: Mapping[str, Option] = {
         "the checkpoint to convert: a directory, gs://bucket/path, or org/name on the Hugging Face "
         "Hub. Default: the Hub repository of model_name",
         shapes=True,
+        commands=ALL,
     ),
-    "revision": Option(str, None, "branch, tag or commit of the model on the Hub", shapes=True),
+    "revision": Option(
+        str, None, "branch, tag or commit of the model on the Hub", shapes=True, commands=ALL
+    ),
     "save_dtype": Option(
         str,
         "bfloat16",
         "dtype of the saved weights: bfloat16, float32, or float8_e4m3fn, which keeps each "
         "tensor's stored dtype",
         shapes=True,
+        commands=ALL,
     ),
     "use_compression": Option(
         bool, False, "compress arrays with zstd, as MaxText does: smaller but slower", shapes=True
     ),
     "overwrite": Option(
-        bool, False, "replace an existing checkpoint instead of refusing", commands=(CONVERT,)
+        bool,
+        False,
+        "replace an existing checkpoint instead of refusing",
+        commands=(CONVERT, EXPORT),
     ),
     "resume": Option(
         bool,
@@ -63,7 +72,7 @@ OPTIONS: Mapping[str, Option] = {
         str,
         "sample",
         "how much of the result to read back and compare with the source: none, sample or full",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "public": Option(
         bool,
@@ -75,12 +84,16 @@ OPTIONS: Mapping[str, Option] = {
         float,
         None,
         "host memory that each process may use in all, in GiB. Default: 1.25; 4.75 on TPU hosts",
+        commands=ALL,
     ),
     "max_retries": Option(
-        int, 5, "how many times a failed request to a bucket or the Hub is retried"
+        int, 5, "how many times a failed request to a bucket or the Hub is retried", commands=ALL
     ),
     "cache": Option(
-        bool, False, "download the model into the Hugging Face cache first, and read it from there"
+        bool,
+        False,
+        "download the model into the Hugging Face cache first, and read it from there",
+        commands=ALL,
     ),
     "simulated_cpu_devices_count": Option(
         int,
@@ -88,15 +101,17 @@ OPTIONS: Mapping[str, Option] = {
         "number of simulated devices per process with hardware=cpu. Default: as many as the mesh "
         "needs, or 16 if its size is not given",
         shapes=True,
+        commands=ALL,
     ),
     "coordinator_address": Option(
         str,
         None,
         "host:port of process 0; needed only where JAX does not detect the cluster, together with "
         "the next two",
+        commands=ALL,
     ),
-    "num_processes": Option(int, None, "total number of processes"),
-    "process_id": Option(int, None, "index of this process, from 0"),
+    "num_processes": Option(int, None, "total number of processes", commands=ALL),
+    "process_id": Option(int, None, "index of this process, from 0", commands=ALL),
     "lazy_load_tensors": Option(
         bool,
         True,
@@ -150,12 +165,13 @@ OPTIONS: Mapping[str, Option] = {
 KEYS: Mapping[str, Key] = {
     "model_name": Key(
         "MaxText's name of the model; config.json must have the same sizes. "
-        "Default: the model is identified from config.json"
+        "Default: the model is identified from config.json",
+        commands=ALL,
     ),
     "base_output_directory": Key(
         "where the checkpoint goes, in DIR/0/items: a directory, "
         "gs://bucket/path, or hf://org/name. Default: ./mt_output",
-        commands=(CONVERT, PLAN),
+        commands=(CONVERT, EXPORT, PLAN),
     ),
     "hf_lora_adapter_path": Key(
         "a LoRA adapter to merge into --hf_model_path; if that is not given, the "
@@ -165,7 +181,7 @@ KEYS: Mapping[str, Key] = {
         "whether layers are stacked into one leaf (true) or are separate leaves (false). "
         "Default: as in MaxText's config of the model, else true"
     ),
-    "param_scan_axis": Key("axis along which layers are stacked. Default: 1"),
+    "param_scan_axis": Key("axis along which layers are stacked. Default: 1", commands=ALL),
     "ici_*_parallelism": Key(
         "sizes of the training mesh within a slice, such as ici_fsdp_parallelism=4; one may be -1: "
         "all devices that are left. Default: fsdp over all devices"
@@ -174,7 +190,9 @@ KEYS: Mapping[str, Key] = {
         "sizes of the training mesh across slices; one may be -1. Default: data "
         "parallelism over all slices"
     ),
-    "hardware": Key("cpu: use simulated devices. Default: the TPU, or the CPU if there is none"),
+    "hardware": Key(
+        "cpu: use simulated devices. Default: the TPU, or the CPU if there is none", commands=ALL
+    ),
     "use_multimodal": Key(
         "include the vision encoder. Default: as in MaxText's config of the model"
     ),
@@ -182,7 +200,8 @@ KEYS: Mapping[str, Key] = {
     "base_num_decoder_layers": Key("convert only the first N layers. Default: all"),
     "override_model_config": Key(
         "accept sizes on the command line (base_emb_dim, ..., vocab_size) that "
-        "differ from those of model_name. Default: false"
+        "differ from those of model_name. Default: false",
+        commands=ALL,
     ),
     "checkpoint_storage_use_ocdbt": Key("store arrays in OCDBT. Default: true"),
     "checkpoint_storage_use_zarr3": Key(
@@ -197,9 +216,9 @@ KEYS: Mapping[str, Key] = {
         "replace MaxText's default rules for the same logical axes"
     ),
     "jax_distributed_initialization_timeout": Key(
-        "seconds to wait for the other processes to join. Default: 300"
+        "seconds to wait for the other processes to join. Default: 300", commands=ALL
     ),
     "skip_jax_distributed_system": Key(
-        "do not look for other processes: convert in this one alone. Default: false"
+        "do not look for other processes: convert in this one alone. Default: false", commands=ALL
     ),
 }

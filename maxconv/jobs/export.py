@@ -24,7 +24,9 @@ from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
+from maxconv.jobs.check_export import check
 from maxconv.jobs.prepare import STEP_MOST, opened, window_of
+from maxconv.jobs.reporter import Reporter
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.slabs import Slab
@@ -78,14 +80,14 @@ class Export:
 
 
 @contextmanager
-def prepared(config: Config, checkpoint: str, step: int | None = None) -> Iterator[Export]:
+def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
     """Plans an export, without reading any tensor; JAX must be initialized.
 
     Raises:
         UserError: with every problem that was found, the same on all processes.
     """
     with same_error_everywhere():
-        tree, published = TreeSource(checkpoint, step), opened(config)
+        tree, published = TreeSource(checkpoint, config.step), opened(config)
     with tree, published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
@@ -126,7 +128,7 @@ def _planned(config: Config, tree: TreeSource, published: Any, window: int) -> E
     ]
     most = int(config.max_shard_size_gb * 1e9)
     files = shards.files(tensors, most, range(jax.process_count()))
-    others, changes = _others(published, back, dtypes)
+    others, changes = _others(published, back, to)
     said = (
         (back.copied, f"not in the checkpoint, so copied from {published.root}"),
         (back.left_out, "not in the checkpoint, so left out"),
@@ -158,18 +160,17 @@ def _sharding(mesh: Mesh, stack: Stack) -> NamedSharding:
 
 
 def _others(
-    published: FileSource, back: WayBack, dtypes: Mapping[str, np.dtype]
+    published: FileSource, back: WayBack, to: str | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """The small files of the model, and a sentence for each change in config.json."""
     contents = {name: published.content(name) for name in published.companions}
     config, changes = dict(published.config), list[str]()
     if config.pop("quantization_config", None) and not back.keeps_fp8:
         changes.append("config.json: quantization_config is taken out")
-    common = max(dtypes.values(), key=[*dtypes.values()].count).name
-    for entry in _DTYPE_ENTRIES:
-        if entry in config and config[entry] != common:
-            changes.append(f"config.json: {entry} is {common} instead of {config[entry]}")
-            config[entry] = common
+    for entry in _DTYPE_ENTRIES if to else ():
+        if entry in config and config[entry] != to:
+            changes.append(f"config.json: {entry} is {to} instead of {config[entry]}")
+            config[entry] = to
     if changes:
         contents["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return contents, changes
@@ -185,7 +186,7 @@ def _problems(export: Export) -> list[str]:
     return []
 
 
-def run(export: Export, reporter: Any) -> None:
+def run(export: Export, reporter: Reporter) -> None:
     """Makes and writes every tensor, and verifies them as configured.
 
     Raises:
@@ -213,7 +214,11 @@ def run(export: Export, reporter: Any) -> None:
         once(lambda: None)
         once(lambda: shards.commit(export.directory, export.files, export.others))
         liveness.saved()
-    reporter.exported(export, time.monotonic() - started)
+    tensors = [tensor for file in export.files for tensor in file.tensors]
+    nbytes, seconds = sum(tensor.nbytes for tensor in tensors), time.monotonic() - started
+    reporter.exported(str(export.directory), len(tensors), len(export.files), nbytes, seconds)
+    if export.config.verify != "none":
+        check(export, reporter)
 
 
 def _clear(directory: Path) -> None:

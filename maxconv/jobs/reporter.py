@@ -27,5 +27,13 @@ class Reporter:
         `witnessed`: bytes of leaves that were also checked with numpy (see witness.py).
         """
 
+    def exported(
+        self, directory: str, tensors: int, files: int, nbytes: int, seconds: float
+    ) -> None:
+        """A Hugging Face checkpoint was written."""
+
+    def compared(self, tensors: int, of: int, nbytes: int, seconds: float) -> None:
+        """Some of the tensors that were exported, so many bytes of them, are what numpy makes."""
+
     def traced(self, path: str, seconds: Mapping[str, float]) -> None:
         """A timeline was written; `seconds`: for each kind of work, summed over all threads."""

@@ -100,7 +100,7 @@ def _full(item: Item, leaves: Sequence[LeafPlan]) -> Share:
     for leaf in leaves:
         for chunk in _chunks(item, leaf):
             if number % jax.process_count() == jax.process_index():
-                yield leaf, chunk, [*_pieces(leaf.leaf.expr, chunk, leaf.dtype.itemsize)]
+                yield leaf, chunk, [*pieces(leaf.leaf.expr, chunk, leaf.dtype.itemsize)]
             number += 1
 
 
@@ -110,7 +110,7 @@ def _sample(item: Item, leaves: Sequence[LeafPlan]) -> Share:
         random = np.random.default_rng(zlib.crc32(leaf.name.encode()))
         chunks = [*_chunks(item, leaf)]
         chunk = chunks[random.integers(len(chunks))]
-        boxes = [_box_in(chunk, leaf.dtype.itemsize, random, i == 0) for i in range(BOXES)]
+        boxes = [box_in(chunk, leaf.dtype.itemsize, random, i == 0) for i in range(BOXES)]
         cost = volume(chunk) * leaf.dtype.itemsize
         cost += sum(_cost(leaf.leaf.expr, box) for box in set(boxes))
         if cost <= left:
@@ -137,7 +137,7 @@ def _chunks(item: Item, leaf: LeafPlan) -> Iterator[Box]:
         yield tuple((i * extent, min((i + 1) * extent, n)) for i, extent, n in grid)
 
 
-def _box_in(chunk: Box, itemsize: int, random: np.random.Generator, corner: bool) -> Box:
+def box_in(chunk: Box, itemsize: int, random: np.random.Generator, corner: bool) -> Box:
     """A small box: as much of the last axes as fits, at a random or corner position."""
     room, box = BOX_BYTES // itemsize, []
     for lo, hi in reversed(chunk):
@@ -148,7 +148,7 @@ def _box_in(chunk: Box, itemsize: int, random: np.random.Generator, corner: bool
     return tuple(reversed(box))
 
 
-def _pieces(expr: Expr, box: Box, itemsize: int) -> Iterator[Box]:
+def pieces(expr: Expr, box: Box, itemsize: int) -> Iterator[Box]:
     """Splits a box into pieces small enough to evaluate: between the parts of a stack, then along
     the axis that keeps rows of tensors whole."""
     if isinstance(expr, Concat):

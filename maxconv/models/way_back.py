@@ -34,7 +34,8 @@ class WayBack:
 
     Attributes:
         model: as it was published, with the sizes that the tree has.
-        stacks: the tensors, over the leaves of the tree, together where they are read together.
+        rules: each tensor, over the leaves of the tree.
+        stacks: the same, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
         keeps_fp8: whether fp8 weights stay as they are, with their scales.
         copied: published tensors that the tree has nothing for: encoders that were not trained,
@@ -45,6 +46,7 @@ class WayBack:
     """
 
     model: Model
+    rules: Mapping[str, Expr]
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, np.dtype]
     keeps_fp8: bool
@@ -121,7 +123,9 @@ def way_back(
     if _codecs(plain):
         notices.append("weights are written in bfloat16, not quantised as they were published")
     told = (*plain.notices, *notices)
-    return WayBack(model, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told)
+    return WayBack(
+        model, back, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told
+    )
 
 
 def _codecs(source: Source) -> bool:
@@ -161,9 +165,7 @@ def _scans(tree: TreeSource, rows: Iterable[Row]) -> bool:
     return len(scanned & tree.tensors.keys()) > len(unscanned & tree.tensors.keys())
 
 
-def _checked(
-    tree: TreeSource, bound: Iterable[Parameter]
-) -> tuple[list[Parameter], list[str]]:
+def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
     """The parameters that tensors are made of, and notices about the others.
 
     Raises:

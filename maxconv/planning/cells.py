@@ -283,7 +283,7 @@ def _cut_along(
     lanes: int | None,
     whole_chunks: bool,
 ) -> tuple[int, _Cut, int] | None:
-    """A cut of an axis in addition to others: its rank, the cut, and how many more parts it makes."""
+    """A further cut of an axis: its rank, the cut, and how many times more slices that makes."""
     in_chunks = any(stored.chunk for stored in cell.stored)
     n = cell.expr.shape[axis]
     pieces = shards(cell.to, axis) if n == cell.shape[axis] else 1

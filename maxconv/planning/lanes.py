@@ -20,7 +20,6 @@ class Stored(NamedTuple):
     chunk: Shape | None = None
 
 
-
 @dataclass(frozen=True)
 class PlacedCell:
     """A cell and its position.

@@ -26,7 +26,6 @@ from maxconv.sources.index import (
 from maxconv.sources.narrow import narrow, narrowed
 from maxconv.sources.safetensors import StoredTensor, check_lfs, load_object, parse_header, some
 
-
 # Beside the weights and their index.
 _COMPANION = re.compile(
     r"(?!\.|.*\.index\.json$)(.*\.(json|jinja|model|py|tiktoken|txt)|(LICENSE|NOTICE|USE_POLICY)[^/]*)"

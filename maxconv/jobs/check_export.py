@@ -1,0 +1,105 @@
+"""Compares exported files with what numpy makes of the checkpoint, tensor by tensor.
+
+It uses neither the planner nor the engine, nor the stacks in which tensors are made: each tensor is
+evaluated by itself, from what TensorStore reads, and compared with what the safetensors library
+reads.
+"""
+
+import math
+import time
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from maxconv.algebra import Box, Expr, clip, dims, full, slices, tensors, trace, volume
+from maxconv.errors import VerificationError
+from maxconv.jobs.reporter import Reporter
+from maxconv.jobs.witness import SAMPLE_BYTES, box_in, pieces, plainly_read
+from maxconv.processes import liveness
+from maxconv.processes.agreement import gathered
+from maxconv.sources import LocalSource
+from maxconv.sources.trees import TreeSource
+
+if TYPE_CHECKING:
+    from maxconv.jobs.export import Export
+
+_MOST_PROBLEMS = 10
+
+
+def check(export: "Export", reporter: Reporter) -> None:
+    """Reads files back, as many as `export.config.verify` says; each process an equal part.
+
+    Raises:
+        VerificationError: a tensor differs.
+    """
+    started = time.monotonic()
+    problems: list[str] = []
+    count = nbytes = 0
+    with liveness.all_or_none(), LocalSource(export.directory) as written:
+        for name, boxes in _share(export):
+            expr, info = export.back.rules[name], written.tensors[name]
+            for box in boxes:
+                made = _evaluated(expr, box, export.tree).astype(written.stored[name].dtype)
+                found = plainly_read(written, info, box)
+                if problem := _difference(name, box, made.astype(info.dtype), found):
+                    problems.append(problem)
+                    break
+                nbytes += found.nbytes
+            count += 1
+        told = gathered([count, nbytes, problems[:_MOST_PROBLEMS]])
+    if every := [problem for _, _, found in told for problem in found]:
+        raise VerificationError(str(export.directory), every)
+    done, total = (sum(said[i] for said in told) for i in range(2))
+    reporter.compared(done, len(export.back.rules), total, time.monotonic() - started)
+
+
+def _share(export: "Export") -> Iterator[tuple[str, list[Box]]]:
+    """The tensors that this process compares, each with the boxes of it."""
+    is_full = export.config.verify == "full"
+    names = [name for stack in export.stacks.values() for name in stack.names]
+    if not is_full:  # one of each stack comes first
+        firsts = [stack.names[0] for stack in export.stacks.values()]
+        names = [*firsts, *sorted(set(names) - set(firsts), key=lambda n: zlib.crc32(n.encode()))]
+    left = SAMPLE_BYTES
+    for name in names[jax.process_index() :: jax.process_count()]:
+        expr = export.back.rules[name]
+        if is_full:
+            yield name, [*pieces(expr, full(expr.shape), 4)]
+            continue
+        left -= sum(_chunk_nbytes(export.tree, leaf) for leaf in {t.name for t in tensors(expr)})
+        if left < 0:
+            return
+        random = np.random.default_rng(zlib.crc32(name.encode()))
+        yield name, [box_in(full(expr.shape), 4, random, False)]
+
+
+def _chunk_nbytes(tree: TreeSource, leaf: str) -> int:
+    info = tree.tensors[leaf]
+    return math.prod(info.chunk or info.shape) * info.dtype.itemsize
+
+
+def _evaluated(expr: Expr, box: Box, tree: TreeSource) -> np.ndarray:
+    traced = trace(expr, box)
+    arrays = []
+    for read in traced.reads:
+        info = tree.tensors[read.name]
+        array, inside = np.zeros(dims(read.box), info.dtype), clip(read.box, info.shape)
+        if volume(inside):
+            array[slices(inside, read.box)] = tree.plain(info, inside)
+        arrays.append(array)
+    with np.errstate(all="ignore"):  # overflow and NaNs come from the checkpoint
+        return traced.run(arrays)
+
+
+def _difference(name: str, box: Box, made: np.ndarray, found: np.ndarray) -> str | None:
+    unsigned = f"u{found.dtype.itemsize}"
+    ours, theirs = (np.ascontiguousarray(x).view(unsigned) for x in (made, found))
+    unequal = ours != theirs
+    if not unequal.any():
+        return None
+    index = np.unravel_index(np.flatnonzero(unequal)[0], unequal.shape)
+    place = ", ".join(str(lo + int(i)) for (lo, _), i in zip(box, index, strict=True))
+    return f"{name}[{place}] is {found[index]}, but should be {made[index]} according to numpy."
