@@ -77,6 +77,13 @@ def test_gemma3_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert any(word.startswith("model_name=gemma3-") for word in told)
 
 
+def test_experts_that_a_token_is_sent_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, _ = planned("gpt-oss-20b", tmp_path, capsys)
+    assert {"num_experts_per_tok=2", "sliding_window_size=16", "num_experts=5"} <= told
+
+
 @pytest.mark.parametrize(
     ("case", "changed", "said"),
     [

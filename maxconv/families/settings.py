@@ -94,9 +94,9 @@ def window(default: int | None) -> Setting:
     return Setting("sliding_window_size", ("sliding_window",), default, _or_zero)
 
 
-def chosen_experts(default: int, entry: str = "num_experts_per_tok") -> Setting:
-    """How many experts a token is sent to."""
-    return Setting("num_experts_per_tok", (entry,), default)
+def chosen_experts(default: int, *entries: str) -> Setting:
+    """How many experts a token is sent to; `entries`: further names of it."""
+    return Setting("num_experts_per_tok", ("num_experts_per_tok", *entries), default)
 
 
 def no_window(default: int | None = None) -> Fixed:
