@@ -119,7 +119,7 @@ from maxconv.jobs import convert, prepare
 from maxconv.planning.estimates import device_estimate, host_estimate
 
 keep_freed()
-prepare._window = lambda config: int(sys.argv[1])
+prepare.window_of = lambda config: int(sys.argv[1])
 config, save, began = start(sys.argv[2:]), convert._save, []
 
 def measured(*arguments):

@@ -18,6 +18,7 @@ import tensorstore as ts
 import tiny
 from jobs import CPU, MESHES
 from safetensors import safe_open
+from test_processes import processes, said
 
 from maxconv import cli
 from maxconv.config import parse
@@ -230,3 +231,16 @@ def test_a_byte_that_differs_is_found(
     monkeypatch.setattr(job, "check", damage)
     assert export(out, model, tmp_path / "back") == 1
     assert "according to numpy" in capsys.readouterr().err
+
+
+def test_processes_write_files_of_their_own(tmp_path: Path) -> None:
+    model, out = converted("qwen3-30b-a3b", True, tmp_path)
+    back, logs = tmp_path / "back", tmp_path / "logs"
+    program = "from maxconv import cli; cli.script()"
+    words = ["export", str(out), f"--hf_model_path={model}", f"base_output_directory={back}"]
+    words += ["hardware=cpu", "--simulated_cpu_devices_count=4", "--verify=full"]
+    with processes(2, words, logs, program) as running:
+        assert [process.wait(300) for process in running] == [0, 0], said(logs)
+    assert read(back) == read(model)
+    sizes = [path.stat().st_size for path in sorted(back.glob("*.safetensors"))]
+    assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes)

@@ -18,6 +18,7 @@ from maxconv.algebra import Box, Shape, evaluate, slices
 from maxconv.execution.engine import Engine
 from maxconv.planning import cells, lanes, redistribution
 from maxconv.planning.placement import device_boxes
+from maxconv.planning.slicing import slices_of
 from maxconv.planning.redistribution import cell_read
 
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
@@ -36,7 +37,7 @@ def hosts(request, monkeypatch):
 
     monkeypatch.setattr(redistribution, "boxes_by_process", boxes_by_process)
     monkeypatch.setattr(lanes, "local_devices", lambda sharding: 8 // request.param)
-    caches = (cells._recipe, cells._slices, cells._at_once)
+    caches = (cells._recipe, slices_of, cells._at_once)
     for cached in caches:
         cached.cache_clear()
     yield request.param

@@ -101,7 +101,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert cli.main(["convert", *words]) == 0
     words = [*words, f"base_output_directory={tmp_path / 'slabs'}", "--verify=full"]
     if n == 1:
-        monkeypatch.setattr("maxconv.jobs.prepare._window", lambda config: 32 << 10)
+        monkeypatch.setattr("maxconv.jobs.prepare.window_of", lambda config: 32 << 10)
         assert cli.main(["convert", *words]) == 0
         capsys.readouterr()
         assert cli.main(["verify", str(tmp_path / "slabs")]) == 0
@@ -113,7 +113,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     else:
         program = (
             "import sys; from maxconv import cli; from maxconv.jobs import prepare; "
-            "prepare._window = lambda c: 32 << 10; "
+            "prepare.window_of = lambda c: 32 << 10; "
             "sys.exit(cli.main(['convert', *sys.argv[1:]]))"
         )
         shared = [word for word in words if not word.startswith("skip_jax")]
@@ -138,7 +138,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
 def test_alternate_columns_are_read_once(case, tmp_path, monkeypatch):
     model = tiny.write(case, tmp_path / "hf")
     words = job_words(tmp_path, model, tiny.maxtext_words(case, True), "fsdp4_tp2")
-    monkeypatch.setattr("maxconv.jobs.prepare._window", lambda config: 64 << 10)
+    monkeypatch.setattr("maxconv.jobs.prepare.window_of", lambda config: 64 << 10)
     job = convert.run(parse([*words, "--verify=none"]))
     together = [group for group in job.plan.groups if len(group) > 1]
     assert {len(group) for group in together} == {2}
@@ -162,7 +162,7 @@ def test_a_resumed_conversion_has_the_same_slabs(tmp_path: Path) -> None:
     identities = []
     for window in (1 << 20, 8 << 10, 2 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("maxconv.jobs.prepare._window", lambda config, w=window: w)
+            patch.setattr("maxconv.jobs.prepare.window_of", lambda config, w=window: w)
             with prepared(parse(words), writes=False) as job:
                 identities.append(job.identity)
     assert resume.problem("out", identities[0], identities[2]) is None

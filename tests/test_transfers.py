@@ -88,7 +88,7 @@ def converted(directory: Path) -> tuple[Job, Crossed]:
     words = tiny.maxtext_words(case, True)
     words = job_words(directory, model, words, "fsdp4_tp2", ["--verify=none"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maxconv.jobs.prepare._window", lambda config: 32 << 10)
+        patch.setattr("maxconv.jobs.prepare.window_of", lambda config: 32 << 10)
         crossed = watch(patch)
         return convert.run(parse(words)), crossed
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -30,7 +30,6 @@ from maxconv.algebra import (
     dims,
     full,
     tensors,
-    trace,
     volume,
     with_axis,
 )
@@ -44,6 +43,7 @@ from maxconv.planning.lanes import (
 )
 from maxconv.planning.placement import local_devices, mesh_axes, shard_nbytes, shards
 from maxconv.planning.redistribution import CellRead, cell_read
+from maxconv.planning.slicing import Cell, even_cuts, reads_of, slices_of
 
 
 @dataclass(frozen=True)
@@ -172,154 +172,59 @@ def steps(
     cells = placed_cells(expr, stored)
 
     def at_once(first: PlacedCell, axis: int, most: int) -> int:
-        return _at_once(_Cell(*first.kind, expr.shape, dtype, to), axis, most, budget)
+        return _at_once(Cell(*first.kind, expr.shape, dtype, to), axis, most, budget)
 
     for lanes, offset, group in with_neighbours(in_lanes(cells, expr.shape, to), to, at_once):
-        made = _Cell(*group[0].kind, expr.shape, dtype, to)
-        found += made.steps(lanes, offset, [cell.names for cell in group], budget)
+        made = Cell(*group[0].kind, expr.shape, dtype, to)
+        names = [cell.names for cell in group]
+        found += _steps_of(made, lanes, offset, names, budget)
     return found
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A cell without tensor names, and the leaf that it belongs to."""
-
-    expr: Expr
-    stored: tuple[Stored, ...]
-    shape: Shape
-    dtype: np.dtype
-    to: NamedSharding
-
-    def steps(
-        self, lanes: int | None, offset: Offset, names: Sequence[tuple[str, ...]], budget: int
-    ) -> Iterator[Step]:
-        """One step, or one for each slice. `names`: of the tensors, for each lane."""
-        whole = full(self.expr.shape)
-        in_shard = 1 if lanes is None else len(names) // shards(self.to, lanes)
-        recipe = _recipe(self, whole, lanes, in_shard)
-        if not (cuts := _slices(self, recipe.cost / budget, lanes)):
-            yield self._step(recipe, offset, names, [whole] * len(names))
-            return
-        part = tuple((0, n) for n in self.expr.shape)
-        for cut in cuts:
-            part = with_axis(part, cut.axis, (0, cut.n))
-        # A step makes a slice in each shard: these are its lanes.
-        sharded = next((cut for cut in cuts if lanes is None and cut.pieces > 1), None)
-        recipe = _recipe(self, part, sharded.axis if sharded else lanes, in_shard)
-        for starts in product(*(cut.starts(self.expr.shape) for cut in cuts)):
-            box, moved = part, offset
-            for cut, at in zip(cuts, starts, strict=True):
-                box = with_axis(box, cut.axis, (at, at + cut.n))
-                moved = (*moved[: cut.axis], moved[cut.axis] + at, *moved[cut.axis + 1 :])
-            if sharded is None:
-                yield self._step(recipe, moved, names, [box] * len(names))
-            else:
-                boxes = [*sharded.in_shards(box, self.expr.shape)]
-                yield self._step(recipe, moved, list(names) * len(boxes), boxes)
-
-    def _step(
-        self,
-        recipe: Recipe,
-        offset: Offset,
-        names: Sequence[tuple[str, ...]],
-        boxes: Sequence[Box],
-    ) -> Step:
-        reads = [
-            [Read(of[int(r.name)], r.box) for r in _reads(self.expr, box)]
-            for of, box in zip(names, boxes, strict=True)
-        ]
-        return Step(recipe, offset, tuple(zip(*reads, strict=True)))
+def _steps_of(
+    cell: Cell, lanes: int | None, offset: Offset, names: Sequence[tuple[str, ...]], budget: int
+) -> Iterator[Step]:
+    """One step, or one for each slice. `names`: of the tensors, for each lane."""
+    whole = full(cell.expr.shape)
+    in_shard = 1 if lanes is None else len(names) // shards(cell.to, lanes)
+    recipe = _recipe(cell, whole, lanes, in_shard)
+    if not (cuts := slices_of(cell, recipe.cost / budget, lanes)):
+        yield _step(cell, recipe, offset, names, [whole] * len(names))
+        return
+    part = tuple((0, n) for n in cell.expr.shape)
+    for cut in cuts:
+        part = with_axis(part, cut.axis, (0, cut.n))
+    # A step makes a slice in each shard: these are its lanes.
+    sharded = next((cut for cut in cuts if lanes is None and cut.pieces > 1), None)
+    recipe = _recipe(cell, part, sharded.axis if sharded else lanes, in_shard)
+    for starts in product(*(cut.starts(cell.expr.shape) for cut in cuts)):
+        box, moved = part, offset
+        for cut, at in zip(cuts, starts, strict=True):
+            box = with_axis(box, cut.axis, (at, at + cut.n))
+            moved = (*moved[: cut.axis], moved[cut.axis] + at, *moved[cut.axis + 1 :])
+        if sharded is None:
+            yield _step(cell, recipe, moved, names, [box] * len(names))
+        else:
+            boxes = [*sharded.in_shards(box, cell.expr.shape)]
+            yield _step(cell, recipe, moved, list(names) * len(boxes), boxes)
 
 
-class _Cut(NamedTuple):
-    """An axis of a cell that is sliced: the length of a slice, and the number of its shards."""
-
-    axis: int
-    n: int
-    pieces: int
-
-    def starts(self, shape: Shape) -> range:
-        """Of the slices, within a shard."""
-        return range(0, shape[self.axis] // self.pieces, self.n)
-
-    def in_shards(self, box: Box, shape: Shape) -> Iterator[Box]:
-        """The box of each shard for that of the first."""
-        lo, hi = box[self.axis]
-        for at in range(0, shape[self.axis], shape[self.axis] // self.pieces):
-            yield with_axis(box, self.axis, (at + lo, at + hi))
+def _step(
+    cell: Cell,
+    recipe: Recipe,
+    offset: Offset,
+    names: Sequence[tuple[str, ...]],
+    boxes: Sequence[Box],
+) -> Step:
+    reads = [
+        [Read(of[int(r.name)], r.box) for r in reads_of(cell.expr, box)]
+        for of, box in zip(names, boxes, strict=True)
+    ]
+    return Step(recipe, offset, tuple(zip(*reads, strict=True)))
 
 
 @cache
-def _slices(cell: _Cell, excess: float, lanes: int | None) -> tuple[_Cut, ...]:
-    """How to slice a cell that is `excess` times too large.
-
-    Only axes along which every read is cut evenly are used; preferably one that keeps runs in the
-    file long. Tensors in chunks are cut along several, between the chunks as long as that helps.
-    """
-    cuts: dict[int, _Cut] = {}
-    in_chunks = any(stored.chunk for stored in cell.stored)
-    for whole_chunks in (True, False) if in_chunks else (False,):
-        while excess > 1:
-            possible = [
-                found
-                for axis in range(len(cell.expr.shape))
-                if (found := _cut_along(cell, axis, cuts, excess, lanes, whole_chunks))
-            ]
-            if not possible:
-                break
-            _, cut, parts = min(possible)
-            excess /= parts
-            cuts[cut.axis] = cut
-            if not in_chunks:
-                return (cut,)
-    return tuple(cuts.values())
-
-
-def _cut_along(
-    cell: _Cell,
-    axis: int,
-    cuts: Mapping[int, _Cut],
-    excess: float,
-    lanes: int | None,
-    whole_chunks: bool,
-) -> tuple[int, _Cut, int] | None:
-    """A further cut of an axis: its rank, the cut, and how many times more slices that makes."""
-    in_chunks = any(stored.chunk for stored in cell.stored)
-    n = cell.expr.shape[axis]
-    pieces = shards(cell.to, axis) if n == cell.shape[axis] else 1
-    is_used = any(cut.pieces > 1 and cut.axis != axis for cut in cuts.values())
-    if pieces > 1 and (lanes is not None or is_used):
-        return None
-    if axis == lanes:
-        return None
-    now = cuts[axis].n if axis in cuts else n // pieces  # the length of a slice so far
-    divisors = [p for p in range(2, now + 1) if now % p == 0]
-    enough = [p for p in divisors if p >= excess] or divisors[-1:]
-    fewer = [p for p in reversed(divisors) if p < excess]
-    for parts in (*enough, *fewer) if in_chunks else enough[:1]:
-        read_cuts = _cuts(cell.expr, full(cell.expr.shape), axis, n // now * parts)
-        if None in read_cuts:
-            continue
-        if whole_chunks and not _are_whole(cell, read_cuts, n // now * parts):
-            continue
-        along = max((cut for cut in read_cuts if cut is not None), default=0)
-        return axis if whole_chunks else along, _Cut(axis, now // parts, pieces), parts
-    return None
-
-
-def _are_whole(cell: _Cell, cuts: Sequence[int | None], parts: int) -> bool:
-    """Whether each read, cut into so many parts, is cut between chunks."""
-    for read, cut in zip(_reads(cell.expr, full(cell.expr.shape)), cuts, strict=True):
-        chunk = cell.stored[int(read.name)].chunk
-        if chunk is not None and cut is not None:
-            lo, hi = read.box[cut]
-            if lo % chunk[cut] or (hi - lo) // parts % chunk[cut]:
-                return False
-    return True
-
-
-@cache
-def _at_once(cell: _Cell, axis: int, most: int, budget: int) -> int:
+def _at_once(cell: Cell, axis: int, most: int, budget: int) -> int:
     """How many adjacent cells of a shard one step should make: as few as give long runs, or whole
     tensors, to each process."""
     best, longest = 1, 0.0
@@ -335,7 +240,7 @@ def _at_once(cell: _Cell, axis: int, most: int, budget: int) -> int:
 
 
 @cache
-def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recipe:
+def _recipe(cell: Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recipe:
     reads = []
     pulled = _pulled_back(cell, box, lanes)
     shapes = {tensor.name: tensor.shape for tensor in tensors(cell.expr)}
@@ -358,14 +263,14 @@ def _recipe(cell: _Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Reci
     )
 
 
-def _pulled_back(cell: _Cell, box: Box, lanes: int | None) -> list[tuple[Read, list[Any]]]:
+def _pulled_back(cell: Cell, box: Box, lanes: int | None) -> list[tuple[Read, list[Any]]]:
     """Each read with its sharding, one PartitionSpec entry per axis.
 
     The mesh axes of a leaf's axis pass on to the axis of the tensor that it divides into equal,
     ordered pieces. If there is none (it is divided inside a permuted atom, or that axis is already
     sharded) the read is replicated over these mesh axes.
     """
-    reads = _reads(cell.expr, box)
+    reads = reads_of(cell.expr, box)
     specs: list[list[Any]] = [[None] * len(read.box) for read in reads]
     for axis, (lo, hi) in enumerate(box):
         pieces = shards(cell.to, axis)
@@ -373,39 +278,10 @@ def _pulled_back(cell: _Cell, box: Box, lanes: int | None) -> list[tuple[Read, l
             continue
         if hi - lo != cell.shape[axis]:
             continue
-        for spec, cut in zip(specs, _cuts(cell.expr, box, axis, pieces), strict=True):
+        for spec, cut in zip(specs, even_cuts(cell.expr, box, axis, pieces), strict=True):
             if cut is not None and spec[cut] is None:
                 spec[cut] = mesh_axes(cell.to, axis)
     return list(zip(reads, specs, strict=True))
-
-
-def _cuts(expr: Expr, box: Box, axis: int, pieces: int) -> list[int | None]:
-    """For each read of a box: its axis that is divided evenly, in order, if `axis` is; or None."""
-    lo, hi = box[axis]
-    n = (hi - lo) // pieces
-    parts = [
-        _reads(expr, with_axis(box, axis, (lo + i * n, lo + (i + 1) * n))) for i in range(pieces)
-    ]
-    return [_cut(read, i, parts) for i, read in enumerate(_reads(expr, box))]
-
-
-def _cut(read: Read, i: int, parts: Sequence[Sequence[Read]]) -> int | None:
-    if any(len(reads) <= i or reads[i].name != read.name for reads in parts):
-        return None
-    boxes = [reads[i].box for reads in parts]
-    changed = {a for box in boxes for a, interval in enumerate(box) if interval != read.box[a]}
-    if len(changed) != 1:
-        return None
-    (axis,) = changed
-    lo, hi = read.box[axis]
-    n, left = divmod(hi - lo, len(parts))
-    even = [(lo + k * n, lo + (k + 1) * n) for k in range(len(parts))]
-    return axis if not left and [box[axis] for box in boxes] == even else None
-
-
-@cache
-def _reads(expr: Expr, box: Box) -> tuple[Read, ...]:
-    return trace(expr, box).reads
 
 
 def nbytes_by_process(steps: Iterable[Step], shapes: Mapping[str, Shape]) -> Counter[int]:
