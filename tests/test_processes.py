@@ -71,7 +71,6 @@ def stored(out: Path):
         (2, "qwen3-8b", "fsdp4_tp2", True),
         pytest.param(4, "mistral-7b", "fsdp8", False, marks=pytest.mark.slow),
         pytest.param(2, "gemma3-4b+vision", "fsdp8", True, marks=pytest.mark.slow),
-        pytest.param(4, "gemma3-4b+vision", "fsdp4_tp2", True, marks=pytest.mark.slow),
     ],
 )
 def test_processes_write_what_one_writes(n, case, mesh, scan, tmp_path):
