@@ -18,8 +18,8 @@ from maxconv.algebra import Box, Shape, evaluate, slices
 from maxconv.execution.engine import Engine
 from maxconv.planning import cells, lanes, redistribution
 from maxconv.planning.placement import device_boxes
-from maxconv.planning.slicing import slices_of
 from maxconv.planning.redistribution import cell_read
+from maxconv.planning.slicing import slices_of
 
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
 BF16 = np.dtype(jax.numpy.bfloat16)
