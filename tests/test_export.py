@@ -20,8 +20,9 @@ from jobs import CPU, MESHES
 from safetensors import safe_open
 from test_processes import processes, said
 
-from maxconv import cli
+from maxconv import cli, to_huggingface
 from maxconv.config import parse
+from maxconv.errors import UserError
 from maxconv.jobs import convert
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -246,3 +247,30 @@ def test_processes_write_files_of_their_own(tmp_path: Path) -> None:
     assert read(back) == read(model)
     sizes = [path.stat().st_size for path in sorted(back.glob("*.safetensors"))]
     assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes)
+
+
+def test_the_arguments_of_maxtext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its to_huggingface takes them, which has no dtype but one for all."""
+    model, out = converted("qwen3-0.6b", True, tmp_path)
+    given = [word for word in tiny.maxtext_words("qwen3-0.6b", True) if "override" not in word]
+    given = ["to_huggingface", "base.yml", *given, f"load_parameters_path={out}/0/items"]
+    given += ["--override_model_architecture", f"base_output_directory={tmp_path / 'back'}"]
+    given += [f"--hf_model_path={model}", "weight_dtype=float32", *CPU]
+    to_huggingface.main(given)
+    after = read(tmp_path / "back")
+    for name, want in read(model).items():
+        assert after[name] == ("F32", want[1], numbers(want).tobytes()), name
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert config == json.loads((model / "config.json").read_text()) | {"torch_dtype": "float32"}
+    assert "config.json: torch_dtype is float32 instead of bfloat16" in capsys.readouterr().err
+    for word, sentence in (
+        ("scan_layers=false", "scan_layers=False, but the layers of .* are stacked"),
+        ("lora.lora_restore_path=/x", "adapters that MaxText trained are not exported"),
+        (f"base_output_directory={model}", "is the model that names are taken from"),
+        (f"base_output_directory={tmp_path / 'back'}", "add --overwrite"),
+        ("load_parameters_path=", "Give the checkpoint first"),
+    ):
+        others = [w for w in given if w.partition("=")[0] != word.partition("=")[0]]
+        with pytest.raises(UserError, match=sentence):
+            to_huggingface.main([*others, word])
+    assert read(tmp_path / "back") == after

@@ -121,16 +121,14 @@ def convert(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    from maxconv.config.paths import read_path
+    from maxconv.cli.export_arguments import exported
     from maxconv.jobs import export
 
-    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
-        raise UserError("Give the checkpoint first: maxconv export CHECKPOINT.")
-    checkpoint, *rest = arguments
+    checkpoint, rest = exported(arguments)
     config = start(rest, "export")
     from maxconv.cli.reports import TerminalReporter
 
-    with export.prepared(config, read_path(checkpoint)) as job:
+    with export.prepared(config, checkpoint) as job:
         export.run(job, TerminalReporter())
 
 

@@ -5,7 +5,6 @@ evaluated by itself, from what TensorStore reads, and compared with what the saf
 reads.
 """
 
-import math
 import time
 import zlib
 from collections.abc import Iterator
@@ -69,16 +68,12 @@ def _share(export: "Export") -> Iterator[tuple[str, list[Box]]]:
         if is_full:
             yield name, [*pieces(expr, full(expr.shape), 4)]
             continue
-        left -= sum(_chunk_nbytes(export.tree, leaf) for leaf in {t.name for t in tensors(expr)})
+        leaves = {tensor.name for tensor in tensors(expr)}
+        left -= sum(export.tree.tensors[leaf].chunk_nbytes for leaf in leaves)
         if left < 0:
             return
         random = np.random.default_rng(zlib.crc32(name.encode()))
         yield name, [box_in(full(expr.shape), 4, random, False)]
-
-
-def _chunk_nbytes(tree: TreeSource, leaf: str) -> int:
-    info = tree.tensors[leaf]
-    return math.prod(info.chunk or info.shape) * info.dtype.itemsize
 
 
 def _evaluated(expr: Expr, box: Box, tree: TreeSource) -> np.ndarray:

@@ -4,7 +4,11 @@ Tensors that are read together are made together, in steps of whole chunks: ever
 a step has made, and writes the parts of the tensors that are in its own files.
 """
 
+import copy
+import itertools
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -25,13 +29,13 @@ from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
 from maxconv.jobs.check_export import check
-from maxconv.jobs.prepare import STEP_MOST, opened, window_of
+from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
 from maxconv.jobs.reporter import Reporter
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
-from maxconv.processes.agreement import agree, gathered, once, same_error_everywhere
+from maxconv.processes.agreement import agree, gathered, once, same_error_everywhere, wait_for_all
 from maxconv.sources import FileSource
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
@@ -39,8 +43,10 @@ from maxconv.sources.trees import TreeSource
 from maxconv.targets import shards
 from maxconv.targets.base import Progress
 from maxconv.targets.shards import File, Tensor, Writer
+from maxconv.text import size
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
+PATIENCE = 24 * 3600  # seconds for the other processes to finish writing
 _BLOCK = 16 << 20  # bytes of a tensor that are copied at once
 _WRITERS = 4  # threads that copy to files
 
@@ -87,13 +93,14 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         UserError: with every problem that was found, the same on all processes.
     """
     with same_error_everywhere():
-        tree, published = TreeSource(checkpoint, config.step), opened(config)
-    with tree, published:
+        tree = TreeSource(checkpoint, config.step)
+    with tree, opened_by_all(config) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
             export = _planned(config, tree, published, window)
         if jax.process_count() > 1:
-            agree({"the plan": export.plan.digest}, "start them in the same environment")
+            facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
+            agree(facts, "start them in the same environment")
         with same_error_everywhere():
             if jax.process_index() == 0 and (found := _problems(export)):
                 raise UserError(found)
@@ -108,6 +115,12 @@ def _planned(config: Config, tree: TreeSource, published: Any, window: int) -> E
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
     typed = any(word.startswith("save_dtype=") for word in config.words)
     to = config.save_dtype if typed else None
+    says = {word for word in config.words if word.lower().startswith("scan_layers=")}
+    if says and config.scan_layers != (back.scan_axis is not None):
+        stacked = "not stacked" if back.scan_axis is None else "stacked"
+        raise UserError(f"{says.pop()}, but the layers of {tree.root} are {stacked}; remove it.")
+    if to == "float8_e4m3fn" and not back.keeps_fp8:
+        raise UserError("--save_dtype=float8_e4m3fn: an export does not quantise; remove it.")
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(jax.process_count(), -1)
@@ -118,7 +131,8 @@ def _planned(config: Config, tree: TreeSource, published: Any, window: int) -> E
     ]
     budget = min(window // 8, STEP_MOST)
     plan = make_plan(leaves, tree.tensors, mesh, budget, window // 4)
-    tree.keep(window // 8)
+    largest = max(info.chunk_nbytes for info in tree.tensors.values())
+    tree.keep(2 * largest if largest > budget else 0)  # chunks that take several steps
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
@@ -164,25 +178,36 @@ def _others(
 ) -> tuple[dict[str, bytes], list[str]]:
     """The small files of the model, and a sentence for each change in config.json."""
     contents = {name: published.content(name) for name in published.companions}
-    config, changes = dict(published.config), list[str]()
+    config, changes = copy.deepcopy(published.config), list[str]()
     if config.pop("quantization_config", None) and not back.keeps_fp8:
         changes.append("config.json: quantization_config is taken out")
-    for entry in _DTYPE_ENTRIES if to else ():
-        if entry in config and config[entry] != to:
-            changes.append(f"config.json: {entry} is {to} instead of {config[entry]}")
-            config[entry] = to
+    levels = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for level, entry in itertools.product(levels if to else (), _DTYPE_ENTRIES):
+        if level.get(entry, to) != to:
+            changes.append(f"config.json: {entry} is {to} instead of {level[entry]}")
+            level[entry] = to
     if changes:
         contents["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return contents, changes
 
 
 def _problems(export: Export) -> list[str]:
-    directory = export.directory
-    if "://" in str(export.config.base_output_directory):
-        return [f"{directory} is not a directory; an export goes to one, and can be copied then."]
-    there = shards.weights(directory)
+    """Everything that prevents writing there, in sentences."""
+    directory, given = export.directory, export.config.base_output_directory
+    if "://" in given:
+        return [f"{given} is not a directory; export to one, and copy it there."]
+    if os.path.realpath(export.published.root) == os.path.realpath(directory):
+        return [f"{directory} is the model that names are taken from; name another directory."]
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return [f"{nearest} is not a directory that can be written to; name another one."]
+    names = (*shards.weights(directory), *export.others, *(file.name for file in export.files))
+    there = [name for name in names if (directory / name).exists()]
     if there and not export.config.overwrite:
         return [f"{directory} holds {there[0]}; add --overwrite to replace it, or name another."]
+    needed = sum(file.nbytes for file in export.files)
+    if (free := shutil.disk_usage(nearest).free) < needed:
+        return [f"{nearest} has {size(free)} free, but the export needs {size(needed)}."]
     return []
 
 
@@ -211,7 +236,7 @@ def run(export: Export, reporter: Reporter) -> None:
                 writer.finish()
         finally:
             writer.close()
-        once(lambda: None)
+        wait_for_all("written", PATIENCE)
         once(lambda: shards.commit(export.directory, export.files, export.others))
         liveness.saved()
     tensors = [tensor for file in export.files for tensor in file.tensors]

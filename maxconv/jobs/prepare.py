@@ -96,7 +96,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
     with same_error_everywhere():
         _check_outputs(config)
-    with _opened_by_all(config) as source:
+    with opened_by_all(config) as source:
         _check_same_everywhere(source)
         window = min(gathered(window_of(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
@@ -180,7 +180,7 @@ def _format(config: Config, model: Model, window: int) -> Format:
     )
 
 
-def _opened_by_all(config: Config) -> Source:
+def opened_by_all(config: Config) -> Source:
     """Opens the checkpoint; on the Hub, all processes at the commit that process 0 finds."""
     source = None
     with same_error_everywhere():

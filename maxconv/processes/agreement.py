@@ -132,11 +132,20 @@ def once(action: Callable[[], object], patience: int | None = None) -> None:
     if jax.process_count() == 1:
         return
     if patience is not None:
-        from maxconv.private.jax import global_state
-
-        client: Any = global_state.client
-        client.wait_at_barrier("maxconv: done at length", timeout_in_ms=1000 * patience)
+        wait_for_all("done at length", patience)
         return
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices("maxconv: done on process 0")
+
+
+def wait_for_all(what: str, patience: int) -> None:
+    """Waits until every process has come here, for up to `patience` seconds.
+
+    `what`: names the place; each name may be used once.
+    """
+    from maxconv.private.jax import global_state
+
+    client: Any = global_state.client
+    if client is not None and global_state.num_processes != 1:
+        client.wait_at_barrier(f"maxconv: {what}", timeout_in_ms=1000 * patience)

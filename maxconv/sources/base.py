@@ -45,6 +45,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes that are read at least for any part of it."""
+        return math.prod(self.chunk or ()) * self.dtype.itemsize
+
 
 @dataclass(slots=True)
 class Stats:
