@@ -43,8 +43,8 @@ SCALED = {
     "mixtral-8x7b": "q_proj.weight",
 }
 FIRST = {
-    *(("llama3.1-8b", False), ("mixtral-8x7b", True), ("gpt-oss-20b", True), ("gemma2-2b", True)),
-    *(("deepseek3-671b", True), ("qwen3-next-80b-a3b", True), ("gemma3-4b", False)),
+    *(("llama3.1-8b", False), ("mixtral-8x7b", True), ("gpt-oss-20b", True)),
+    ("gemma2-2b", True),
     ("qwen3.5-35b-a3b-fp8", True),
 }
 
