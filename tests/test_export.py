@@ -274,3 +274,13 @@ def test_the_arguments_of_maxtext(tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(UserError, match=sentence):
             to_huggingface.main([*others, word])
     assert read(tmp_path / "back") == after
+
+
+def test_fp8_that_was_kept_is_not_cast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = "qwen3.5-35b-a3b-fp8"
+    model, out = converted(case, True, tmp_path)
+    words = [w for w in tiny.maxtext_words(case, True) if not w.startswith("scan_layers")]
+    assert export(out, model, tmp_path / "back", *words, "--save_dtype=bfloat16") == 2
+    assert "has fp8 weights with their scales" in capsys.readouterr().err
+    assert export(out, model, tmp_path / "back", *words, "--save_dtype=float8_e4m3fn") == 0
+    assert read(tmp_path / "back") == read(model)

@@ -15,7 +15,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +35,7 @@ from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
 from maxconv.processes.agreement import agree, gathered, once, same_error_everywhere, wait_for_all
-from maxconv.sources import FileSource
+from maxconv.sources import FileSource, Source
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
@@ -107,21 +106,29 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         yield export
 
 
-def _planned(config: Config, tree: TreeSource, published: Any, window: int) -> Export:
+def _planned(config: Config, tree: TreeSource, published: Source, window: int) -> Export:
     if not isinstance(published, FileSource):
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
-    typed = any(word.startswith("save_dtype=") for word in config.words)
-    to = config.save_dtype if typed else None
-    says = {word for word in config.words if word.lower().startswith("scan_layers=")}
-    if says and config.scan_layers != (back.scan_axis is not None):
-        stacked = "not stacked" if back.scan_axis is None else "stacked"
-        raise UserError(f"{says.pop()}, but the layers of {tree.root} are {stacked}; remove it.")
-    if to == "float8_e4m3fn" and not back.keeps_fp8:
-        raise UserError("--save_dtype=float8_e4m3fn: an export does not quantise; remove it.")
+    to = _checked_dtype(config, tree, back)
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
+    plan = _plan(tree, back, dtypes, window)
+    tensors = [
+        Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
+    ]
+    for stored in map(published.stored.__getitem__, back.copied):
+        tensors.append(Tensor(stored.name, stored.dtype, stored.shape))
+    most = int(config.max_shard_size_gb * 1e9)
+    files = shards.files(tensors, most, range(jax.process_count()))
+    others, changes = _others(published, back, to)
+    notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
+    stacks = {stack.names[0]: stack for stack in back.stacks}
+    return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
+
+
+def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(jax.process_count(), -1)
     mesh = Mesh(grid, ("process", "local"))
@@ -130,29 +137,43 @@ def _planned(config: Config, tree: TreeSource, published: Any, window: int) -> E
         for stack in back.stacks
     ]
     budget = min(window // 8, STEP_MOST)
-    plan = make_plan(leaves, tree.tensors, mesh, budget, window // 4)
     largest = max(info.chunk_nbytes for info in tree.tensors.values())
     tree.keep(2 * largest if largest > budget else 0)  # chunks that take several steps
-    tensors = [
-        Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
-    ]
-    tensors += [
-        Tensor(name, published.stored[name].dtype, published.stored[name].shape)
-        for name in back.copied
-    ]
-    most = int(config.max_shard_size_gb * 1e9)
-    files = shards.files(tensors, most, range(jax.process_count()))
-    others, changes = _others(published, back, to)
-    said = (
-        (back.copied, f"not in the checkpoint, so copied from {published.root}"),
-        (back.left_out, "not in the checkpoint, so left out"),
-    )
-    absent = (f"{what}: {some(names)}" for names, what in said if names)
-    notices = (*published.notices, *back.notices, *absent, *changes)
-    stacks = {stack.names[0]: stack for stack in back.stacks}
-    return Export(
-        config, tree, published, back, plan, stacks, files, others, tuple(notices), window
-    )
+    return make_plan(leaves, tree.tensors, mesh, budget, window // 4)
+
+
+def _checked_dtype(config: Config, tree: TreeSource, back: WayBack) -> str | None:
+    """The dtype that was asked for, None for the published ones.
+
+    Raises:
+        UserError: it is not possible, or scan_layers is not what the checkpoint has.
+    """
+    said = dict(word.split("=", 1) for word in config.words)
+    if "scan_layers" in said and config.scan_layers != (back.scan_axis is not None):
+        stacked = "not stacked" if back.scan_axis is None else "stacked"
+        raise UserError(
+            f"scan_layers={config.scan_layers}, but the layers of {tree.root} are {stacked}; "
+            "remove it."
+        )
+    is_fp8 = config.save_dtype == "float8_e4m3fn"
+    if "save_dtype" not in said or (is_fp8 and back.keeps_fp8):
+        return None
+    if is_fp8:
+        raise UserError("--save_dtype=float8_e4m3fn: an export does not quantise; remove it.")
+    if back.keeps_fp8:
+        raise UserError(
+            f"--save_dtype={config.save_dtype}: {tree.root} has fp8 weights with their scales, "
+            "which are exported as they are; remove it."
+        )
+    return config.save_dtype
+
+
+def _absent(published: FileSource, back: WayBack) -> Iterator[str]:
+    """Sentences about the tensors that the checkpoint has nothing for."""
+    if back.copied:
+        yield f"not in the checkpoint, so copied from {published.root}: {some(back.copied)}"
+    if back.left_out:
+        yield f"not in the checkpoint, so left out: {some(back.left_out)}"
 
 
 def _dtype(published: FileSource, name: str, made: np.dtype, wanted: str | None) -> np.dtype:
