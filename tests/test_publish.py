@@ -153,7 +153,7 @@ from maxconv.jobs import prepare as job
 from maxconv.targets import publication as publish, place as target
 from maxconv.sources.ocdbt import value_spans
 
-job._window = lambda config: 32 << 10
+job.window_of = lambda config: 32 << 10
 publish.LARGE, publish.INTERVAL = 256, 0.01
 make_hollow, scratch_problems = publish.make_hollow, target.scratch_problems
 
