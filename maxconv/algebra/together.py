@@ -8,6 +8,8 @@ them is read for all.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from maxconv.algebra.boxes import Shape
 from maxconv.algebra.decode import Cast
 from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, apply
@@ -53,7 +55,7 @@ def _stacked(found: Sequence[tuple[str, tuple[int, ...], Expr]]) -> Iterator[Sta
     grid = [tuple(axis[i] for axis in axes) for i in order]
     leading = tuple(map(len, ranges))
     if not axes or grid != [
-        tuple(r.start + i for r, i in zip(ranges, at, strict=True)) for at in _indices(leading)
+        tuple(r.start + i for r, i in zip(ranges, at, strict=True)) for at in np.ndindex(*leading)
     ]:
         yield from (Stack((name,), expr, ()) for name, _, expr in found)
         return
@@ -63,14 +65,6 @@ def _stacked(found: Sequence[tuple[str, tuple[int, ...], Expr]]) -> Iterator[Sta
         expr, _ = _Mover(of, len(ranges[i])).move(expr)
         columns = [column for column in columns if column != axis]
     yield Stack(tuple(found[i][0] for i in order), expr, leading)
-
-
-def _indices(lengths: Shape) -> Iterator[tuple[int, ...]]:
-    if not lengths:
-        yield ()
-        return
-    for i in range(lengths[0]):
-        yield from ((i, *rest) for rest in _indices(lengths[1:]))
 
 
 def _unplaced(expr: Expr, starts: list[int]) -> Expr:

@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from maxconv.config.options import KEYS, OPTIONS, Option
+from maxconv.config.options import EXPORT, EXPORTED, KEYS, OPTIONS, Option
 from maxconv.errors import UserError
 
 _GUIDE = Path(__file__).parents[1] / "guide"
@@ -80,15 +80,16 @@ def command_help(name: str) -> str:
     lines = [f"maxconv {name} {arguments}", "", what]
     if name in _MORE:
         lines += textwrap.wrap(_MORE[name], _WIDTH)
+    meanings = EXPORTED if name == EXPORT else {}
     options = {key: o for key, o in OPTIONS.items() if name in o.commands}
     if options:
         lines += ["", "MaxText config keys:"]
         for key, of in KEYS.items():
             if name in of.commands:
-                lines += _entry(f"{key}=", of.help)
+                lines += _entry(f"{key}=", meanings.get(key, of.help))
         lines += ["", "Flags:"]
         for key, option in options.items():
-            lines += _entry(_spelled(key, option), _meaning(option))
+            lines += _entry(_spelled(key, option), meanings.get(key, _meaning(option)))
         lines += ["", *textwrap.wrap(_SYNTAX, _WIDTH), "", EXIT_CODES.rstrip()]
     return "\n".join([*lines, ""])
 

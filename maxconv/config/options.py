@@ -33,6 +33,20 @@ class Key(NamedTuple):
     commands: tuple[str, ...] = CONVERSIONS
 
 
+# What some of them mean to an export, if that is another thing.
+EXPORTED: Mapping[str, str] = {
+    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes. "
+    "Default: ./mt_output",
+    "hf_model_path": "a checkpoint of the same model, with the names, shapes, dtypes and files to "
+    "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
+    "repository of model_name",
+    "param_scan_axis": "axis along which the checkpoint's layers are stacked. Default: 1",
+    "save_dtype": "dtype of all floating-point tensors: bfloat16 or float32. Default: the "
+    "published one of each tensor",
+    "verify": "how much of the result to read back and compare with the checkpoint: none, sample "
+    "or full. Default: sample",
+}
+
 OPTIONS: Mapping[str, Option] = {
     "hf_model_path": Option(
         str,

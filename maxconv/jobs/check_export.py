@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from maxconv.algebra import Box, Expr, clip, dims, full, slices, tensors, trace, volume
+from maxconv.algebra import Box, full, tensors
 from maxconv.errors import VerificationError
 from maxconv.jobs.reporter import Reporter
-from maxconv.jobs.witness import SAMPLE_BYTES, box_in, pieces, plainly_read
+from maxconv.jobs.witness import (
+    SAMPLE_BYTES,
+    box_in,
+    difference,
+    evaluated,
+    pieces,
+    plainly_read,
+)
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
 from maxconv.sources import LocalSource
-from maxconv.sources.trees import TreeSource
 
 if TYPE_CHECKING:
     from maxconv.jobs.export import Export
@@ -41,9 +47,11 @@ def check(export: "Export", reporter: Reporter) -> None:
         for name, boxes in _share(export):
             expr, info = export.back.rules[name], written.tensors[name]
             for box in boxes:
-                made = _evaluated(expr, box, export.tree).astype(written.stored[name].dtype)
+                made = evaluated(expr, box, export.tree.tensors, export.tree.plain)
+                with np.errstate(all="ignore"):
+                    made = made.astype(info.dtype)
                 found = plainly_read(written, info, box)
-                if problem := _difference(name, box, made.astype(info.dtype), found):
+                if problem := difference(name, box, made, found):
                     problems.append(problem)
                     break
                 nbytes += found.nbytes
@@ -74,27 +82,3 @@ def _share(export: "Export") -> Iterator[tuple[str, list[Box]]]:
             return
         random = np.random.default_rng(zlib.crc32(name.encode()))
         yield name, [box_in(full(expr.shape), 4, random, False)]
-
-
-def _evaluated(expr: Expr, box: Box, tree: TreeSource) -> np.ndarray:
-    traced = trace(expr, box)
-    arrays = []
-    for read in traced.reads:
-        info = tree.tensors[read.name]
-        array, inside = np.zeros(dims(read.box), info.dtype), clip(read.box, info.shape)
-        if volume(inside):
-            array[slices(inside, read.box)] = tree.plain(info, inside)
-        arrays.append(array)
-    with np.errstate(all="ignore"):  # overflow and NaNs come from the checkpoint
-        return traced.run(arrays)
-
-
-def _difference(name: str, box: Box, made: np.ndarray, found: np.ndarray) -> str | None:
-    unsigned = f"u{found.dtype.itemsize}"
-    ours, theirs = (np.ascontiguousarray(x).view(unsigned) for x in (made, found))
-    unequal = ours != theirs
-    if not unequal.any():
-        return None
-    index = np.unravel_index(np.flatnonzero(unequal)[0], unequal.shape)
-    place = ", ".join(str(lo + int(i)) for (lo, _), i in zip(box, index, strict=True))
-    return f"{name}[{place}] is {found[index]}, but should be {made[index]} according to numpy."

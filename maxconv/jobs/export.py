@@ -31,6 +31,7 @@ from maxconv.jobs.check_export import check
 from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
 from maxconv.jobs.reporter import Reporter
 from maxconv.models.way_back import WayBack, way_back
+from maxconv.planning.placement import local_boxes
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
@@ -310,13 +311,10 @@ def _copy(export: Export, writer: Writer, progress: Progress) -> None:
 def _written(stack: Stack, slab: Slab, array: jax.Array, writer: Writer) -> int:
     """Writes what is in a slab of the tensors of this process; returns the bytes."""
     total = 0
-    seen: set[Box] = set()
-    for shard in array.addressable_shards:
-        box = tuple(s.indices(n)[:2] for s, n in zip(shard.index, slab.shape, strict=True))
-        if box in seen:  # a copy
-            continue
-        seen.add(box)
-        data = np.asarray(shard.data)
+    boxes = local_boxes(slab.sharding, slab.shape)
+    distinct = {boxes[shard.device]: shard.data for shard in array.addressable_shards}
+    for box, shard in distinct.items():
+        data = np.asarray(shard)
         for name, within, part in _parts(stack, slab.in_leaf(box)):
             if writer.has(name):
                 total += writer.write(name, part, data[within])

@@ -10,7 +10,7 @@ once more, an equal part on each process, and takes about a second per GB.
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -73,6 +73,11 @@ def witness(
         What was compared, and a sentence for each leaf that differs.
     """
     seen, problems = Testimony(), dict[str, str]()
+
+    def read(info: TensorInfo, box: Box) -> np.ndarray:
+        seen.read += volume(box) * info.dtype.itemsize
+        return plainly_read(source, info, box)
+
     for leaf, chunk, boxes in _full(item, leaves) if mode == "full" else _sample(item, leaves):
         if leaf.name in problems:
             continue
@@ -82,8 +87,11 @@ def witness(
             problems[leaf.name] = f"{leaf.name} cannot be read: {reason(error)}."
             continue
         for box in boxes:
-            made = _evaluated(leaf, box, source, seen)
-            if found := _difference(leaf, box, made, stored[slices(box, chunk)]):
+            made = evaluated(leaf.leaf.expr, box, source.tensors, read)
+            with np.errstate(all="ignore"):
+                made = made.astype(leaf.dtype)
+            part, has_sums = stored[slices(box, chunk)], _has_sums(leaf.leaf.expr)
+            if found := difference(leaf.name, box, made, part, has_sums):
                 problems[leaf.name] = found
                 break
             seen.compared += volume(box) * leaf.dtype.itemsize
@@ -187,18 +195,23 @@ def _runs(expr: Expr, box: Box) -> int:
     return sum(math.prod(dims(read.box)[:-1]) for read in trace(expr, box).reads)
 
 
-def _evaluated(leaf: LeafPlan, box: Box, source: Source, seen: Testimony) -> np.ndarray:
-    traced = trace(leaf.leaf.expr, box)
+def evaluated(
+    expr: Expr,
+    box: Box,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[TensorInfo, Box], np.ndarray],
+) -> np.ndarray:
+    """A box of an expression, computed by numpy from boxes of tensors that `read` gives."""
+    traced = trace(expr, box)
     arrays = []
-    for read in traced.reads:
-        info = source.tensors[read.name]
-        array, inside = np.zeros(dims(read.box), info.dtype), clip(read.box, info.shape)
+    for wanted in traced.reads:
+        info = tensors[wanted.name]
+        array, inside = np.zeros(dims(wanted.box), info.dtype), clip(wanted.box, info.shape)
         if volume(inside):
-            array[slices(inside, read.box)] = plainly_read(source, info, inside)
+            array[slices(inside, wanted.box)] = read(info, inside)
         arrays.append(array)
-        seen.read += volume(inside) * info.dtype.itemsize
     with np.errstate(all="ignore"):  # overflow and NaNs come from the source
-        return np.ascontiguousarray(traced.run(arrays).astype(leaf.dtype))
+        return traced.run(arrays)
 
 
 def plainly_read(source: Source, info: TensorInfo, box: Box) -> np.ndarray:
@@ -215,18 +228,24 @@ def plainly_read(source: Source, info: TensorInfo, box: Box) -> np.ndarray:
     return source.plain(info, box)
 
 
-def _difference(leaf: LeafPlan, box: Box, made: np.ndarray, stored: np.ndarray) -> str | None:
-    stored = np.ascontiguousarray(stored)
-    unsigned = f"u{leaf.dtype.itemsize}"
+def difference(
+    name: str, box: Box, made: np.ndarray, stored: np.ndarray, has_sums: bool = False
+) -> str | None:
+    """A sentence about the first element of a box in which the bits differ; None if none does.
+
+    `has_sums`: it was computed with a matrix product, whose rounding may differ.
+    """
+    made, stored = np.ascontiguousarray(made), np.ascontiguousarray(stored)
+    unsigned = f"u{made.dtype.itemsize}"
     unequal = made.view(unsigned) != stored.view(unsigned)
-    if _has_sums(leaf.leaf.expr):
+    if has_sums:
         unequal &= ~_is_near(made, stored)
     if not unequal.any():
         return None
     index = np.unravel_index(np.flatnonzero(unequal)[0], made.shape)
     place = ", ".join(str(lo + int(i)) for (lo, _), i in zip(box, index, strict=True))
     should, got = (f"{x[index]} (0x{int(x.view(unsigned)[index]):x})" for x in (made, stored))
-    return f"{leaf.name}[{place}] is {got}, but should be {should} according to numpy."
+    return f"{name}[{place}] is {got}, but should be {should} according to numpy."
 
 
 def _has_sums(expr: Expr) -> bool:

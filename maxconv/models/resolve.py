@@ -97,18 +97,11 @@ def resolve(
     logical = logical_tensors(source, family, keep_fp8)
     ends = head(source, family, logical.tensors, head_differs)
     published = _published(source, family, ends)
-    # Layers for multi-token prediction are converted only if they are asked for.
-    words, facts = dict(words or {}), {"mtp_num_layers": 0, **(facts or {})}
-    problems = _architecture_problems(source, family, name, facts)
-    chosen, contradictions = _chosen(source, family, published, name, facts, words)
-    dims = replace(published, **chosen)
-    problems += [*contradictions, *_part_problems(family, dims, published)]
-    problems = problems or list(layer_problems(dims, ends.tensors))
-    if problems:
+    dims = _dims(source, family, published, name, facts or {}, words or {})
+    if problems := list(layer_problems(dims, ends.tensors)):
         raise UserError(problems)
     table = tuple(family.rows(dims))
-    problems += dense_layers(source.config, family, dims, table, ends.tensors)
-    if problems:
+    if problems := list(dense_layers(source.config, family, dims, table, ends.tensors)):
         raise UserError(problems)
     rows = (*table, *scale_rows(family, dims, source.config, ends.tensors))
     notices = [
@@ -121,6 +114,25 @@ def resolve(
     architecture = stated_architecture(source.config, family)
     tensors, said = ends.tensors, tuple(notices)
     return Model(family, dims, published, rows, tensors, said, architecture=architecture)
+
+
+def _dims(
+    source: Source,
+    family: Family,
+    published: Dims,
+    name: str | None,
+    facts: Mapping[str, Any],
+    words: Mapping[str, Any],
+) -> Dims:
+    """The sizes in MaxText; UserError with every one that is not possible."""
+    # Layers for multi-token prediction are converted only if they are asked for.
+    facts = {"mtp_num_layers": 0, **facts}
+    chosen, contradictions = _chosen(source, family, published, name, facts, words)
+    dims = replace(published, **chosen)
+    problems = _architecture_problems(source, family, name, facts)
+    if problems := [*problems, *contradictions, *_part_problems(family, dims, published)]:
+        raise UserError(problems)
+    return dims
 
 
 def _chosen(

@@ -16,7 +16,7 @@ from maxconv.errors import UserError
 from maxconv.families import Parameter, Row, paths
 from maxconv.models.codecs import decoded
 from maxconv.models.parameters import parameters
-from maxconv.models.resolve import Model, resolve
+from maxconv.models.resolve import resolve
 from maxconv.models.stored_names import HEAD
 from maxconv.sources import Source, TensorInfo
 from maxconv.sources.safetensors import some
@@ -33,7 +33,6 @@ class WayBack:
     """What an export consists of.
 
     Attributes:
-        model: as it was published, with the sizes that the tree has.
         rules: each tensor, over the leaves of the tree.
         stacks: the same, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
@@ -45,7 +44,6 @@ class WayBack:
         notices: sentences for the user.
     """
 
-    model: Model
     rules: Mapping[str, Expr]
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, np.dtype]
@@ -124,7 +122,7 @@ def way_back(
         notices.append("weights are written in bfloat16, not quantised as they were published")
     told = (*plain.notices, *notices)
     return WayBack(
-        model, back, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told
+        back, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told
     )
 
 

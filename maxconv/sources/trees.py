@@ -5,7 +5,6 @@ them: a trainer's state with its optimizer, the collections of Flax, the `value`
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -20,7 +19,6 @@ from maxconv.sources.orbax import Item, find_items, open_item, reason
 # Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
 _NOT_WEIGHTS = {"opt_state", "optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
-_MOST_PARAMETERS = 1 << 20
 
 
 class TreeSource(Source):
@@ -29,7 +27,6 @@ class TreeSource(Source):
     Attributes:
         item: the checkpoint.
         stored: the name of each of `tensors` in it.
-        others: the names of what it holds beside: optimizer state, counters, random states.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or it has no parameters of MaxText.
@@ -37,7 +34,6 @@ class TreeSource(Source):
 
     item: Item
     stored: Mapping[str, str]
-    others: Sequence[str]
 
     def __init__(self, path: str, step: int | None = None):
         super().__init__()
@@ -51,17 +47,10 @@ class TreeSource(Source):
                 "token_embedder; give the checkpoint of a model."
             )
         self.stored = names
-        self.others = sorted(self.item.arrays.keys() - set(names.values()))
         self.tensors = {ours: self._info(ours, theirs) for ours, theirs in sorted(names.items())}
         self.notices = ()
         self._arrays: dict[str, ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-
-    @property
-    def scan_layers(self) -> bool | None:
-        """What the checkpoint's metadata says; None if it does not."""
-        says = self.item.custom.get("scan_layers")
-        return says if isinstance(says, bool) else None
 
     def _info(self, name: str, stored: str) -> TensorInfo:
         array = self.item.arrays[stored]
@@ -154,8 +143,3 @@ def _joined(parts: Sequence[str]) -> Iterator[str]:
         before = part
     if before is not None:
         yield before
-
-
-def is_tree(path: Any) -> bool:
-    """Whether a path holds a checkpoint of Orbax."""
-    return bool(find_items(epath.Path(path)))
