@@ -18,7 +18,7 @@ marker=$environment/complete
 
 # uv takes a fifth of pip's time, but does not know of every mirror that pip is configured for.
 install() {
-    "$environment/bin/python" -m uv pip install --quiet --python "$environment/bin/python" "$@" ||
+    "$environment/bin/python" -m uv pip install --quiet --compile-bytecode --python "$environment/bin/python" "$@" ||
         "$environment/bin/python" -m pip install --quiet "$@"
 }
 
