@@ -122,13 +122,13 @@ def convert(arguments: Sequence[str]) -> None:
 
 def export(arguments: Sequence[str]) -> None:
     from maxconv.cli.export_arguments import exported
-    from maxconv.jobs import export
+    from maxconv.jobs import export, prepare_export
 
     checkpoint, rest = exported(arguments)
     config = start(rest, "export")
     from maxconv.cli.reports import TerminalReporter
 
-    with export.prepared(config, checkpoint) as job:
+    with prepare_export.prepared(config, checkpoint) as job:
         export.run(job, TerminalReporter())
 
 

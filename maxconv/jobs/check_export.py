@@ -29,7 +29,7 @@ from maxconv.processes.agreement import gathered
 from maxconv.sources import LocalSource
 
 if TYPE_CHECKING:
-    from maxconv.jobs.export import Export
+    from maxconv.jobs.prepare_export import Export
 
 _MOST_PROBLEMS = 10
 
