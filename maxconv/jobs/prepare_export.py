@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
-from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
+from maxconv.jobs.prepare import STEP_MOST, opened, opened_by_all, window_of
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
@@ -75,7 +76,7 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
     """
     with same_error_everywhere():
         tree = TreeSource(checkpoint, config.step)
-    with tree, opened_by_all(config) as published:
+    with tree, opened_by_all(partial(opened, config)) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
             export = _planned(config, tree, published, window)
