@@ -1,5 +1,6 @@
 """Loading into a process, against what Orbax restores of a conversion, and against numpy."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def restored(out: Path) -> Any:
 
 def arguments(case: str) -> dict[str, Any]:
     words = dict(word.split("=", 1) for word in tiny.maxtext_words(case, True))
-    return {key: words[key] == "true" for key in SIZES if key in words}
+    return {key: words[key].lower() == "true" for key in SIZES if key in words}
 
 
 def assert_same(loaded: Any, want: Any) -> None:
@@ -170,6 +171,18 @@ def test_arrays_come_one_by_one_and_replace_others(qwen: tuple[Path, Path]) -> N
     assert seen == len(jax.tree.leaves(want)) == len(told)
     total = sum(x.nbytes for x in jax.tree.leaves(want))
     assert told[-1] == (total, total)
+
+
+def test_the_example_of_the_guide_runs(qwen: tuple[Path, Path]) -> None:
+    model, out = qwen
+    page = (Path(maxconv.__file__).parent / "guide/process.md").read_text()
+    first, second, _ = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    replaced: dict[Any, Any] = {}
+    names: dict[str, Any] = {"replace": replaced.__setitem__}
+    exec(first.replace("org/name", str(model)), names)
+    assert_same(names["params"], restored(out))
+    exec(second.replace("org/name", str(model)), names)
+    assert len(replaced) == len(jax.tree.leaves(restored(out)))
 
 
 @pytest.mark.parametrize("change", ["shape", "name", "no parameter", "sharding", "no source"])

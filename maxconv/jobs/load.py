@@ -29,6 +29,7 @@ from maxconv.jobs.prepare import (
     opened_by_all,
     usual_window,
 )
+from maxconv.models.canonical_names import FP8
 from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import resolve
 from maxconv.models.way_back import ROOT, is_scanned, sizes_shown
@@ -79,7 +80,7 @@ def abstract(
     with opened_by_all(partial(_open, path, token, revision)) as source:
         differs = head_differs(source, name)
         with same_error_everywhere():
-            resolved = resolve(source, name, facts, sizes, head_differs=differs)
+            resolved = resolve(source, name, facts, sizes, np.dtype(dtype) == FP8, differs)
             rules = parse(()).logical_axis_rules if rules is None else rules
             axis = param_scan_axis if scan_layers else None
             leaves, _ = conversion_leaves(source, resolved, mesh, rules, axis, dtype)
@@ -274,15 +275,14 @@ def _maker(
             tensors = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
             return lambda name, dtype: tensors[name]
         shapes = {name: one.leaf.shape for name, one in wanted.items()}
-        keeps_fp8 = any(one.dtype.name.startswith("float8") for one in wanted.values())
+        keeps_fp8 = any(one.dtype == FP8 for one in wanted.values())
         sizes = sizes_shown(shapes)
         model = resolve(source, None, None, sizes, keeps_fp8, head_differs=differs)
         axis = scan_axis if is_scanned(shapes, model.rows) else None
         bound = {p.name.removeprefix(ROOT): p for p in parameters(model, source.root, axis)}
         _check_names(source.root, wanted, bound)
         expressions = Expressions(model, source)
-        fp8 = np.dtype("float8_e4m3fn")
-        return lambda name, dtype: expressions.of(bound[name], fp8 if keeps_fp8 else dtype)
+        return lambda name, dtype: expressions.of(bound[name], FP8 if keeps_fp8 else dtype)
 
 
 def _check_names(root: str, wanted: Iterable[str], there: Iterable[str]) -> None:
