@@ -44,7 +44,7 @@ class Shares:
 def shares(
     stacks: Sequence[Stack],
     dtypes: Mapping[str, np.dtype],
-    copied: Iterable[TensorInfo],
+    copied: Mapping[str, int],
     stored: Mapping[str, TensorInfo],
     devices: Iterable[Any],
 ) -> Shares:
@@ -53,20 +53,19 @@ def shares(
     Args:
         stacks: the tensors to make.
         dtypes: of the tensors, as they are written.
-        copied: tensors that are only copied.
+        copied: the bytes of tensors that are only copied, by name.
         stored: the arrays that the others are made of.
         devices: of all processes, equally many of each.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     count = len({device.process_index for device in ordered})
     mesh = Mesh(np.array(ordered).reshape(count, -1), ("process", "local"))
-    together, copied = [*_from_the_same_bytes(stacks)], [*copied]
-    units = [_unit(of, dtypes) for of in together] + [Unit(info.nbytes) for info in copied]
+    together = [*_from_the_same_bytes(stacks)]
+    units = [_unit(of, dtypes) for of in together] + [Unit(nbytes) for nbytes in copied.values()]
     divisions = divided(units, count)
     ways = [(s, way) for of, way in zip(together, divisions, strict=False) for s in of]
     owners = {
-        info.name: way.owner(0)
-        for info, way in zip(copied, divisions[len(together) :], strict=True)
+        name: way.owner(0) for name, way in zip(copied, divisions[len(together) :], strict=True)
     }
     found, by_all, by_one = dict[str, Made](), list[Leaf](), list[Leaf]()
     for stack, way in ways:

@@ -99,13 +99,15 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
     to = _checked_dtype(config, tree, back)
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
-    copied = [published.stored[name] for name in back.copied]
-    shared = shares(back.stacks, dtypes, copied, tree.tensors, jax.devices())
+    stored = map(published.stored.__getitem__, back.copied)
+    copied = [Tensor(of.name, of.dtype, of.shape) for of in stored]
+    sizes = {tensor.name: tensor.nbytes for tensor in copied}
+    shared = shares(back.stacks, dtypes, sizes, tree.tensors, jax.devices())
     plan = _plan(tree, shared, window)
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
-    tensors += [Tensor(stored.name, stored.dtype, stored.shape) for stored in copied]
+    tensors += copied
     most = int(config.max_shard_size_gb * 1e9)
     files = shards.files(tensors, most, shared.owners)
     others, changes = _others(published, back, to)

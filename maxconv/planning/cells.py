@@ -251,7 +251,7 @@ def _recipe(cell: Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recip
             entries = [mesh_axes(cell.to, lanes) or None, *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
         dtype, chunk = cell.stored[int(read.name)]
-        chunks = chunk and Chunks(chunk, tuple(lo for lo, _ in read.box))
+        chunks = Chunks(chunk, tuple(lo for lo, _ in read.box)) if chunk else None
         has_lanes = lanes is not None
         reads.append(cell_read(shape, dtype, sharding, shapes[read.name], has_lanes, chunks))
     return Recipe(
