@@ -181,7 +181,7 @@ def bytes_read() -> int:
 def test_files_and_their_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, out = converted("qwen2.5-1.5b", False, tmp_path)
     back = tmp_path / "back"
-    assert export(out, model, back, "--max_shard_size_gb=0.00004") == 0
+    assert export(out, model, back, "--max_shard_size=40KB") == 0
     index = json.loads((back / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in back.glob("*.safetensors"))
     assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]

@@ -101,7 +101,7 @@ def _write(export: Export, engine: Engine, writer: Writer, progress: Progress) -
 def _copy(export: Export, writer: Writer, progress: Progress) -> None:
     """Copies the published tensors of this process that the checkpoint has nothing for."""
     for name in filter(writer.has, export.back.copied):
-        info = export.published.tensors[name]
+        info = export.published.tensors[export.back.origins[name]]
         for box in blocks(full(info.shape), info.dtype.itemsize, _BLOCK):
             data = np.empty(dims(box), info.dtype)
             export.published.read(info, [(box, data)])

@@ -22,6 +22,7 @@ from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import FileSource, Source
+from maxconv.sources.index import STATED
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
@@ -30,6 +31,7 @@ from maxconv.targets.shards import File, Tensor
 from maxconv.text import size
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
+_SHARD = 5 * 10**9  # bytes of a file, as of transformers
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,37 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
-    back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
+    name, sizes, names = config.model_name, config.overrides, config.names
+    back = way_back(tree, published, name, facts, sizes, axis, names)
     to = _checked_dtype(config, tree, back)
-    dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
+    dtypes = {
+        name: _dtype(published.stored[back.origins[name]].dtype, made, to)
+        for name, made in back.dtypes.items()
+    }
     plan = _plan(tree, back, dtypes, window)
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
-    for stored in map(published.stored.__getitem__, back.copied):
-        tensors.append(Tensor(stored.name, stored.dtype, stored.shape))
-    most = int(config.max_shard_size_gb * 1e9)
-    files = shards.files(tensors, most, range(jax.process_count()))
+    for name in back.copied:
+        stored = published.stored[back.origins[name]]
+        tensors.append(Tensor(name, stored.dtype, stored.shape))
+    files = _files(config, tensors, published, back)
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}
     return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
+
+
+def _files(
+    config: Config, tensors: Sequence[Tensor], published: FileSource, back: WayBack
+) -> list[File]:
+    """The files to write, as --max_shard_size allows or as those of the published model."""
+    processes = range(jax.process_count())
+    if config.layout == "size":
+        return shards.by_size(tensors, config.max_shard_size or _SHARD, processes)
+    stored = {tensor.name: published.stored[back.origins[tensor.name]] for tensor in tensors}
+    where = {name: (origin.file, origin.offset) for name, origin in stored.items()}
+    return shards.as_stored(tensors, where, processes)
 
 
 def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
@@ -158,9 +176,8 @@ def _absent(published: FileSource, back: WayBack) -> Iterator[str]:
         yield f"not in the checkpoint, so left out: {some(back.left_out)}"
 
 
-def _dtype(published: FileSource, name: str, made: np.dtype, wanted: str | None) -> np.dtype:
+def _dtype(stored: np.dtype, made: np.dtype, wanted: str | None) -> np.dtype:
     """Of a tensor to write: the one that was asked for, or the published one."""
-    stored = published.stored[name].dtype if name in published.stored else made
     is_as_published = narrow(stored) == made  # else it was quantised
     if wanted and made.kind not in "iub":
         return np.dtype(wanted)
@@ -182,6 +199,8 @@ def _others(
     """The small files of the model, and a sentence for each change in config.json."""
     contents = {name: published.content(name) for name in published.companions}
     config, changes = copy.deepcopy(published.config), list[str]()
+    if config.pop(STATED, None):
+        changes.append(f"config.json: {STATED} is taken out, as the files have the usual names")
     if config.pop("quantization_config", None) and not back.keeps_fp8:
         changes.append("config.json: quantization_config is taken out")
     levels = [config, *(part for part in config.values() if isinstance(part, dict))]

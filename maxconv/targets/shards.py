@@ -4,6 +4,7 @@ Every process writes whole files of its own. They are made in a directory beside
 appear there when all of them are durable; the index comes last.
 """
 
+import heapq
 import json
 import math
 import mmap
@@ -13,11 +14,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -86,28 +87,61 @@ class File:
             yield tensor, len(self.header) + start
 
 
-def files(tensors: Iterable[Tensor], most: int, processes: Sequence[int]) -> list[File]:
-    """Divides tensors among files of at most `most` bytes of data, as far as tensors allow.
+def by_size(tensors: Iterable[Tensor], most: int, processes: Sequence[int]) -> list[File]:
+    """Files of at most `most` bytes of data, as far as tensors allow.
 
-    Each process has an equal share of them, in the order of layers.
+    Each process has an equal share of the tensors, in the order of layers.
     """
     ordered = sorted(tensors, key=lambda tensor: _natural(tensor.name))
-    total = sum(tensor.nbytes for tensor in ordered)
     groups: list[tuple[int, list[Tensor]]] = []
-    done = held = 0
-    owner = -1
-    for tensor in ordered:
-        middle = done + tensor.nbytes / 2
-        share = min(int(middle * len(processes) / max(total, 1)), len(processes) - 1)
-        if share != owner or held + tensor.nbytes > most:
-            groups.append((processes[share], []))
-            owner, held = share, 0
-        groups[-1][1].append(tensor)
-        held, done = held + tensor.nbytes, done + tensor.nbytes
+    for process, share in zip(processes, _dealt(ordered, len(processes)), strict=True):
+        held = most
+        for tensor in share:
+            if held + tensor.nbytes > most:
+                groups.append((process, []))
+                held = 0
+            groups[-1][1].append(tensor)
+            held += tensor.nbytes
     if len(groups) == 1:
         return [File(ALONE, groups[0][0], tuple(groups[0][1]))]
     names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
     return [File(n, p, tuple(of)) for n, (p, of) in zip(names, groups, strict=True)]
+
+
+def as_stored(
+    tensors: Iterable[Tensor], where: Mapping[str, tuple[str, int]], processes: Sequence[int]
+) -> list[File]:
+    """The files that a checkpoint has; each process has an equal share of them.
+
+    Args:
+        tensors: to write.
+        where: the file of each, and a number by which those of a file are ordered.
+        processes: that write.
+    """
+    together: dict[str, list[Tensor]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: where[tensor.name]):
+        together.setdefault(where[tensor.name][0], []).append(tensor)
+    found = [File(name, 0, tuple(of)) for name, of in together.items()]
+    shares = zip(processes, _dealt(found, len(processes)), strict=True)
+    dealt = (replace(file, process=process) for process, share in shares for file in share)
+    return sorted(dealt, key=lambda file: file.name)
+
+
+_Sized = TypeVar("_Sized", File, Tensor)
+
+
+def _dealt(things: Sequence[_Sized], n: int) -> list[list[_Sized]]:
+    """Things in `n` shares of about as many bytes, each in the order given.
+
+    The largest are dealt first, each to the share that has least.
+    """
+    shares = [list[int]() for _ in range(n)]
+    least = [(0, i) for i in range(n)]  # a heap: the first has least
+    for at in sorted(range(len(things)), key=lambda i: -things[i].nbytes):
+        nbytes, i = least[0]
+        shares[i].append(at)
+        heapq.heapreplace(least, (nbytes + things[at].nbytes, i))
+    return [[things[at] for at in sorted(share)] for share in shares]
 
 
 def index(written: Sequence[File]) -> dict[str, Any]:
@@ -208,7 +242,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
     for file in written:
         (directory / UNFINISHED / file.name).rename(directory / file.name)
     contents = dict(others)
-    if len(written) > 1:
+    if [file.name for file in written] != [ALONE]:
         contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
     for name, content in contents.items():  # the index last
         made = directory / UNFINISHED / name.replace("/", "_")
