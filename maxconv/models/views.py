@@ -27,7 +27,8 @@ class View(Source):
         super().__init__()
         self.root, self.revision, self.notices = of.root, of.revision, of.notices
         self.config, self.contradictory = of.config, of.contradictory
-        self.weights, self.codecs = weights, ()
+        self.weights = weights
+        self.codecs: tuple[str, ...] = ()
         self.tensors = {name: _info(of, name, weight) for name, weight in weights.items()}
 
     def read(self, info: TensorInfo, parts: Sequence[Any]) -> None:
