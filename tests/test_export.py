@@ -265,7 +265,7 @@ def test_the_arguments_of_maxtext(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "config.json: torch_dtype is float32 instead of bfloat16" in capsys.readouterr().err
     for word, sentence in (
         ("scan_layers=false", "scan_layers=False, but the layers of .* are stacked"),
-        ("lora.lora_restore_path=/x", "adapters that MaxText trained are not exported"),
+        ("lora.lora_restore_path=/x", "/x is not a checkpoint that Orbax saved"),
         (f"base_output_directory={model}", "is the model that names are taken from"),
         (f"base_output_directory={tmp_path / 'back'}", "add --overwrite"),
         ("load_parameters_path=", "Give the checkpoint first"),

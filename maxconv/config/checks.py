@@ -36,6 +36,7 @@ _MINIMUM = {
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,
     "max_shard_size": 1,
+    "lora_rank": 1,
 }
 MOST_DEVICES = 1024  # simulated on one machine: JAX starts threads for each of them
 _LARGEST_NUMBER = 2**31 - 1

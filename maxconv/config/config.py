@@ -111,6 +111,10 @@ class Config:
     max_host_memory_gb: float | None
     max_shard_size: int | None
     """Bytes of the largest file of weights that an export writes, if not the default."""
+    lora_restore_path: str | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    """An adapter to merge into what is exported, and how its products are scaled: alpha / rank."""
     names: str
     """Whose names of tensors an export has: "published", or "transformers" in memory."""
     layout: str

@@ -149,6 +149,25 @@ OPTIONS: Mapping[str, Option] = {
         "Default: 5GB",
         commands=(EXPORT,),
     ),
+    "lora_restore_path": Option(
+        str,
+        None,
+        "MaxText's lora.lora_restore_path: the checkpoint of a LoRA adapter to merge into "
+        "CHECKPOINT; if CHECKPOINT is not given, the adapter is exported alone, for PEFT",
+        commands=(EXPORT,),
+    ),
+    "lora_rank": Option(
+        int,
+        None,
+        "MaxText's lora.lora_rank. Default: as the adapter has it",
+        commands=(EXPORT,),
+    ),
+    "lora_alpha": Option(
+        float,
+        None,
+        "MaxText's lora.lora_alpha. Default: as the adapter has it",
+        commands=(EXPORT,),
+    ),
     "names": Option(
         str,
         "published",

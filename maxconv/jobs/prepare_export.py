@@ -18,14 +18,15 @@ from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
-from maxconv.models.way_back import WayBack, way_back
+from maxconv.models.peft import peft_adapter
+from maxconv.models.way_back import WayBack, stacked, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import FileSource, Source
-from maxconv.sources.index import STATED
+from maxconv.sources.index import ADAPTER, STATED
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource
+from maxconv.sources.trees import AdaptedTree, Tree, TreeSource, is_factor
 from maxconv.targets import shards
 from maxconv.targets.shards import File, Tensor
 from maxconv.text import size
@@ -48,7 +49,7 @@ class Export:
     """
 
     config: Config
-    tree: TreeSource
+    tree: Tree
     published: FileSource
     back: WayBack
     plan: Plan
@@ -76,7 +77,7 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         UserError: with every problem that was found, the same on all processes.
     """
     with same_error_everywhere():
-        tree = TreeSource(checkpoint, config.step)
+        tree = _opened(config, checkpoint)
     with tree, opened_by_all(config) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
@@ -90,13 +91,24 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         yield export
 
 
-def _planned(config: Config, tree: TreeSource, published: Source, window: int) -> Export:
+def _opened(config: Config, checkpoint: str) -> Tree:
+    """The checkpoint, with the adapter that is to be merged into it."""
+    tree = TreeSource(checkpoint, config.step)
+    if config.lora_restore_path is None:
+        return tree
+    return AdaptedTree(tree, TreeSource(config.lora_restore_path))
+
+
+def _planned(config: Config, tree: Tree, published: Source, window: int) -> Export:
     if not isinstance(published, FileSource):
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
     name, sizes, names = config.model_name, config.overrides, config.names
-    back = way_back(tree, published, name, facts, sizes, axis, names)
+    lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+    if all(map(is_factor, tree.tensors)):
+        return _adapter(config, tree, published, window, lora)
+    back = way_back(tree, published, name, facts, sizes, axis, names, lora)
     to = _checked_dtype(config, tree, back)
     dtypes = {
         name: _dtype(published.stored[back.origins[name]].dtype, made, to)
@@ -116,6 +128,31 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
 
 
+def _adapter(
+    config: Config,
+    tree: Tree,
+    published: FileSource,
+    window: int,
+    lora: Mapping[str, float | None],
+) -> Export:
+    """The export of a LoRA adapter alone, for PEFT."""
+    facts = model_facts(config.model_name)
+    base = config.hf_model_path or (facts or {}).get("hf_id") or published.root
+    name, sizes, axis = config.model_name, config.overrides, config.param_scan_axis
+    made = peft_adapter(tree, published, base, lora, name, facts, sizes, axis)
+    of_all, by_dtype = tuple(stacked(made.rules, made.dtypes)), made.dtypes
+    back = WayBack(made.rules, of_all, by_dtype, False, (), {}, (), made.scan_axis, made.notices)
+    to = _checked_dtype(config, tree, back)
+    dtypes = {name: np.dtype(to) if to else made for name, made in by_dtype.items()}
+    plan = _plan(tree, back, dtypes, window)
+    shapes = {name: expr.shape for name, expr in made.rules.items()}
+    tensors = tuple(Tensor(name, dtypes[name], shapes[name]) for name in sorted(shapes))
+    files = [File(shards.ADAPTER, 0, tensors)]
+    others = {ADAPTER: (json.dumps(made.config, indent=2) + "\n").encode()}
+    stacks = {stack.names[0]: stack for stack in of_all}
+    return Export(config, tree, published, back, plan, stacks, files, others, made.notices, window)
+
+
 def _files(
     config: Config, tensors: Sequence[Tensor], published: FileSource, back: WayBack
 ) -> list[File]:
@@ -128,7 +165,7 @@ def _files(
     return shards.as_stored(tensors, where, processes)
 
 
-def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
+def _plan(tree: Tree, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(jax.process_count(), -1)
     mesh = Mesh(grid, ("process", "local"))
@@ -142,7 +179,7 @@ def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], windo
     return make_plan(leaves, tree.tensors, mesh, budget, window // 4)
 
 
-def _checked_dtype(config: Config, tree: TreeSource, back: WayBack) -> str | None:
+def _checked_dtype(config: Config, tree: Tree, back: WayBack) -> str | None:
     """The dtype that was asked for, None for the published ones.
 
     Raises:

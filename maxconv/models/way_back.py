@@ -4,24 +4,34 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from maxconv.algebra import AlgebraError, Expr, Tensor, invert, substitute, tensors
+from maxconv.algebra import (
+    AlgebraError,
+    Expr,
+    Tensor,
+    apply,
+    invert,
+    map_tensors,
+    substitute,
+    tensors,
+)
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
 from maxconv.families import Parameter, Row, paths
 from maxconv.models.architecture import family_of
+from maxconv.models.factors import merged_kernels, scaling_of
 from maxconv.models.parameters import parameters
 from maxconv.models.resolve import resolve
 from maxconv.models.stored_names import HEAD
 from maxconv.models.views import as_stored, in_memory, unpacked
 from maxconv.sources import Source
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource
+from maxconv.sources.trees import Tree, is_factor
 
 ROOT = "params.params."  # before the names of MaxText's tree
 _HEAD = "decoder.logits_dense.kernel"
@@ -57,13 +67,14 @@ class WayBack:
 
 
 def way_back(
-    tree: TreeSource,
+    tree: Tree,
     published: Source,
     name: str | None = None,
     facts: Mapping[str, Any] | None = None,
     sizes: Mapping[str, Any] | None = None,
     scan_axis: int = 1,
     names: str = "published",
+    lora: Mapping[str, float | None] | None = None,
 ) -> WayBack:
     """How the parameters of a tree become the tensors of a checkpoint.
 
@@ -74,6 +85,7 @@ def way_back(
             see `resolve`.
         scan_axis: MaxText's param_scan_axis, if layers are stacked.
         names: "published", or "transformers": those that it has in memory.
+        lora: lora_rank and lora_alpha of the factors in the tree, see `scaling_of`.
 
     Raises:
         UserError: with every leaf that is missing, unexpected, or of another shape.
@@ -82,9 +94,9 @@ def way_back(
     plain = as_stored(published) if keeps_fp8 else unpacked(published)
     if names == "transformers":
         plain = in_memory(plain, published, family_of(published, facts))
-    wanted = {**_parts(tree), **(sizes or {})}
+    wanted = {**parts_of(tree), **(sizes or {})}
     model = resolve(plain, name, facts, wanted, keeps_fp8, head_differs=_HEAD in tree.tensors)
-    axis = scan_axis if _scans(tree, model.rows) else None
+    axis = scan_axis if scans(tree.tensors.keys(), model.rows) else None
     bound = parameters(model, published.root, axis)
     bound, notices = _checked(tree, bound)
     rules = {p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound}
@@ -93,6 +105,11 @@ def way_back(
     except AlgebraError as error:
         lines = str(error).splitlines()
         raise UserError([f"{published.root}: {line}." for line in lines]) from None
+    if any(map(is_factor, tree.tensors)):
+        rank, alpha = scaling_of(tree, lora or {})
+        merged = merged_kernels(tree, model.rows, axis, alpha / rank)
+        back = {name: _with(merged, expr) for name, expr in back.items()}
+        notices.append("the LoRA adapter of MaxText is merged into the weights")
     stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
     left = sorted(plain.tensors.keys() - back.keys())
     whole = {n for n in left if isinstance(plain.weights[n], Tensor) and not plain.codecs}
@@ -105,7 +122,7 @@ def way_back(
     told = (*plain.notices, *notices)
     return WayBack(
         back,
-        tuple(_stacks(back, dtypes)),
+        tuple(stacked(back, dtypes)),
         dtypes,
         keeps_fp8,
         copied,
@@ -116,7 +133,12 @@ def way_back(
     )
 
 
-def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:
+def _with(merged: Mapping[str, Expr], expr: Expr) -> Expr:
+    """An expression over kernels that an adapter is merged into."""
+    return map_tensors(expr, lambda leaf: merged.get(leaf.name, leaf), apply)
+
+
+def stacked(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:
     """The tensors that are made together; all of a stack have one dtype."""
     by_dtype: dict[np.dtype, dict[str, Expr]] = {}
     for name, expr in back.items():
@@ -125,7 +147,7 @@ def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterato
         yield from stacks(rules)
 
 
-def _parts(tree: TreeSource) -> dict[str, Any]:
+def parts_of(tree: Tree) -> dict[str, Any]:
     """The sizes that the tree shows: of its vocabulary, and which parts of a model it has."""
     roots = {name.partition(".")[0] for name in tree.tensors}
     predicted = {name.split(".")[1] for name in tree.tensors if name.startswith("mtp_block.")}
@@ -139,16 +161,16 @@ def _parts(tree: TreeSource) -> dict[str, Any]:
     return found
 
 
-def _scans(tree: TreeSource, rows: Iterable[Row]) -> bool:
+def scans(names: Set[str], rows: Iterable[Row]) -> bool:
     """Whether the layers of a tree are stacked: which of the two sets of names it has."""
     rows = list(rows)
     scanned, unscanned = (
         {path.replace("/", ".") for path in paths(rows, axis)} for axis in (1, None)
     )
-    return len(scanned & tree.tensors.keys()) > len(unscanned & tree.tensors.keys())
+    return len(scanned & names) > len(unscanned & names)
 
 
-def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
+def _checked(tree: Tree, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
     """The parameters that tensors are made of, and notices about the others.
 
     Raises:
@@ -159,7 +181,7 @@ def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Paramet
         name for name, p in wanted.items() if name not in tree.tensors and any(tensors(p.expr))
     )
     problems = [f"{tree.root} lacks {some(missing)}."] * bool(missing)
-    if more := sorted(tree.tensors.keys() - wanted.keys()):
+    if more := sorted({n for n in tree.tensors if not is_factor(n)} - wanted.keys()):
         problems.append(f"{tree.root} has {some(more)}, which this model has not.")
     for name, parameter in wanted.items():
         shape = tree.tensors[name].shape if name in tree.tensors else parameter.shape

@@ -28,10 +28,11 @@ from maxconv.sources.index import INDEX
 from maxconv.sources.safetensors import DTYPES
 
 ALONE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"  # as PEFT finds it
 UNFINISHED = "maxconv.unfinished"  # the directory in which files are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the data of a file, as the safetensors library has it
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _SHORT = 16 << 10  # bytes: shorter runs are written through a mapping of the file
 
 
@@ -242,7 +243,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
     for file in written:
         (directory / UNFINISHED / file.name).rename(directory / file.name)
     contents = dict(others)
-    if [file.name for file in written] != [ALONE]:
+    if [file.name for file in written] not in ([ALONE], [ADAPTER]):
         contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
     for name, content in contents.items():  # the index last
         made = directory / UNFINISHED / name.replace("/", "_")
