@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 from jobs import CPU, MESHES
 from safetensors.numpy import load_file
-from test_export import export
+from test_export import converted, export, numbers, read
 
 from maxconv.config import parse
 from maxconv.jobs import convert
@@ -66,3 +67,58 @@ def test_an_adapter_comes_back(case, name, scan, dtype, tmp_path: Path) -> None:
     config = json.loads((back / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (tiny.RANK, 6, "LORA")
+
+
+MERGED = [
+    ("llama3.1-8b", "linear", True, "float32", ()),
+    ("qwen3-vl-2b", "vision", False, "bfloat16", ("use_multimodal=True",)),
+    ("llama3.1-8b", "some", False, "bfloat16", ()),
+    ("mixtral-8x7b", "experts", True, "float32", ("--names=transformers",)),
+    ("mixtral-8x7b", "experts", False, "bfloat16", ()),
+    ("deepseek2-16b", "attention", True, "bfloat16", ()),
+    ("gemma2-2b", "linear", True, "float32", ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "scan", "dtype", "more"),
+    [*MERGED[:1], *(pytest.param(*m, marks=SLOW) for m in MERGED[1:])],
+)
+def test_an_adapter_is_merged(case, name, scan, dtype, more, tmp_path: Path) -> None:
+    """Into what is exported without it: W + alpha / r * B A, rounded once."""
+    model, out = converted(case, scan, tmp_path, "--save_dtype=float32")
+    lora, trained = adapter(case, name, scan, tmp_path, "float32")
+    given = [w for w in words(case, scan) if not w.startswith("use_")]
+    plain, back = tmp_path / "plain", tmp_path / "back"
+    assert export(out, model, plain, "--save_dtype=float32", *given) == 0
+    merged = [f"lora.lora_restore_path={trained}", f"--save_dtype={dtype}"]
+    merged += [word for word in more if word.startswith("--")]
+    assert export(out, model, back, *merged, *given) == 0
+    parts = load_file(lora / "adapter_model.safetensors")
+    want = {n: numbers(x).reshape(x[1]) for n, x in read(plain).items()}
+    for part in [part for part in parts if ".lora_A." in part]:
+        a, b = (parts[p].astype(np.float64) for p in (part, part.replace("lora_A", "lora_B")))
+        module = part.removeprefix("base_model.model.").partition(".lora_")[0]
+        want[f"{module}.weight"] = want[f"{module}.weight"] + 6 / tiny.RANK * (b @ a)
+    if "--names=transformers" in more:
+        want = fused(want)
+    found = read(back)
+    assert found.keys() == want.keys()
+    for tensor, x in want.items():
+        got, eps = numbers(found[tensor]).reshape(x.shape), np.finfo(np.float32).eps
+        if dtype == "bfloat16":  # half a step, where a whole one would be two roundings
+            eps = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2
+        np.testing.assert_allclose(got, x, rtol=1.01 * eps, atol=1e-5 * np.abs(x).max())
+
+
+def fused(weights: Arrays) -> Arrays:
+    """Mixtral's experts as transformers 5 has them in memory."""
+    found = {name.replace("block_sparse_moe", "mlp"): x for name, x in weights.items()}
+    for layer in {name.partition(".experts.")[0] for name in found if ".experts." in name}:
+        experts = [
+            [found.pop(f"{layer}.experts.{e}.w{i}.weight") for e in range(5)] for i in (1, 3, 2)
+        ]
+        gate, up, down = map(np.stack, experts)
+        found[f"{layer}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        found[f"{layer}.experts.down_proj"] = down
+    return found
