@@ -1,7 +1,7 @@
 """`python -m maxconv.to_huggingface`: a drop-in for MaxText's checkpoint_conversion.to_huggingface.
 
-It takes the same arguments; the dtype of each tensor is the published one unless weight_dtype says
-otherwise.
+It takes the same arguments, for a model, an adapter or both; the dtype of each tensor is the
+published one unless weight_dtype says otherwise.
 """
 
 import sys
@@ -13,7 +13,8 @@ __all__ = ["main"]
 
 
 def main(args: Sequence[str]) -> None:
-    """Exports the checkpoint of load_parameters_path.
+    """Exports the checkpoint of load_parameters_path, with or without lora.lora_restore_path, or
+    that adapter alone.
 
     Args:
         args: a program's name, then MaxText's arguments: `base.yml key=value ...`.

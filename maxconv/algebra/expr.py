@@ -97,7 +97,8 @@ class Concat(_Node):
 class Combine(_Node):
     """Bound expressions, computed with in float32.
 
-    "times", "plus" and "minus": of parts of one shape. "matmul": of (n, k) and (k, m).
+    "times", "plus" and "minus": of parts of one shape. "matmul": of (*batch, n, k) and
+    (*batch, k, m).
     """
 
     op: Literal["times", "plus", "minus", "matmul"]
@@ -107,8 +108,9 @@ class Combine(_Node):
     def shape(self) -> Shape:
         first, *others = (part.shape for part in self.parts)
         if self.op == "matmul":
-            if len(first) == len(others[0]) == 2 and first[1] == others[0][0]:
-                return (first[0], others[0][1])
+            *batch, k, m = others[0]
+            if len(first) == len(others[0]) >= 2 and (*batch, k) == (*first[:-2], first[-1]):
+                return (*first[:-1], m)
         elif all(other == first for other in others):
             return first
         shapes = " and ".join(str(part.shape) for part in self.parts)
@@ -117,8 +119,8 @@ class Combine(_Node):
     def pull(self, box: Box) -> list[Box]:
         """The box of each part that a box needs."""
         if self.op == "matmul":
-            k = (0, self.parts[1].shape[0])
-            return [(box[0], k), (k, box[1])]
+            k = (0, self.parts[1].shape[-2])
+            return [(*box[:-1], k), (*box[:-2], k, box[-1])]
         return [box] * len(self.parts)
 
     def run(self, xs: Sequence[Any]) -> Any:
@@ -141,7 +143,9 @@ def _matmul(x: Any, y: Any) -> Any:
         return x @ y
     from jax import lax
 
-    return lax.dot(x, y, precision=lax.Precision.HIGHEST)  # TPUs would round to bfloat16
+    batch = tuple(range(x.ndim - 2))
+    axes = ((x.ndim - 1,), (x.ndim - 2,)), (batch, batch)
+    return lax.dot_general(x, y, axes, lax.Precision.HIGHEST)  # TPUs would round to bfloat16
 
 
 def hf(name: str) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from maxconv.algebra.boxes import Shape
 from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, Tensor, apply, tensors
 from maxconv.algebra.ops import Slice
-from maxconv.algebra.rearrange import AlgebraError
+from maxconv.algebra.rearrange import AlgebraError, rearrange
+from maxconv.algebra.together import stacks
 
 _Step = tuple[object, Shape]  # an op, or the _Place of a part; and the shape before it
 _Path = tuple[tuple[_Step, ...], Tensor]  # from a tensor up to the leaf
@@ -124,7 +125,20 @@ def _join_slices(slices: Mapping[Slice, list[_Path]], shape: Shape) -> Expr:
         problems.append(f"no leaf takes [{at}, {shape[axis]}) of axis {axis}")
     if problems:
         raise AlgebraError("; ".join(problems))
-    return parts[0] if len(parts) == 1 else Concat(axis, tuple(parts))
+    return _joined(axis, parts)
+
+
+def _joined(axis: int, parts: Sequence[Expr]) -> Expr:
+    """Parts side by side; as one expression if they are the places of one axis, such as experts."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.shape[axis] == 1 for part in parts):
+        found = stacks({str(i): part for i, part in enumerate(parts)})
+        if len(found) == 1 and found[0].names == tuple(map(str, range(len(parts)))):
+            names = [f"x{i}" for i in range(len(parts[0].shape))]
+            before, after = ([*names[:axis], new, *names[axis + 1 :]] for new in ("1", "n"))
+            return apply(rearrange(f"n {' '.join(before)} -> {' '.join(after)}"), found[0].expr)
+    return Concat(axis, tuple(parts))
 
 
 def unused(rules: Mapping[str, Expr], names: Sequence[str]) -> list[str]:

@@ -38,7 +38,8 @@ _MORE = {
     "export": "CHECKPOINT is what was converted or trained: DIR, DIR/0/items, or a run's directory "
     "or its checkpoints, of which the last step is taken. MODEL is a checkpoint of the same model: "
     "names, shapes, dtypes, config.json and tokenizer are taken from there, and what MaxText does "
-    "not train. On several hosts DIR must be shared by all of them.",
+    "not train. A LoRA adapter becomes files of PEFT, or is merged. On several hosts DIR must be "
+    "shared by all of them.",
     "plan": "Takes the same arguments as convert, and reads only the headers of the checkpoint. "
     "With --tpu_type it plans for a slice that you do not have.",
     "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items, where DIR was the base_output_directory of "

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,11 +11,32 @@ import yaml
 
 _TRUE = ("y", "yes", "t", "true", "1", "on")
 _FALSE = ("n", "no", "f", "false", "0", "off")
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", list: "a YAML list"}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)?", re.IGNORECASE)
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_YAML = 1 << 20  # characters; MaxText's base.yml has less than a tenth
 _LONGEST_SCALAR = 10_000
 _DEEPEST_YAML = 20
+
+
+class Size(int):
+    """Bytes, written as transformers takes them: a number, or 5GB, 200MB, 1.5GiB."""
+
+    def __new__(cls, text: str | int) -> "Size":
+        match = _SIZE.fullmatch(str(text).strip())
+        if match is None:
+            raise ValueError(text)
+        unit = (match[2] or "B").upper()
+        power = "BKMGT".index(unit[0])
+        return super().__new__(cls, int(float(match[1]) * (1024 if "I" in unit else 1000) ** power))
+
+
+_EXPECTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a YAML list",
+    Size: "a size such as 5GB",
+}
 
 
 class Arguments(NamedTuple):

@@ -22,6 +22,8 @@ _CHOICES = {
     "verify": ("none", "sample", "full"),
     "eager_load_method": ("safetensors", "transformers"),
     "hardware": ("tpu", "cpu"),
+    "names": ("published", "transformers"),
+    "layout": ("size", "source"),
 }
 _NOT_YET = {  # values that MaxText has and a conversion does not support
     "hardware": ("gpu", "gpu_multiprocess"),
@@ -33,6 +35,8 @@ _MINIMUM = {
     "num_processes": 1,
     "process_id": 0,
     "jax_distributed_initialization_timeout": 1,
+    "max_shard_size": 1,
+    "lora_rank": 1,
 }
 MOST_DEVICES = 1024  # simulated on one machine: JAX starts threads for each of them
 _LARGEST_NUMBER = 2**31 - 1
@@ -48,6 +52,7 @@ _MAXIMUM = {
     "mtp_num_layers": 4096,
     "num_experts": 65_536,
     "max_host_memory_gb": 1 << 20,
+    "max_shard_size": 1 << 60,
 }
 # Model keys that may be set without override_model_config.
 _CHOSEN = ("use_multimodal", "use_audio", "mtp_num_layers")
@@ -89,6 +94,8 @@ def value_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield "public=True is only for the Hub: it needs base_output_directory=hf://org/name"
     if to_the_hub and not values["checkpoint_storage_use_ocdbt"]:
         yield "checkpoint_storage_use_ocdbt=False is not supported on the Hub; remove it"
+    if values["layout"] == "source" and values["max_shard_size"] is not None:
+        yield "max_shard_size has no effect with --layout=source; remove one of the two"
     if (memory := values["max_host_memory_gb"]) is not None and not memory > 0:
         yield f"max_host_memory_gb={memory} is not positive"
     yield from _mesh_problems(values["mesh_axes"], values["logical_axis_rules"])

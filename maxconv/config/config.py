@@ -109,8 +109,16 @@ class Config:
     num_processes: int | None
     process_id: int | None
     max_host_memory_gb: float | None
-    max_shard_size_gb: float
-    """Largest file of weights that an export writes, in units of 10**9 bytes."""
+    max_shard_size: int | None
+    """Bytes of the largest file of weights that an export writes, if not the default."""
+    lora_restore_path: str | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    """An adapter to merge into what is exported, and how its products are scaled: alpha / rank."""
+    names: str
+    """Whose names of tensors an export has: "published", or "transformers" in memory."""
+    layout: str
+    """Whether an export divides tensors among files by "size", or as its "source" does."""
     step: int | None
     """Of a training run, to be exported."""
     tpu_type: str | None

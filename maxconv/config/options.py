@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from maxconv.config.argv import Size
+
 CONVERT, EXPORT, PLAN, VERIFY = "convert", "export", "plan", "verify"
 CONVERSIONS = CONVERT, PLAN, VERIFY
 ALL = *CONVERSIONS, EXPORT
@@ -140,10 +142,44 @@ OPTIONS: Mapping[str, Option] = {
         "that; needs --lazy_load_tensors=False and pip install 'maxconv[transformers]'",
         shapes=True,
     ),
-    "max_shard_size_gb": Option(
+    "max_shard_size": Option(
+        Size,
+        None,
+        "largest file of weights to write: a number of bytes, or of KB, MB, GB or GiB. "
+        "Default: 5GB",
+        commands=(EXPORT,),
+    ),
+    "lora_restore_path": Option(
+        str,
+        None,
+        "MaxText's lora.lora_restore_path: the checkpoint of a LoRA adapter to merge into "
+        "CHECKPOINT; if CHECKPOINT is not given, the adapter is exported alone, for PEFT",
+        commands=(EXPORT,),
+    ),
+    "lora_rank": Option(
+        int,
+        None,
+        "MaxText's lora.lora_rank. Default: as the adapter has it",
+        commands=(EXPORT,),
+    ),
+    "lora_alpha": Option(
         float,
-        5.0,
-        "largest file of weights to write, in GB of 10**9 bytes",
+        None,
+        "MaxText's lora.lora_alpha. Default: as the adapter has it",
+        commands=(EXPORT,),
+    ),
+    "names": Option(
+        str,
+        "published",
+        "names of tensors: published, as in --hf_model_path; or transformers, those that "
+        "transformers 5 has in memory, with the experts of a layer in one tensor",
+        commands=(EXPORT,),
+    ),
+    "layout": Option(
+        str,
+        "size",
+        "which tensors are in which file: size, as --max_shard_size allows; or source, as in "
+        "--hf_model_path, in files of the same names. Default: size",
         commands=(EXPORT,),
     ),
     "step": Option(

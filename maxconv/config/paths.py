@@ -16,6 +16,7 @@ KEYS = (
     "hf_model_path",
     "hf_lora_adapter_path",
     "load_parameters_path",
+    "lora_restore_path",
     "trace",
     "report",
 )

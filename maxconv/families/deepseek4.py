@@ -206,6 +206,7 @@ DEEPSEEK_V4 = Family(
         ("model.layers.*.attn.norm.", "model.layers.*.attn.kv_norm."),
         ("model.hc_head.hc_", "hc_head_"),
     ),
+    in_memory=None,
     ignored=("mtp.*",),
     pads_vocab=True,
 )

@@ -143,6 +143,14 @@ GEMMA3 = Family(
         ("vision_tower.vision_model.", "vision_tower."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
     ),
+    in_memory=(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.vision_model.", "model.vision_tower."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ),
     encoders=("vision_tower.*", "multi_modal_projector.*"),
     pads_vocab=True,
 )

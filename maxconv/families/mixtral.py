@@ -36,6 +36,7 @@ MIXTRAL = Family(
         (epsilon(1e-5), activation(), chosen_experts(2)), (no_window(),), {FULL: 1_000_000.0}
     ),
     names=(("model.layers.*.mlp.", "model.layers.*.block_sparse_moe."),),  # of transformers 5
+    in_memory=(("model.layers.*.block_sparse_moe.", "model.layers.*.mlp."),),
     split_experts=(
         (".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight")),
         (".experts.down_proj", (".experts.{e}.w2.weight",)),

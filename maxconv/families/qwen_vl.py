@@ -179,6 +179,7 @@ QWEN3_OMNI_MOE = Family(
         ("thinker.visual.", "model.visual."),
         ("thinker.", ""),
     ),
+    in_memory=None,  # they differ between transformers 5.23 and 5.24
     ignored=("talker.*", "code2wav.*"),
     split_experts=FUSED,
     encoders=SEEING,
@@ -211,6 +212,7 @@ WEAVER = Family(
             )
         ),
     ),
+    in_memory=None,  # transformers has no such class
     encoders=SEEING,
     scans=False,
     pads_vocab=True,

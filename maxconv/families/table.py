@@ -158,6 +158,9 @@ class Family:
             one tensor of all experts.
         transposed_experts: name suffixes of a layer's fused gate and up projections, and of its
             down projections, which some checkpoints store transposed.
+        in_memory: pairs of a prefix of published tensor names and what transformers 5 has instead,
+            once it has loaded them; None if its names are not known. That it has experts in one
+            tensor goes without saying.
         scans: whether MaxText can stack its layers.
         pads_vocab: whether MaxText pads or cuts the embedding to its own vocab_size.
         computes: what it computes with, beside sizes.
@@ -182,6 +185,7 @@ class Family:
     fuse_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     split_experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     transposed_experts: tuple[tuple[str, str], ...] = ()
+    in_memory: tuple[tuple[str, str], ...] | None = ()
     scans: bool = True
     pads_vocab: bool = False
     computes: Computation = Computation()

@@ -21,12 +21,14 @@ from maxconv.jobs.witness import (
     box_in,
     difference,
     evaluated,
+    has_sums,
     pieces,
     plainly_read,
 )
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
 from maxconv.sources import LocalSource
+from maxconv.sources.index import ADAPTER
 
 if TYPE_CHECKING:
     from maxconv.jobs.prepare_export import Export
@@ -43,7 +45,8 @@ def check(export: "Export", reporter: Reporter) -> None:
     started = time.monotonic()
     problems: list[str] = []
     count = nbytes = 0
-    with liveness.all_or_none(), LocalSource(export.directory) as written:
+    config = next(name for name in (ADAPTER, "config.json") if name in export.others)
+    with liveness.all_or_none(), LocalSource(export.directory, config) as written:
         for name, boxes in _share(export):
             expr, info = export.back.rules[name], written.tensors[name]
             for box in boxes:
@@ -51,7 +54,7 @@ def check(export: "Export", reporter: Reporter) -> None:
                 with np.errstate(all="ignore"):
                     made = made.astype(info.dtype)
                 found = plainly_read(written, info, box)
-                if problem := difference(name, box, made, found):
+                if problem := difference(name, box, made, found, has_sums(expr)):
                     problems.append(problem)
                     break
                 nbytes += found.nbytes

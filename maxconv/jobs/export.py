@@ -102,7 +102,7 @@ def _write(export: Export, plan: Plan, engine: Engine, writer: Writer, progress:
 def _copy(export: Export, writer: Writer, progress: Progress) -> None:
     """Copies the published tensors of this process that the checkpoint has nothing for."""
     for name in filter(writer.has, export.back.copied):
-        info = export.published.tensors[name]
+        info = export.published.tensors[export.back.origins[name]]
         for box in blocks(full(info.shape), info.dtype.itemsize, _BLOCK):
             data = np.empty(dims(box), info.dtype)
             export.published.read(info, [(box, data)])
@@ -117,5 +117,6 @@ def _written(made: Made, slab: Slab, array: jax.Array, writer: Writer) -> int:
     for box, shard in distinct.items():
         data = np.asarray(shard)
         for name, within, part in made.parts(slab.in_leaf(box)):
-            total += writer.write(name, part, data[within])
+            if writer.has(name):
+                total += writer.write(name, part, data[within])
     return total

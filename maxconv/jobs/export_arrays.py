@@ -89,6 +89,18 @@ def made_by_one(stack: Stack, process: int, mesh: Mesh) -> tuple[Made, NamedShar
     return Made(stack, stack.expr, (1,) * len(stack.shape)), NamedSharding(alone, PartitionSpec())
 
 
+def made_for_all(stack: Stack, mesh: Mesh) -> tuple[Made, NamedSharding]:
+    """The array of a stack of which each process has a copy; `mesh` is as above.
+
+    It is divided among the devices of a process along the longest axis that allows it.
+    """
+    made, local = Made(stack, stack.expr, (1,) * len(stack.shape)), mesh.axis_names[1]
+    sizes = dict(enumerate(stack.expr.shape))
+    longest = max((n, axis) for axis, n in {**sizes, -1: 0}.items() if n % mesh.shape[local] == 0)
+    entries = [local if axis == longest[1] else None for axis in sizes]
+    return made, NamedSharding(mesh, PartitionSpec(*entries))
+
+
 def made_by_all(
     stack: Stack, division: Division, mesh: Mesh, stored: Mapping[str, TensorInfo]
 ) -> tuple[Made, NamedSharding]:

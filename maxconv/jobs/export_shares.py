@@ -8,6 +8,7 @@ be divided, or is small, one process reads, makes and writes by itself.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from maxconv.algebra import tensors
 from maxconv.algebra.together import Stack
-from maxconv.jobs.export_arrays import Made, made_by_all, made_by_one, padded
+from maxconv.jobs.export_arrays import Made, made_by_all, made_by_one, made_for_all, padded
 from maxconv.planning.owners import Unit, divided
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.sources import TensorInfo
@@ -47,8 +48,11 @@ def shares(
     copied: Mapping[str, int],
     stored: Mapping[str, TensorInfo],
     devices: Iterable[Any],
+    owners: Mapping[str, int] = MappingProxyType({}),
 ) -> Shares:
     """Divides tensors among processes, so that each has about equally many bytes of them.
+
+    With `owners`, each process is sent all tensors of a stack instead, unless they are its own.
 
     Args:
         stacks: the tensors to make.
@@ -56,10 +60,13 @@ def shares(
         copied: the bytes of tensors that are only copied, by name.
         stored: the arrays that the others are made of.
         devices: of all processes, equally many of each.
+        owners: the process that writes each tensor, if that is settled.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     count = len({device.process_index for device in ordered})
     mesh = Mesh(np.array(ordered).reshape(count, -1), ("process", "local"))
+    if owners:
+        return _as_owned(stacks, dtypes, mesh, owners)
     together = [*_from_the_same_bytes(stacks)]
     units = [_unit(of, dtypes) for of in together] + [Unit(nbytes) for nbytes in copied.values()]
     divisions = divided(units, count)
@@ -79,6 +86,22 @@ def shares(
         found[name] = made
         for tensor, place in zip(stack.names, np.ndindex(*stack.leading), strict=True):
             owners[tensor] = way.owner(0 if way.axis is None else place[way.axis])
+    return Shares(mesh, found, by_all, by_one, owners)
+
+
+def _as_owned(
+    stacks: Sequence[Stack], dtypes: Mapping[str, np.dtype], mesh: Mesh, owners: Mapping[str, int]
+) -> Shares:
+    found, by_all, by_one = dict[str, Made](), list[Leaf](), list[Leaf]()
+    for stack in stacks:
+        name, (owner, *others) = stack.names[0], {owners[name] for name in stack.names}
+        if others:
+            made, sharding = made_for_all(stack, mesh)
+        else:
+            made, sharding = made_by_one(stack, owner, mesh)
+        leaf = Leaf(name, made.expr, narrow(dtypes[name]), sharding)
+        (by_all if others else by_one).append(leaf)
+        found[name] = made
     return Shares(mesh, found, by_all, by_one, owners)
 
 

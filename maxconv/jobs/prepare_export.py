@@ -20,18 +20,21 @@ from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_shares import Shares, planned, shares
 from maxconv.jobs.prepare import STEP_MOST, opened, opened_by_all, window_of
-from maxconv.models.way_back import WayBack, way_back
+from maxconv.models.peft import peft_adapter
+from maxconv.models.way_back import WayBack, stacked, way_back
 from maxconv.planning.plan import Plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import FileSource, Source
+from maxconv.sources.index import ADAPTER, STATED
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource
+from maxconv.sources.trees import AdaptedTree, Tree, TreeSource, is_factor
 from maxconv.targets import shards
 from maxconv.targets.shards import File, Tensor
 from maxconv.text import size
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
+_SHARD = 5 * 10**9  # bytes of a file, as of transformers
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Export:
     """
 
     config: Config
-    tree: TreeSource
+    tree: Tree
     published: FileSource
     back: WayBack
     plan: Plan
@@ -78,7 +81,7 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         UserError: with every problem that was found, the same on all processes.
     """
     with same_error_everywhere():
-        tree = TreeSource(checkpoint, config.step)
+        tree = _opened(config, checkpoint)
     with tree, opened_by_all(partial(opened, config)) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
@@ -92,25 +95,41 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
         yield export
 
 
-def _planned(config: Config, tree: TreeSource, published: Source, window: int) -> Export:
+def _opened(config: Config, checkpoint: str) -> Tree:
+    """The checkpoint, with the adapter that is to be merged into it."""
+    tree = TreeSource(checkpoint, config.step)
+    if config.lora_restore_path is None:
+        return tree
+    return AdaptedTree(tree, TreeSource(config.lora_restore_path))
+
+
+def _planned(config: Config, tree: Tree, published: Source, window: int) -> Export:
     if not isinstance(published, FileSource):
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
-    back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
+    name, sizes, names = config.model_name, config.overrides, config.names
+    lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+    if all(map(is_factor, tree.tensors)):
+        return _adapter(config, tree, published, window, lora)
+    back = way_back(tree, published, name, facts, sizes, axis, names, lora)
     to = _checked_dtype(config, tree, back)
-    dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
-    stored = map(published.stored.__getitem__, back.copied)
-    copied = [Tensor(of.name, of.dtype, of.shape) for of in stored]
-    sizes = {tensor.name: tensor.nbytes for tensor in copied}
-    shared = shares(back.stacks, dtypes, sizes, tree.tensors, jax.devices())
-    plan = _plan(tree, shared, window)
+    dtypes = {
+        name: _dtype(published.stored[back.origins[name]].dtype, made, to)
+        for name, made in back.dtypes.items()
+    }
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
-    tensors += copied
-    most = int(config.max_shard_size_gb * 1e9)
-    files = shards.files(tensors, most, shared.owners)
+    stored = {name: published.stored[back.origins[name]] for name in back.copied}
+    copied = [Tensor(name, of.dtype, of.shape) for name, of in stored.items()]
+    nbytes = {tensor.name: tensor.nbytes for tensor in copied}
+    files = _as_published(config, [*tensors, *copied], published, back)
+    shared = shares(back.stacks, dtypes, nbytes, tree.tensors, jax.devices(), owners_of(files))
+    plan = _plan(tree, shared, window)
+    files = files or shards.by_size(
+        [*tensors, *copied], config.max_shard_size or _SHARD, shared.owners
+    )
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}
@@ -119,7 +138,52 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     )
 
 
-def _plan(tree: TreeSource, shared: Shares, window: int) -> Plan:
+def _as_published(
+    config: Config, tensors: Sequence[Tensor], published: FileSource, back: WayBack
+) -> list[File]:
+    """The files of the published model, if they are to be written as they are there."""
+    if config.layout == "size":
+        return []
+    stored = {tensor.name: published.stored[back.origins[tensor.name]] for tensor in tensors}
+    where = {name: (origin.file, origin.offset) for name, origin in stored.items()}
+    return shards.as_stored(tensors, where, range(jax.process_count()))
+
+
+def _adapter(
+    config: Config,
+    tree: Tree,
+    published: FileSource,
+    window: int,
+    lora: Mapping[str, float | None],
+) -> Export:
+    """The export of a LoRA adapter alone, for PEFT."""
+    facts = model_facts(config.model_name)
+    base = config.hf_model_path or (facts or {}).get("hf_id") or published.root
+    name, sizes, axis = config.model_name, config.overrides, config.param_scan_axis
+    made = peft_adapter(tree, published, base, lora, name, facts, sizes, axis)
+    of_all, by_dtype = tuple(stacked(made.rules, made.dtypes)), made.dtypes
+    back = WayBack(made.rules, of_all, by_dtype, False, (), {}, (), made.scan_axis, made.notices)
+    to = _checked_dtype(config, tree, back)
+    dtypes = {name: np.dtype(to) if to else made for name, made in by_dtype.items()}
+    shapes = {name: expr.shape for name, expr in made.rules.items()}
+    tensors = tuple(Tensor(name, dtypes[name], shapes[name]) for name in sorted(shapes))
+    files = [File(shards.ADAPTER, 0, tensors)]
+    shared = shares(of_all, dtypes, {}, tree.tensors, jax.devices(), owners_of(files))
+    plan = _plan(tree, shared, window)
+    others = {ADAPTER: (json.dumps(made.config, indent=2) + "\n").encode()}
+    stacks = {stack.names[0]: stack for stack in of_all}
+    return Export(
+        *(config, tree, published, back, plan, stacks, shared.made),
+        *(files, others, made.notices, window),
+    )
+
+
+def owners_of(files: Sequence[File]) -> dict[str, int]:
+    """The process that writes each tensor."""
+    return {tensor.name: file.process for file in files for tensor in file.tensors}
+
+
+def _plan(tree: Tree, shared: Shares, window: int) -> Plan:
     budget = min(window // 8, STEP_MOST)
     names = {name for leaf in shared.by_one for name in leaf.tensors}
     largest = max((tree.tensors[name].chunk_nbytes for name in names), default=0)
@@ -127,7 +191,7 @@ def _plan(tree: TreeSource, shared: Shares, window: int) -> Plan:
     return planned(shared, tree.tensors, budget, window // 4)
 
 
-def _checked_dtype(config: Config, tree: TreeSource, back: WayBack) -> str | None:
+def _checked_dtype(config: Config, tree: Tree, back: WayBack) -> str | None:
     """The dtype that was asked for, None for the published ones.
 
     Raises:
@@ -161,9 +225,8 @@ def _absent(published: FileSource, back: WayBack) -> Iterator[str]:
         yield f"not in the checkpoint, so left out: {some(back.left_out)}"
 
 
-def _dtype(published: FileSource, name: str, made: np.dtype, wanted: str | None) -> np.dtype:
+def _dtype(stored: np.dtype, made: np.dtype, wanted: str | None) -> np.dtype:
     """Of a tensor to write: the one that was asked for, or the published one."""
-    stored = published.stored[name].dtype if name in published.stored else made
     is_as_published = narrow(stored) == made  # else it was quantised
     if wanted and made.kind not in "iub":
         return np.dtype(wanted)
@@ -176,6 +239,8 @@ def _others(
     """The small files of the model, and a sentence for each change in config.json."""
     contents = {name: published.content(name) for name in published.companions}
     config, changes = copy.deepcopy(published.config), list[str]()
+    if config.pop(STATED, None):
+        changes.append(f"config.json: {STATED} is taken out, as the files have the usual names")
     if config.pop("quantization_config", None) and not back.keeps_fp8:
         changes.append("config.json: quantization_config is taken out")
     levels = [config, *(part for part in config.values() if isinstance(part, dict))]

@@ -90,8 +90,8 @@ def witness(
             made = evaluated(leaf.leaf.expr, box, source.tensors, read)
             with np.errstate(all="ignore"):
                 made = made.astype(leaf.dtype)
-            part, has_sums = stored[slices(box, chunk)], _has_sums(leaf.leaf.expr)
-            if found := difference(leaf.name, box, made, part, has_sums):
+            part, sums = stored[slices(box, chunk)], has_sums(leaf.leaf.expr)
+            if found := difference(leaf.name, box, made, part, sums):
                 problems[leaf.name] = found
                 break
             seen.compared += volume(box) * leaf.dtype.itemsize
@@ -229,16 +229,16 @@ def plainly_read(source: Source, info: TensorInfo, box: Box) -> np.ndarray:
 
 
 def difference(
-    name: str, box: Box, made: np.ndarray, stored: np.ndarray, has_sums: bool = False
+    name: str, box: Box, made: np.ndarray, stored: np.ndarray, sums: bool = False
 ) -> str | None:
     """A sentence about the first element of a box in which the bits differ; None if none does.
 
-    `has_sums`: it was computed with a matrix product, whose rounding may differ.
+    `sums`: it was computed with a matrix product, whose rounding may differ.
     """
     made, stored = np.ascontiguousarray(made), np.ascontiguousarray(stored)
     unsigned = f"u{made.dtype.itemsize}"
     unequal = made.view(unsigned) != stored.view(unsigned)
-    if has_sums:
+    if sums:
         unequal &= ~_is_near(made, stored)
     if not unequal.any():
         return None
@@ -248,7 +248,7 @@ def difference(
     return f"{name}[{place}] is {got}, but should be {should} according to numpy."
 
 
-def _has_sums(expr: Expr) -> bool:
+def has_sums(expr: Expr) -> bool:
     """Whether it has a matrix product, whose rounding depends on the order of summation."""
     return any(isinstance(node, Combine) and node.op == "matmul" for node in nodes(expr))
 

@@ -135,17 +135,19 @@ def described(name: str, facts: Mapping[str, Any]) -> tuple[Family, Dims]:
 
 @dataclass(frozen=True)
 class Adaptable:
-    """The row of a kernel, and the expressions of the adapter's factors for it."""
+    """The row of a kernel, the expressions of the adapter's factors for it, and the side of each
+    axis that one layer (of one expert) has."""
 
     row: Row
     parts: Mapping[str, Expr]
+    sides: tuple[str, ...]
 
     @classmethod
     def of(cls, r: Row) -> "Adaptable | None":
         """None unless the row is a kernel made from one weight, (outputs, inputs)."""
         is_kernel = r.path.endswith("/kernel") or r.experts
-        parts = _parts(r.expr) if is_kernel else None
-        return cls(r, parts) if parts else None
+        found = _parts(r.expr) if is_kernel else None
+        return cls(r, *found) if found else None
 
     def restricted(self, adapted: Set[str], scans: bool) -> "Adaptable | None":
         """Restricted to leaves that have adapted weights; None if there are none."""
@@ -156,7 +158,7 @@ class Adaptable:
         kept = tuple((p, n) for p, n in places if not r.names(flat(n)).isdisjoint(adapted))
         each = tuple((path, number) for path, numbers in kept for number in flat(numbers))
         layers = replace(r.layers, scanned=kept, unscanned=each)
-        return Adaptable(replace(r, layers=layers), self.parts) if kept else None
+        return replace(self, row=replace(r, layers=layers)) if kept else None
 
     @property
     def rows(self) -> Iterator[Row]:
@@ -183,7 +185,8 @@ def _part_name(weight: str, letter: str) -> str:
     return f"{weight.removesuffix('.weight')}.lora_{letter}"
 
 
-def _parts(template: Expr) -> dict[str, Expr] | None:
+def _parts(template: Expr) -> tuple[dict[str, Expr], tuple[str, ...]] | None:
+    """The factors of a kernel, and the side of each of its axes; None if it cannot be adapted."""
     ops: list[Op | Pattern] = []
     while isinstance(template, Apply):
         ops.insert(0, template.op)
@@ -209,7 +212,8 @@ def _parts(template: Expr) -> dict[str, Expr] | None:
                 parts[OUT] = parts[OUT] >> replace(scale(op.scale), wide=True)
             case _:
                 return None
-    return {letter: part >> _flat(sides, letter) for letter, part in parts.items()}
+    flat_parts = {letter: part >> _flat(sides, letter) for letter, part in parts.items()}
+    return flat_parts, tuple(sides)
 
 
 def _sides_after(op: Pattern, sides: Sequence[str]) -> list[str] | None:

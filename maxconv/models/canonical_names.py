@@ -89,7 +89,8 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
         found = merged(found, source.adapter, lambda name: rename(name)[0])
         notices = (*notices, f"the LoRA adapter {source.adapter.root} is merged into the weights")
     try:
-        found, n = transposed_experts(fused_experts(split_experts(found, family), family), family)
+        fused = fused_experts(split_experts(found, family), family.fuse_experts)
+        found, n = transposed_experts(fused, family)
     except AlgebraError as error:
         raise UserError(f"{source.root}: {error}.") from None
     if n:
@@ -98,10 +99,13 @@ def logical_tensors(source: Source, family: Family, keep_fp8: bool = False) -> L
     return Logical(found, (*notices, *renamed))
 
 
-def fused_experts(weights: Mapping[str, Expr], family: Family) -> dict[str, Expr]:
-    """The weights, with those of single experts concatenated into the table's fused ones."""
+def fused_experts(weights: Mapping[str, Expr], fused: Names) -> dict[str, Expr]:
+    """The weights, with those of single experts concatenated into one of all.
+
+    `fused`: see `Family.fuse_experts`.
+    """
     found = dict(weights)
-    for whole, pieces in (*family.fuse_experts, *_of_scales(family.fuse_experts)):
+    for whole, pieces in (*fused, *_of_scales(fused)):
         first = pieces[0].format(e=0)
         for layer in [name.removesuffix(first) for name in weights if name.endswith(first)]:
             experts: list[Expr] = []

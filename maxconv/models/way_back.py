@@ -4,26 +4,37 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from maxconv.algebra import AlgebraError, Expr, Shape, Tensor, invert, substitute, tensors
+from maxconv.algebra import (
+    AlgebraError,
+    Expr,
+    Shape,
+    Tensor,
+    apply,
+    invert,
+    map_tensors,
+    substitute,
+    tensors,
+)
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
 from maxconv.families import Parameter, Row, paths
-from maxconv.models.codecs import decoded
+from maxconv.models.architecture import family_of
+from maxconv.models.factors import merged_kernels, scaling_of
 from maxconv.models.parameters import parameters
 from maxconv.models.resolve import resolve
 from maxconv.models.stored_names import HEAD
-from maxconv.sources import Source, TensorInfo
+from maxconv.models.views import as_stored, in_memory, unpacked
+from maxconv.sources import Source
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource
+from maxconv.sources.trees import Tree, is_factor
 
 ROOT = "params.params."  # before the names of MaxText's tree
-_QUANTISED = "quantization_config"
 _HEAD = "decoder.logits_dense.kernel"
 _TABLE = "token_embedder.embedding"
 
@@ -37,8 +48,9 @@ class WayBack:
         stacks: the same, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
         keeps_fp8: whether fp8 weights stay as they are, with their scales.
-        copied: published tensors that the tree has nothing for: encoders that were not trained,
-            layers for multi-token prediction. They are taken as they are.
+        copied: tensors that the tree has nothing for: encoders that were not trained, layers for
+            multi-token prediction. They are taken as they are published.
+        origins: of each tensor, the name of a published one that it is, or that is a part of it.
         left_out: those that cannot be: of a tied head, or quantised.
         scan_axis: along which layers are stacked in the tree; None if they are not.
         notices: sentences for the user.
@@ -49,43 +61,21 @@ class WayBack:
     dtypes: Mapping[str, np.dtype]
     keeps_fp8: bool
     copied: tuple[str, ...]
+    origins: Mapping[str, str]
     left_out: tuple[str, ...]
     scan_axis: int | None
     notices: tuple[str, ...]
 
 
-class Unquantised(Source):
-    """A checkpoint of Hugging Face as it would be without quantisation; it cannot be read."""
-
-    def __init__(self, of: Source):
-        super().__init__()
-        self.root, self.revision, self.notices = of.root, of.revision, of.notices
-        self.config = {key: value for key, value in of.config.items() if key != _QUANTISED}
-        stored = {name: Tensor(name, info.shape) for name, info in of.tensors.items()}
-        dtypes = {name: info.dtype for name, info in of.tensors.items()}
-        weights, self.codecs = decoded(stored, of.config, False, dtypes)
-        self.tensors = {name: _info(of, name, weight) for name, weight in weights.items()}
-
-    def read(self, info: TensorInfo, parts: Sequence[Any]) -> None:
-        raise OSError(f"{self.root} is used for its names; {info.name} is not read")
-
-    def close(self) -> None:
-        pass
-
-
-def _info(source: Source, name: str, weight: Expr) -> TensorInfo:
-    if isinstance(weight, Tensor):
-        return source.tensors[weight.name]
-    return TensorInfo(name, np.dtype("bfloat16"), weight.shape)
-
-
 def way_back(
-    tree: TreeSource,
+    tree: Tree,
     published: Source,
     name: str | None = None,
     facts: Mapping[str, Any] | None = None,
     sizes: Mapping[str, Any] | None = None,
     scan_axis: int = 1,
+    names: str = "published",
+    lora: Mapping[str, float | None] | None = None,
 ) -> WayBack:
     """How the parameters of a tree become the tensors of a checkpoint.
 
@@ -95,12 +85,16 @@ def way_back(
         name, facts, sizes: MaxText's model_name, its configuration, and sizes given as arguments,
             see `resolve`.
         scan_axis: MaxText's param_scan_axis, if layers are stacked.
+        names: "published", or "transformers": those that it has in memory.
+        lora: lora_rank and lora_alpha of the factors in the tree, see `scaling_of`.
 
     Raises:
         UserError: with every leaf that is missing, unexpected, or of another shape.
     """
     keeps_fp8 = any(info.dtype.name.startswith("float8") for info in tree.tensors.values())
-    plain = published if keeps_fp8 else Unquantised(published)
+    plain = as_stored(published) if keeps_fp8 else unpacked(published)
+    if names == "transformers":
+        plain = in_memory(plain, published, family_of(published, facts))
     shapes = {name: info.shape for name, info in tree.tensors.items()}
     wanted = {**sizes_shown(shapes), **(sizes or {})}
     model = resolve(plain, name, facts, wanted, keeps_fp8, head_differs=_HEAD in tree.tensors)
@@ -113,26 +107,40 @@ def way_back(
     except AlgebraError as error:
         lines = str(error).splitlines()
         raise UserError([f"{published.root}: {line}." for line in lines]) from None
+    if any(map(is_factor, tree.tensors)):
+        rank, alpha = scaling_of(tree, lora or {})
+        merged = merged_kernels(tree, model.rows, axis, alpha / rank)
+        back = {name: _with(merged, expr) for name, expr in back.items()}
+        notices.append("the LoRA adapter of MaxText is merged into the weights")
     stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
     left = sorted(plain.tensors.keys() - back.keys())
-    as_stored = {n for n in left if n in published.tensors} if not _codecs(plain) else set()
-    copied = tuple(n for n in left if n in as_stored and stored.get(n, n) != HEAD)
+    whole = {n for n in left if isinstance(plain.weights[n], Tensor) and not plain.codecs}
+    copied = tuple(n for n in left if n in whole and stored.get(n, n) != HEAD)
+    origins = {name: next(tensors(weight)).name for name, weight in plain.weights.items()}
     left_out = tuple(sorted({*left} - {*copied}))
     dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
-    if _codecs(plain):
+    if plain.codecs:
         notices.append("weights are written in bfloat16, not quantised as they were published")
     told = (*plain.notices, *notices)
     return WayBack(
-        back, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told
+        back,
+        tuple(stacked(back, dtypes)),
+        dtypes,
+        keeps_fp8,
+        copied,
+        origins,
+        left_out,
+        axis,
+        told,
     )
 
 
-def _codecs(source: Source) -> bool:
-    """Whether a checkpoint was quantised, and is taken as it would be without."""
-    return isinstance(source, Unquantised) and bool(source.codecs)
+def _with(merged: Mapping[str, Expr], expr: Expr) -> Expr:
+    """An expression over kernels that an adapter is merged into."""
+    return map_tensors(expr, lambda leaf: merged.get(leaf.name, leaf), apply)
 
 
-def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:
+def stacked(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:
     """The tensors that are made together; all of a stack have one dtype."""
     by_dtype: dict[np.dtype, dict[str, Expr]] = {}
     for name, expr in back.items():
@@ -167,7 +175,7 @@ def is_scanned(names: Iterable[str], rows: Iterable[Row]) -> bool:
     return len(scanned & names) > len(unscanned & names)
 
 
-def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
+def _checked(tree: Tree, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
     """The parameters that tensors are made of, and notices about the others.
 
     Raises:
@@ -178,7 +186,7 @@ def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Paramet
         name for name, p in wanted.items() if name not in tree.tensors and any(tensors(p.expr))
     )
     problems = [f"{tree.root} lacks {some(missing)}."] * bool(missing)
-    if more := sorted(tree.tensors.keys() - wanted.keys()):
+    if more := sorted({n for n in tree.tensors if not is_factor(n)} - wanted.keys()):
         problems.append(f"{tree.root} has {some(more)}, which this model has not.")
     for name, parameter in wanted.items():
         shape = tree.tensors[name].shape if name in tree.tensors else parameter.shape

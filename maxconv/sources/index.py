@@ -13,7 +13,7 @@ SINGLE = "model.safetensors"
 
 ADAPTER = "adapter_config.json"
 _ADAPTERS_SINGLE = "adapter_model.safetensors"
-_STATED = "transformers_weights"  # the entry of config.json that names a file or an index
+STATED = "transformers_weights"  # the entry of config.json that names a file or an index
 _OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack")
 _ORBAX = {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "items"}
 
@@ -56,7 +56,7 @@ def choose(
     Raises:
         UserError: there are none, or the index is malformed.
     """
-    stated = entries.get(_STATED)
+    stated = entries.get(STATED)
     if isinstance(stated, str):
         return _stated(root, names, config, stated, read)
     singles = (_ADAPTERS_SINGLE, SINGLE) if config == ADAPTER else (SINGLE,)
@@ -74,7 +74,7 @@ def _stated(
     stated: str,
     read: Callable[[str], Mapping[str, Any]],
 ) -> Choice:
-    by = f"{_STATED}={stated} in {config}"
+    by = f"{STATED}={stated} in {config}"
     if not stated.endswith((".safetensors", ".safetensors.index.json")) or stated not in names:
         raise UserError(
             f"{root} has {by}, but no such safetensors file or index; download it again, or "

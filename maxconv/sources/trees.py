@@ -5,6 +5,7 @@ them: a trainer's state with its optimizer, the collections of Flax, the `value`
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from threading import Lock
@@ -16,12 +17,14 @@ from etils import epath
 
 from maxconv.algebra.boxes import Box, slices
 from maxconv.errors import UserError
+from maxconv.sources.adapted import AdaptedSource
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
 from maxconv.sources.orbax import Item, find_items, open_item, reason
 
 # Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
+_FACTOR = re.compile(r"(.+?)(?:\.kernel)?_lora_([ab])")  # utils/lora_utils.py
 _NOT_WEIGHTS = {"opt_state", "optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
 
 
@@ -63,6 +66,11 @@ class TreeSource(Source):
         dtype = ts.dtype(array.dtype).numpy_dtype
         chunk = tuple(map(min, array.inner or array.shape, array.shape))
         return TensorInfo(name, narrow(dtype), array.shape, chunk)
+
+    @property
+    def custom(self) -> Mapping[str, Any]:
+        """What MaxText noted beside the tree."""
+        return self.item.custom
 
     def keep(self, nbytes: int) -> None:
         """Keeps up to so many bytes of decoded chunks, for steps that read parts of them."""
@@ -139,6 +147,42 @@ class TreeSource(Source):
 
     def close(self) -> None:
         self._arrays.clear()
+
+
+class AdaptedTree(AdaptedSource):
+    """The parameters of a checkpoint, and the LoRA factors of another."""
+
+    def __init__(self, base: TreeSource, adapter: TreeSource):
+        adapter.tensors = {n: info for n, info in adapter.tensors.items() if is_factor(n)}
+        if not adapter.tensors:
+            raise UserError(
+                f"{adapter.root} has no LoRA factors; give the checkpoint of an adapter."
+            )
+        super().__init__(base, adapter)
+        self._trees, self.custom = (base, adapter), {**base.custom, **adapter.custom}
+
+    def keep(self, nbytes: int) -> None:
+        """See `TreeSource.keep`."""
+        for tree in self._trees:
+            tree.keep(nbytes)
+
+
+Tree = TreeSource | AdaptedTree
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter is one of the two factors of a LoRA adapter."""
+    return _FACTOR.fullmatch(name) is not None
+
+
+def factors(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The parameters that are factors, "A" and "B", by the path of their kernel, which is without
+    `.kernel`."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := _FACTOR.fullmatch(name):
+            found.setdefault(match[1], {})[match[2].upper()] = name
+    return found
 
 
 def has_tree(path: str) -> bool:

@@ -4,6 +4,7 @@ Every process writes whole files of its own. They are made in a directory beside
 appear there when all of them are durable; the index comes last.
 """
 
+import heapq
 import json
 import math
 import mmap
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -27,10 +28,11 @@ from maxconv.sources.index import INDEX
 from maxconv.sources.safetensors import DTYPES
 
 ALONE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"  # as PEFT finds it
 UNFINISHED = "maxconv.unfinished"  # the directory in which files are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the data of a file, as the safetensors library has it
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
 _SHORT = 16 << 10  # bytes: shorter runs are written through a mapping of the file
 
 
@@ -86,8 +88,8 @@ class File:
             yield tensor, len(self.header) + start
 
 
-def files(tensors: Iterable[Tensor], most: int, owners: Mapping[str, int]) -> list[File]:
-    """Divides tensors among files of at most `most` bytes of data, as far as tensors allow.
+def by_size(tensors: Iterable[Tensor], most: int, owners: Mapping[str, int]) -> list[File]:
+    """Files of at most `most` bytes of data, as far as tensors allow.
 
     Args:
         tensors: in any order.
@@ -107,6 +109,39 @@ def files(tensors: Iterable[Tensor], most: int, owners: Mapping[str, int]) -> li
         return [File(ALONE, groups[0][0], tuple(groups[0][1]))]
     names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
     return [File(n, p, tuple(of)) for n, (p, of) in zip(names, groups, strict=True)]
+
+
+def as_stored(
+    tensors: Iterable[Tensor], where: Mapping[str, tuple[str, int]], processes: Sequence[int]
+) -> list[File]:
+    """The files that a checkpoint has; each process has an equal share of them.
+
+    Args:
+        tensors: to write.
+        where: the file of each, and a number by which those of a file are ordered.
+        processes: that write.
+    """
+    together: dict[str, list[Tensor]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: where[tensor.name]):
+        together.setdefault(where[tensor.name][0], []).append(tensor)
+    found = [File(name, 0, tuple(of)) for name, of in together.items()]
+    shares = zip(processes, _dealt(found, len(processes)), strict=True)
+    dealt = (replace(file, process=process) for process, share in shares for file in share)
+    return sorted(dealt, key=lambda file: file.name)
+
+
+def _dealt(files: Sequence[File], n: int) -> list[list[File]]:
+    """Files in `n` shares of about as many bytes, each in the order given.
+
+    The largest are dealt first, each to the share that has least.
+    """
+    shares = [list[int]() for _ in range(n)]
+    least = [(0, i) for i in range(n)]  # a heap: the first has least
+    for at in sorted(range(len(files)), key=lambda i: -files[i].nbytes):
+        nbytes, i = least[0]
+        shares[i].append(at)
+        heapq.heapreplace(least, (nbytes + files[at].nbytes, i))
+    return [[files[at] for at in sorted(share)] for share in shares]
 
 
 def index(written: Sequence[File]) -> dict[str, Any]:
@@ -207,7 +242,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
     for file in written:
         (directory / UNFINISHED / file.name).rename(directory / file.name)
     contents = dict(others)
-    if len(written) > 1:
+    if [file.name for file in written] not in ([ALONE], [ADAPTER]):
         contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
     for name, content in contents.items():  # the index last
         made = directory / UNFINISHED / name.replace("/", "_")
