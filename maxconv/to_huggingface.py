@@ -1,7 +1,7 @@
 """`python -m maxconv.to_huggingface`: a drop-in for MaxText's checkpoint_conversion.to_huggingface.
 
 It takes the same arguments; the dtype of each tensor is the published one unless weight_dtype says
-otherwise.
+otherwise. Without base_output_directory it writes to ./mt_output, as MaxText documents.
 """
 
 import sys

@@ -35,8 +35,7 @@ class Key(NamedTuple):
 
 # What some of them mean to an export, if that is another thing.
 EXPORTED: Mapping[str, str] = {
-    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes. "
-    "Default: ./mt_output",
+    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes",
     "hf_model_path": "a checkpoint of the same model, with the names, shapes, dtypes and files to "
     "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
     "repository of model_name",
@@ -143,14 +142,21 @@ OPTIONS: Mapping[str, Option] = {
     "max_shard_size_gb": Option(
         float,
         5.0,
-        "largest file of weights to write, in GB of 10**9 bytes",
-        commands=(EXPORT,),
+        "largest file of weights that an export writes, in GB of 10**9 bytes",
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "step": Option(
         int,
         None,
         "step of a training run to export. Default: its last",
-        commands=(EXPORT,),
+        commands=(EXPORT, PLAN),
+    ),
+    "export": Option(
+        str,
+        None,
+        "plan the export of this MaxText checkpoint, with the arguments of maxconv export",
+        commands=(PLAN,),
     ),
     "trace": Option(
         str,

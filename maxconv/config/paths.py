@@ -18,6 +18,7 @@ KEYS = (
     "load_parameters_path",
     "trace",
     "report",
+    "export",
 )
 """The arguments of `key=value` that are paths."""
 

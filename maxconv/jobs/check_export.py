@@ -1,20 +1,21 @@
-"""Compares exported files with what numpy makes of the checkpoint, tensor by tensor.
+"""Compares exported files with what they should be: their layout, and every tensor.
 
-It uses neither the planner nor the engine, nor the stacks in which tensors are made: each tensor is
-evaluated by itself, from what TensorStore reads, and compared with what the safetensors library
-reads.
+Tensors are compared with what numpy makes of the checkpoint. That uses neither the planner nor the
+engine, nor the stacks in which tensors are made: each tensor is evaluated by itself, from what
+TensorStore reads, and compared with what the safetensors library reads.
 """
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from etils import epath
 
-from maxconv.algebra import Box, full, tensors
-from maxconv.errors import VerificationError
+from maxconv.algebra import Box, Expr, Tensor, full, tensors
+from maxconv.errors import UserError, VerificationError
 from maxconv.jobs.reporter import Reporter
 from maxconv.jobs.witness import (
     SAMPLE_BYTES,
@@ -26,7 +27,8 @@ from maxconv.jobs.witness import (
 )
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
-from maxconv.sources import LocalSource
+from maxconv.sources import LocalSource, Source
+from maxconv.targets import shards
 
 if TYPE_CHECKING:
     from maxconv.jobs.prepare_export import Export
@@ -38,47 +40,105 @@ def check(export: "Export", reporter: Reporter) -> None:
     """Reads files back, as many as `export.config.verify` says; each process an equal part.
 
     Raises:
-        VerificationError: a tensor differs.
+        VerificationError: a file or a tensor differs.
     """
     started = time.monotonic()
-    problems: list[str] = []
-    count = nbytes = 0
-    with liveness.all_or_none(), LocalSource(export.directory) as written:
-        for name, boxes in _share(export):
-            expr, info = export.back.rules[name], written.tensors[name]
-            for box in boxes:
-                made = evaluated(expr, box, export.tree.tensors, export.tree.plain)
-                with np.errstate(all="ignore"):
-                    made = made.astype(info.dtype)
-                found = plainly_read(written, info, box)
-                if problem := difference(name, box, made, found):
-                    problems.append(problem)
-                    break
-                nbytes += found.nbytes
-            count += 1
+    with liveness.all_or_none():
+        mine = _file_problems(export) if jax.process_index() == 0 else {}
+        damaged: dict[str, str] = gathered(mine)[0]
+        problems = [*damaged.values()]
+        count = nbytes = 0
+        try:
+            with LocalSource(export.directory) as written:
+                for name, boxes in _share(export, damaged):
+                    problem, compared = _compared(export, written, name, boxes)
+                    problems += [problem] if problem else []
+                    count, nbytes = count + 1, nbytes + compared
+        except UserError as error:
+            problems += () if damaged else error.problems
         told = gathered([count, nbytes, problems[:_MOST_PROBLEMS]])
-    if every := [problem for _, _, found in told for problem in found]:
+    if every := [*dict.fromkeys(problem for _, _, found in told for problem in found)]:
         raise VerificationError(str(export.directory), every)
     done, total = (sum(said[i] for said in told) for i in range(2))
-    reporter.compared(done, len(export.back.rules), total, time.monotonic() - started)
+    of = len(export.back.rules) + len(export.back.copied)
+    reporter.compared(done, of, total, time.monotonic() - started)
 
 
-def _share(export: "Export") -> Iterator[tuple[str, list[Box]]]:
-    """The tensors that this process compares, each with the boxes of it."""
+def _file_problems(export: "Export") -> dict[str, str]:
+    """A sentence for each file that is not as it was written, apart from the tensors in it."""
+    directory, root = epath.Path(export.directory), export.published.root
+    contents = {**export.others, **shards.index_file(export.files)}
+    found: dict[str, str] = {}
+    for name, content in contents.items():
+        path = directory / name
+        if not path.exists():
+            found[name] = f"{name} is missing."
+        elif path.read_bytes() != content:
+            found[name] = f"{name} is not what an export makes of {root}."
+    for file in export.files:
+        path = directory / file.name
+        if not path.exists():
+            found[file.name] = f"{file.name} is missing."
+        elif (there := path.stat().length) != file.nbytes:
+            found[file.name] = f"{file.name} has {there} bytes, but should have {file.nbytes}."
+        elif _start(path, len(file.header)) != file.header:
+            found[file.name] = f"{file.name} has another header than an export writes."
+    known = {file.name for file in export.files} | contents.keys()
+    weights = [*shards.weights(export.directory), shards.INDEX]
+    for name in (name for name in weights if name not in known and (directory / name).exists()):
+        found[name] = f"{name} does not belong to this export."
+    return found
+
+
+def _start(path: epath.Path, nbytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(nbytes)
+
+
+def _compared(
+    export: "Export", written: Source, name: str, boxes: Sequence[Box]
+) -> tuple[str | None, int]:
+    """A sentence if a tensor differs, and the bytes that were compared."""
+    expr, info, nbytes = _expression(export, name), written.tensors[name], 0
+    for box in boxes:
+        if name in export.back.rules:
+            made = evaluated(expr, box, export.tree.tensors, export.tree.plain)
+        else:
+            made = plainly_read(export.published, export.published.tensors[name], box)
+        with np.errstate(all="ignore"):
+            made = made.astype(info.dtype)
+        found = plainly_read(written, info, box)
+        if problem := difference(name, box, made, found):
+            return problem, nbytes
+        nbytes += found.nbytes
+    return None, nbytes
+
+
+def _expression(export: "Export", name: str) -> Expr:
+    """How a tensor is made; one that was copied is just itself."""
+    copied = export.published.tensors.get(name)
+    return export.back.rules.get(name) or Tensor(name, copied.shape if copied else ())
+
+
+def _share(export: "Export", damaged: Container[str]) -> Iterator[tuple[str, list[Box]]]:
+    """The tensors that this process compares, each with the boxes of it.
+
+    Of `damaged` files none.
+    """
     is_full = export.config.verify == "full"
-    names = [name for stack in export.stacks.values() for name in stack.names]
+    names = [t.name for file in export.files if file.name not in damaged for t in file.tensors]
     if not is_full:  # one of each stack comes first
-        firsts = [stack.names[0] for stack in export.stacks.values()]
-        names = [*firsts, *sorted(set(names) - set(firsts), key=lambda n: zlib.crc32(n.encode()))]
+        firsts = {stack.names[0] for stack in export.stacks.values()}
+        names.sort(key=lambda name: (name not in firsts, zlib.crc32(name.encode())))
     left = SAMPLE_BYTES
     for name in names[jax.process_index() :: jax.process_count()]:
-        expr = export.back.rules[name]
+        expr = _expression(export, name)
         if is_full:
             yield name, [*pieces(expr, full(expr.shape), 4)]
             continue
-        leaves = {tensor.name for tensor in tensors(expr)}
-        left -= sum(export.tree.tensors[leaf].chunk_nbytes for leaf in leaves)
+        box = box_in(full(expr.shape), 4, np.random.default_rng(zlib.crc32(name.encode())), False)
+        sources = {tensor.name for tensor in tensors(expr)} & export.tree.tensors.keys()
+        left -= sum(export.tree.tensors[leaf].chunk_nbytes for leaf in sources)
         if left < 0:
             return
-        random = np.random.default_rng(zlib.crc32(name.encode()))
-        yield name, [box_in(full(expr.shape), 4, random, False)]
+        yield name, [box]

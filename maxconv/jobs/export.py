@@ -4,6 +4,7 @@ Tensors that are read together are made together, in steps of whole chunks: ever
 a step has made, and writes the parts of the tensors that are in its own files.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,13 +19,14 @@ from maxconv.algebra.together import Stack
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
 from maxconv.jobs.check_export import check
+from maxconv.jobs.export_record import record
 from maxconv.jobs.prepare_export import Export
 from maxconv.jobs.reporter import Reporter
 from maxconv.planning.placement import local_boxes
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
 from maxconv.processes.agreement import once, wait_for_all
-from maxconv.targets import shards
+from maxconv.targets import place, shards
 from maxconv.targets.base import Progress
 from maxconv.targets.shards import Writer
 
@@ -59,7 +61,9 @@ def run(export: Export, reporter: Reporter) -> None:
         finally:
             writer.close()
         wait_for_all("written", PATIENCE)
-        once(lambda: shards.commit(export.directory, export.files, export.others))
+        made_of = record(export.config.words, export.tree.root, jax.process_count())
+        others = {**export.others, place.WORDS: (json.dumps(made_of, indent=2) + "\n").encode()}
+        once(lambda: shards.commit(export.directory, export.files, others))
         liveness.saved()
     tensors = [tensor for file in export.files for tensor in file.tensors]
     nbytes, seconds = sum(tensor.nbytes for tensor in tensors), time.monotonic() - started

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
-from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
+from maxconv.jobs.prepare import STEP_MOST, check_planning, devices_of, opened_by_all, window_of
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
@@ -25,7 +26,7 @@ from maxconv.sources import FileSource, Source
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
-from maxconv.targets import shards
+from maxconv.targets import place, shards
 from maxconv.targets.shards import File, Tensor
 from maxconv.text import size
 
@@ -63,32 +64,53 @@ class Export:
     @property
     def mine(self) -> list[File]:
         """The files of this process."""
-        return [file for file in self.files if file.process == jax.process_index()]
+        return self.files_of(jax.process_index())
+
+    def files_of(self, process: int) -> list[File]:
+        return [file for file in self.files if file.process == process]
+
+    def read_nbytes(self, process: int) -> int:
+        """Bytes of arrays and of published tensors that a process reads."""
+        names = {t.name for file in self.files_of(process) for t in file.tensors}
+        copied = names.intersection(self.back.copied)
+        tensors = self.published.tensors
+        return self.plan.read_nbytes(process) + sum(tensors[name].nbytes for name in copied)
 
 
 @contextmanager
-def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
+def prepared(
+    config: Config, checkpoint: str, writes: bool = True, processes: int | None = None
+) -> Iterator[Export]:
     """Plans an export, without reading any tensor; JAX must be initialized.
+
+    Args:
+        config: the arguments.
+        checkpoint: a path of MaxText's checkpoint, see `TreeSource`.
+        writes: whether the job writes; else the target is not checked.
+        processes: that files are divided among, if not those that run the plan.
 
     Raises:
         UserError: with every problem that was found, the same on all processes.
     """
+    check_planning(config, writes)
     with same_error_everywhere():
         tree = TreeSource(checkpoint, config.step)
     with tree, opened_by_all(config) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
-            export = _planned(config, tree, published, window)
+            export = _planned(config, tree, published, window, processes)
         if jax.process_count() > 1:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
         with same_error_everywhere():
-            if jax.process_index() == 0 and (found := _problems(export)):
+            if writes and jax.process_index() == 0 and (found := _problems(export)):
                 raise UserError(found)
         yield export
 
 
-def _planned(config: Config, tree: TreeSource, published: Source, window: int) -> Export:
+def _planned(
+    config: Config, tree: TreeSource, published: Source, window: int, processes: int | None
+) -> Export:
     if not isinstance(published, FileSource):
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
@@ -96,24 +118,32 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
     to = _checked_dtype(config, tree, back)
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
-    plan = _plan(tree, back, dtypes, window)
+    devices = devices_of(config) or jax.devices()
+    plan = _plan(tree, back, dtypes, window, devices)
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
     for stored in map(published.stored.__getitem__, back.copied):
         tensors.append(Tensor(stored.name, stored.dtype, stored.shape))
     most = int(config.max_shard_size_gb * 1e9)
-    files = shards.files(tensors, most, range(jax.process_count()))
+    writers = plan.processes if processes is None else range(processes)
+    files = shards.files(tensors, most, writers)
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}
     return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
 
 
-def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    grid = np.array(devices).reshape(jax.process_count(), -1)
-    mesh = Mesh(grid, ("process", "local"))
+def _plan(
+    tree: TreeSource,
+    back: WayBack,
+    dtypes: Mapping[str, np.dtype],
+    window: int,
+    devices: Sequence[Any],
+) -> Plan:
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    hosts = len({device.process_index for device in devices})
+    mesh = Mesh(np.array(ordered).reshape(hosts, -1), ("process", "local"))
     leaves = [
         Leaf(stack.names[0], stack.expr, narrow(dtypes[stack.names[0]]), _sharding(mesh, stack))
         for stack in back.stacks
@@ -180,7 +210,8 @@ def _others(
     published: FileSource, back: WayBack, to: str | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """The small files of the model, and a sentence for each change in config.json."""
-    contents = {name: published.content(name) for name in published.companions}
+    names = [name for name in published.companions if name != place.WORDS]  # it may be an export
+    contents = {name: published.content(name) for name in names}
     config, changes = copy.deepcopy(published.config), list[str]()
     if config.pop("quantization_config", None) and not back.keeps_fp8:
         changes.append("config.json: quantization_config is taken out")
@@ -201,6 +232,8 @@ def _problems(export: Export) -> list[str]:
         return [f"{given} is not a directory; export to one, and copy it there."]
     if os.path.realpath(export.published.root) == os.path.realpath(directory):
         return [f"{directory} is the model that names are taken from; name another directory."]
+    if any((directory / name).exists() for name in (place.STEP, place.UNFINISHED_WORDS)):
+        return [f"{directory} is for a MaxText checkpoint; name another base_output_directory."]
     nearest = next(path for path in (directory, *directory.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return [f"{nearest} is not a directory that can be written to; name another one."]

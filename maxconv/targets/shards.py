@@ -123,6 +123,13 @@ def index(written: Sequence[File]) -> dict[str, Any]:
     }
 
 
+def index_file(written: Sequence[File]) -> dict[str, bytes]:
+    """The index as a file, its name and content; nothing if there is one file of weights."""
+    if len(written) < 2:
+        return {}
+    return {INDEX: (json.dumps(index(written), indent=2) + "\n").encode()}
+
+
 def _natural(name: str) -> list[Any]:
     """A key that sorts layer 10 after layer 2, and the embedding before layers."""
     parts = re.split(r"(\d+)", name)
@@ -207,10 +214,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
         (directory / old).unlink()
     for file in written:
         (directory / UNFINISHED / file.name).rename(directory / file.name)
-    contents = dict(others)
-    if len(written) > 1:
-        contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
-    for name, content in contents.items():  # the index last
+    for name, content in {**others, **index_file(written)}.items():  # the index last
         made = directory / UNFINISHED / name.replace("/", "_")
         with made.open("wb") as file:
             file.write(content)
