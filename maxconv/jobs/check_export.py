@@ -7,7 +7,7 @@ TensorStore reads, and compared with what the safetensors library reads.
 
 import time
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -50,7 +50,11 @@ def check(export: "Export", reporter: Reporter) -> None:
         count = nbytes = 0
         try:
             with LocalSource(export.directory) as written:
-                for name, boxes in _share(export, damaged):
+                names = [tensor.name for file in export.files for tensor in file.tensors]
+                if damaged:  # what can still be read of the others
+                    files = {name: stored.file for name, stored in written.stored.items()}
+                    names = [n for n in names if n in files and files[n] not in damaged]
+                for name, boxes in _share(export, names):
                     problem, compared = _compared(export, written, name, boxes)
                     problems += [problem] if problem else []
                     count, nbytes = count + 1, nbytes + compared
@@ -120,16 +124,12 @@ def _expression(export: "Export", name: str) -> Expr:
     return export.back.rules.get(name) or Tensor(name, copied.shape if copied else ())
 
 
-def _share(export: "Export", damaged: Container[str]) -> Iterator[tuple[str, list[Box]]]:
-    """The tensors that this process compares, each with the boxes of it.
-
-    Of `damaged` files none.
-    """
+def _share(export: "Export", names: Sequence[str]) -> Iterator[tuple[str, list[Box]]]:
+    """Of tensors those that this process compares, each with the boxes of it."""
     is_full = export.config.verify == "full"
-    names = [t.name for file in export.files if file.name not in damaged for t in file.tensors]
     if not is_full:  # one of each stack comes first
         firsts = {stack.names[0] for stack in export.stacks.values()}
-        names.sort(key=lambda name: (name not in firsts, zlib.crc32(name.encode())))
+        names = sorted(names, key=lambda name: (name not in firsts, zlib.crc32(name.encode())))
     left = SAMPLE_BYTES
     for name in names[jax.process_index() :: jax.process_count()]:
         expr = _expression(export, name)
