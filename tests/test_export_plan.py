@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +15,16 @@ from headers import published, write_headers
 from jobs import CPU
 from test_export import converted, export, read
 from test_processes import processes, said
-from test_tpu_compile import exchanges, uncached
+from test_tpu_compile import FOREIGN, check_memory, exchanges, names, uncached
 from test_tpus import needs_libtpu
 from test_verify import flip
 
 from maxconv import cli, to_huggingface
 from maxconv.cli.export_plan import short_names
 from maxconv.config import parse
-from maxconv.execution.tpu_compiler import compile_all
+from maxconv.execution.program import compile_cell
 from maxconv.jobs.export import run
 from maxconv.jobs.export_record import record
-from maxconv.jobs.prepare import STEP_MOST
 from maxconv.jobs.prepare_export import prepared
 from maxconv.jobs.reporter import Reporter
 
@@ -180,16 +180,20 @@ def test_a_model_that_no_disk_here_holds(
 @pytest.mark.slow
 @pytest.mark.usefixtures(uncached.__name__)
 @pytest.mark.parametrize("model_name", ["qwen3-0.6b"])
-def test_no_chip_holds_a_leaf(model_name: str, tmp_path: Path) -> None:
+def test_no_chip_gathers_a_leaf(model_name: str, tmp_path: Path) -> None:
     write_headers(published(model_name), tmp_path / "hf")
     tree = write_tree(f"{model_name}.scan", tmp_path / "tree")
-    config = parse([TWO_HOSTS, "--compile", f"--hf_model_path={tmp_path / 'hf'}"])
+    words = [TWO_HOSTS, "--compile", "--max_host_memory_gb=1"]
+    config = parse([*words, f"--hf_model_path={tmp_path / 'hf'}"])
     with prepared(config, str(tree), writes=False) as job:
-        cells = compile_all(job.plan)
-    for recipe, cell in cells.items():
-        assert {*cell.collectives} <= exchanges(recipe)
-        assert cell.arguments <= job.window // 16 + 3 * STEP_MOST // 2
-        assert cell.temporaries <= 2 * STEP_MOST
+        recipes = names(job.plan)
+        for leaf in job.plan.leaves:
+            assert max(slab.local_nbytes for slab in leaf.slabs) <= job.window // 4, leaf.name
+    with ThreadPoolExecutor(2) as pool:
+        cells = [*pool.map(compile_cell, recipes)]
+    for (recipe, name), compiled in zip(recipes.items(), cells, strict=True):
+        check_memory(name, recipe, compiled.memory_analysis())
+        assert {*FOREIGN.findall(compiled.as_text() or "")} <= exchanges(recipe), name
 
 
 def damages(made: Made) -> Iterator[tuple[str, Any]]:
