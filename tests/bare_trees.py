@@ -18,6 +18,7 @@ def write_tree(name: str, directory: Path, mesh: str = "fsdp8") -> Path:
     """
     content = json.loads(gzip.decompress((DATA / f"trees/{name}.json.gz").read_bytes()))
     sizes, leaves = content["meshes"][mesh], {}
+    sizes = sizes.get("axes", sizes)
     for leaf in content["leaves"]:
         chunk = [n // _parts(axes, sizes) for n, axes in _axes(leaf, mesh)]
         for above in (("params", "params"), ("opt_state", "mu", "params"), ("opt_state", "nu")):

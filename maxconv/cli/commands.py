@@ -15,7 +15,6 @@ from maxconv.text import note, say
 
 if TYPE_CHECKING:  # takes longer to import than some commands to run
     from maxconv.config import Config
-    from maxconv.jobs.export_record import Recorded
     from maxconv.planning.tpus import Slice
 
 
@@ -182,8 +181,8 @@ def verify(arguments: Sequence[str]) -> None:
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
     path = checked_path("CHECKPOINT", arguments[0])
-    if (of := recorded_export(path)) is not None:
-        _verify_export(path, of, arguments[1:])
+    if (made_with := recorded_export(path)) is not None:
+        _verify_export(path, [*made_with, *arguments[1:]])
         return
     saved = saved_items(path)
     config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"], "verify")
@@ -191,16 +190,16 @@ def verify(arguments: Sequence[str]) -> None:
         convert.check(job, str(saved), "full", TerminalReporter())
 
 
-def _verify_export(directory: str, of: "Recorded", arguments: Sequence[str]) -> None:
+def _verify_export(directory: str, arguments: Sequence[str]) -> None:
     from maxconv.cli.export_arguments import exported
     from maxconv.cli.reports import TerminalReporter
     from maxconv.jobs.check_export import check
     from maxconv.jobs.prepare_export import prepared
 
-    given = exported([*of.arguments, *arguments])
+    given = exported(arguments)
     fixed = ["--verify=full", f"base_output_directory={directory}"]
     config = start([*given.arguments, *fixed], "verify")
-    with prepared(config, given.checkpoint, writes=False, processes=of.processes) as job:
+    with prepared(config, given.checkpoint, writes=False) as job:
         check(job, TerminalReporter())
 
 

@@ -16,6 +16,7 @@ from etils import epath
 
 from maxconv.algebra import Box, Expr, Tensor, full, tensors
 from maxconv.errors import UserError, VerificationError
+from maxconv.jobs.export_files import file_problems
 from maxconv.jobs.reporter import Reporter
 from maxconv.jobs.witness import (
     SAMPLE_BYTES,
@@ -28,7 +29,6 @@ from maxconv.jobs.witness import (
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
 from maxconv.sources import LocalSource, Source
-from maxconv.targets import shards
 
 if TYPE_CHECKING:
     from maxconv.jobs.prepare_export import Export
@@ -44,10 +44,8 @@ def check(export: "Export", reporter: Reporter) -> None:
     """
     started = time.monotonic()
     with liveness.all_or_none():
-        mine = _file_problems(export) if jax.process_index() == 0 else {}
-        damaged: dict[str, str] = gathered(mine)[0]
-        problems = [*damaged.values()]
-        count = nbytes = 0
+        damaged = _damaged(export)
+        problems, count, nbytes = list[str](), 0, 0
         try:
             with LocalSource(export.directory) as written:
                 names = [tensor.name for file in export.files for tensor in file.tensors]
@@ -61,42 +59,21 @@ def check(export: "Export", reporter: Reporter) -> None:
         except UserError as error:
             problems += () if damaged else error.problems
         told = gathered([count, nbytes, problems[:_MOST_PROBLEMS]])
-    if every := [*dict.fromkeys(problem for _, _, found in told for problem in found)]:
-        raise VerificationError(str(export.directory), every)
+    every = [*damaged.values(), *(problem for _, _, found in told for problem in found)]
+    if every:
+        raise VerificationError(str(export.directory), [*dict.fromkeys(every)])
     done, total = (sum(said[i] for said in told) for i in range(2))
     of = len(export.back.rules) + len(export.back.copied)
     reporter.compared(done, of, total, time.monotonic() - started)
 
 
-def _file_problems(export: "Export") -> dict[str, str]:
-    """A sentence for each file that is not as it was written, apart from the tensors in it."""
-    directory, root = epath.Path(export.directory), export.published.root
-    contents = {**export.others, **shards.index_file(export.files)}
+def _damaged(export: "Export") -> dict[str, str]:
+    """A sentence for each file that is not as it was written, whatever is in its tensors."""
     found: dict[str, str] = {}
-    for name, content in contents.items():
-        path = directory / name
-        if not path.exists():
-            found[name] = f"{name} is missing."
-        elif path.read_bytes() != content:
-            found[name] = f"{name} is not what an export makes of {root}."
-    for file in export.files:
-        path = directory / file.name
-        if not path.exists():
-            found[file.name] = f"{file.name} is missing."
-        elif (there := path.stat().length) != file.nbytes:
-            found[file.name] = f"{file.name} has {there} bytes, but should have {file.nbytes}."
-        elif _start(path, len(file.header)) != file.header:
-            found[file.name] = f"{file.name} has another header than an export writes."
-    known = {file.name for file in export.files} | contents.keys()
-    weights = [*shards.weights(export.directory), shards.INDEX]
-    for name in (name for name in weights if name not in known and (directory / name).exists()):
-        found[name] = f"{name} does not belong to this export."
-    return found
-
-
-def _start(path: epath.Path, nbytes: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(nbytes)
+    if jax.process_index() == 0:
+        tensors = (tensor for file in export.files for tensor in file.tensors)
+        found = file_problems(epath.Path(export.directory), tensors, export.others)
+    return gathered(found)[0]
 
 
 def _compared(

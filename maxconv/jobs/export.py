@@ -61,7 +61,7 @@ def run(export: Export, reporter: Reporter) -> None:
         finally:
             writer.close()
         wait_for_all("written", PATIENCE)
-        made_of = record(export.config.words, export.tree.root, jax.process_count())
+        made_of = record(export.config.words, export.tree.root)
         others = {**export.others, place.WORDS: (json.dumps(made_of, indent=2) + "\n").encode()}
         once(lambda: shards.commit(export.directory, export.files, others))
         liveness.saved()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -13,35 +13,25 @@ from maxconv.targets import place
 from maxconv.targets.publication import is_repository
 
 _JOB = "export"
-_MOST_PROCESSES = 1 << 16
 
 
-class Recorded(NamedTuple):
-    """How an export was made: the number of processes that wrote it, and its arguments."""
-
-    processes: int
-    arguments: list[str]
-
-
-def record(words: Sequence[str], checkpoint: str, processes: int) -> dict[str, Any]:
+def record(words: Sequence[str], checkpoint: str) -> dict[str, Any]:
     """What to record.
 
     Args:
         words: of the config.
         checkpoint: the tree of parameters that was exported.
-        processes: number of them.
     """
     root = checkpoint if "://" in checkpoint else os.path.abspath(checkpoint)
     return {
         "maxconv": __version__,
         "job": _JOB,
-        "processes": processes,
         "words": [*words, f"load_parameters_path={root}"],
     }
 
 
-def recorded_export(directory: str) -> Recorded | None:
-    """What the maxconv.json in a directory says of an export; None if it is not an export's.
+def recorded_export(directory: str) -> list[str] | None:
+    """The arguments of an export, from the maxconv.json in it; None if that is not an export's.
 
     Whoever made the checkpoint wrote it: only what shapes an export is taken.
 
@@ -63,10 +53,7 @@ def recorded_export(directory: str) -> Recorded | None:
         )
     if found is None or found.get("job") != _JOB:
         return None
-    n = found.get("processes")
-    if type(n) is not int or not 0 < n <= _MOST_PROCESSES:
-        raise UserError(f"{directory}/{place.WORDS} is damaged: processes is {n!r}.")
-    return Recorded(n, recorded(found.get("words", [])))
+    return recorded(found.get("words", []))
 
 
 def _is_hugging_face(directory: epath.Path) -> bool:

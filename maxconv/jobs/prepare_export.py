@@ -78,16 +78,10 @@ class Export:
 
 
 @contextmanager
-def prepared(
-    config: Config, checkpoint: str, writes: bool = True, processes: int | None = None
-) -> Iterator[Export]:
+def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[Export]:
     """Plans an export, without reading any tensor; JAX must be initialized.
 
-    Args:
-        config: the arguments.
-        checkpoint: a path of MaxText's checkpoint, see `TreeSource`.
-        writes: whether the job writes; else the target is not checked.
-        processes: that files are divided among, if not those that run the plan.
+    The target is only checked if the job `writes` to it.
 
     Raises:
         UserError: with every problem that was found, the same on all processes.
@@ -98,7 +92,7 @@ def prepared(
     with tree, opened_by_all(config) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
-            export = _planned(config, tree, published, window, processes)
+            export = _planned(config, tree, published, window)
         if jax.process_count() > 1:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
@@ -108,9 +102,7 @@ def prepared(
         yield export
 
 
-def _planned(
-    config: Config, tree: TreeSource, published: Source, window: int, processes: int | None
-) -> Export:
+def _planned(config: Config, tree: TreeSource, published: Source, window: int) -> Export:
     if not isinstance(published, FileSource):
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
@@ -126,8 +118,7 @@ def _planned(
     for stored in map(published.stored.__getitem__, back.copied):
         tensors.append(Tensor(stored.name, stored.dtype, stored.shape))
     most = int(config.max_shard_size_gb * 1e9)
-    writers = plan.processes if processes is None else range(processes)
-    files = shards.files(tensors, most, writers)
+    files = shards.files(tensors, most, plan.processes)
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}

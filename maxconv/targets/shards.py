@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from maxconv.algebra import Box, full, slices, with_axis
 from maxconv.algebra.storage import runs
@@ -227,7 +228,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
     os.close(opened)
 
 
-def weights(directory: Path) -> list[str]:
+def weights(directory: Path | epath.Path) -> list[str]:
     """The files of a directory that hold weights as transformers reads them."""
     names = (path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else ()
     return sorted(name for name in names if _WEIGHTS.fullmatch(name))
