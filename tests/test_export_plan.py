@@ -161,7 +161,7 @@ def test_a_model_that_no_disk_here_holds(
     assert "output   291 tensors, 15.0 GiB, in 8 file(s) and their index" in out
     assert "not read: opt_state, 59.8 GiB" in out  # two moments of each weight
     (line,) = re.findall(r"^read     29.9 GiB in all, 0 B .* (\d\.\d+) times the mean", out, re.M)
-    assert float(line) < 1.05
+    assert float(line) < 1.5  # the table and the head are one tensor each
     written = re.findall(r"^ +process \d: reads \S+ GiB, writes (\d\.\d) GiB$", out, re.M)
     assert len(written) == 8 and max(map(float, written)) < 1.05 * 15.0 / 8 + 0.1
     assert "model.layers.{0..31}.mlp.up_proj.weight" in out

@@ -5,14 +5,15 @@ Together they are the leaf with that axis moved to the front, transposed: what i
 them is read for all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from maxconv.algebra.boxes import Shape
 from maxconv.algebra.decode import Cast
-from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, apply
+from maxconv.algebra.expr import Apply, Combine, Concat, Expr, Fill, Tensor, apply
 from maxconv.algebra.ops import Affine, Fit, Op, Slice
 from maxconv.algebra.rearrange import AlgebraError, Pattern, Rearrange, rearrange
 
@@ -23,18 +24,38 @@ class Stack:
 
     Attributes:
         names: of the arrays, in C order of the leading axes.
-        expr: all of them, (*leading, *shape).
+        first: the first of them.
         leading: lengths of the leading axes; empty for an array by itself.
+        places: for each leading axis, from the last, which single places of `first`, in the order
+            of `_unplaced`, it widens.
     """
 
     names: tuple[str, ...]
-    expr: Expr
-    leading: Shape
+    first: Expr
+    leading: Shape = ()
+    places: tuple[frozenset[int], ...] = ()
 
     @property
     def shape(self) -> Shape:
         """Of each array."""
-        return self.expr.shape[len(self.leading) :]
+        return self.first.shape
+
+    @cached_property
+    def expr(self) -> Expr:
+        """All of them, (*leading, *shape)."""
+        return self.padded(self.leading)
+
+    def padded(self, leading: Shape) -> Expr:
+        """All of them, with anything after them where leading axes are to be longer.
+
+        Raises:
+            AlgebraError: they are not the last at a place, or are not moved only.
+        """
+        expr = self.first
+        lengths = zip(self.places, reversed(self.leading), reversed(leading), strict=True)
+        for of, n, to in lengths:  # the last is moved first, and ends innermost
+            expr, _ = _Mover(of, n, to).move(expr)
+        return expr
 
 
 def stacks(rules: Mapping[str, Expr]) -> list[Stack]:
@@ -57,14 +78,13 @@ def _stacked(found: Sequence[tuple[str, tuple[int, ...], Expr]]) -> Iterator[Sta
     if not axes or grid != [
         tuple(r.start + i for r, i in zip(ranges, at, strict=True)) for at in np.ndindex(*leading)
     ]:
-        yield from (Stack((name,), expr, ()) for name, _, expr in found)
+        yield from (Stack((name,), expr) for name, _, expr in found)
         return
-    _, _, expr = found[order[0]]
-    for i, axis in reversed([*enumerate(axes)]):  # the last is moved first, and ends innermost
-        of = {at for at, column in enumerate(columns) if column == axis}
-        expr, _ = _Mover(of, len(ranges[i])).move(expr)
+    places: list[frozenset[int]] = []
+    for axis in reversed(axes):
+        places.append(frozenset(at for at, column in enumerate(columns) if column == axis))
         columns = [column for column in columns if column != axis]
-    yield Stack(tuple(found[i][0] for i in order), expr, leading)
+    yield Stack(tuple(found[i][0] for i in order), found[order[0]][2], leading, tuple(places))
 
 
 def _unplaced(expr: Expr, starts: list[int]) -> Expr:
@@ -86,11 +106,12 @@ def _unplaced(expr: Expr, starts: list[int]) -> Expr:
 class _Mover:
     """Widens some of the single places of an expression to `n`, and moves their axis in front.
 
-    `of`: which of them, in the order of `_unplaced`.
+    `of`: which of them, in the order of `_unplaced`. `to`: how long the axis is to be.
     """
 
-    of: set[int]
+    of: Set[int]
     n: int
+    to: int
     seen: int = 0
 
     def move(self, expr: Expr) -> tuple[Expr, bool]:
@@ -104,12 +125,16 @@ class _Mover:
                     return apply(Slice(axis + moved, start, 1), x), moved
                 if moved:
                     raise AlgebraError(f"{expr} takes the same place twice")
+                if self.to > self.n:
+                    if start or x.shape[axis] != self.n:
+                        raise AlgebraError(f"{expr} is not at the end of {x}")
+                    x = _longer(x, axis, self.to)
                 return apply(
-                    _to_front(axis, len(x.shape)), apply(Slice(axis, start, self.n), x)
+                    _to_front(axis, len(x.shape)), apply(Slice(axis, start, self.to), x)
                 ), True
             case Apply(op, x):
                 x, moved = self.move(x)
-                return apply(_deeper(op, self.n) if moved else op, x), moved
+                return apply(_deeper(op, self.to) if moved else op, x), moved
             case Concat(axis, parts):
                 found = [self.move(part) for part in parts]
                 if not any(moved for _, moved in found):
@@ -122,8 +147,24 @@ class _Mover:
     def _repeated(self, x: Expr) -> Expr:
         """A constant beside what has the axis in front."""
         if isinstance(x, Fill):
-            return Fill((self.n, *x.shape), x.value)
+            return Fill((self.to, *x.shape), x.value)
         raise AlgebraError(f"{x} has no axis that could be moved")
+
+
+def _longer(x: Expr, axis: int, n: int) -> Expr:
+    """The same with more at the end of an axis: what is read past the end of its tensor."""
+    match x:
+        case Tensor():
+            return apply(Fit(axis, n), x)
+        case Apply(Affine() | Cast() as op, inner):
+            return apply(op, _longer(inner, axis, n))
+        case Apply(Slice() as op, inner) if op.axis != axis:
+            return apply(op, _longer(inner, axis, n))
+        case Apply(Rearrange() as op, inner):
+            for was in range(len(inner.shape)):
+                if op.lhs[was] and op.axis_kept(was) == axis:
+                    return apply(op.resized(was, n), _longer(inner, was, n))
+    raise AlgebraError(f"{x} cannot be followed by anything")
 
 
 def _to_front(axis: int, rank: int) -> Pattern:

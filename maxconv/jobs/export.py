@@ -1,28 +1,28 @@
 """Exports a MaxText checkpoint to Hugging Face: the way back, on the same planner and engine.
 
-Tensors that are read together are made together, in steps of whole chunks: every process holds what
-a step has made, and writes the parts of the tensors that are in its own files.
+Tensors that are read together are made together, in steps of whole chunks: every process is sent
+what a step has made of the tensors in its own files, and writes it.
 """
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from maxconv.algebra import Box, dims, full
+from maxconv.algebra import dims, full
 from maxconv.algebra.storage import blocks
-from maxconv.algebra.together import Stack
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
 from maxconv.jobs.check_export import check
+from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_record import record
 from maxconv.jobs.prepare_export import Export
 from maxconv.jobs.reporter import Reporter
 from maxconv.planning.placement import local_boxes
+from maxconv.planning.plan import Plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
 from maxconv.processes.agreement import once, wait_for_all
@@ -45,17 +45,18 @@ def run(export: Export, reporter: Reporter) -> None:
     for notice in export.notices:
         reporter.note(notice)
     made = export.directory / shards.UNFINISHED
+    mine = export.plan.of(jax.process_index())
     with liveness.all_or_none(), liveness.unsaved():
         once(lambda: _clear(made))
         writer = Writer(made, export.mine)
         progress = Progress(total=sum(t.nbytes for file in export.mine for t in file.tensors))
         try:
             with (
-                Programs(export.plan.recipes) as programs,
-                Engine(export.plan, export.tree, export.window, programs) as engine,
+                Programs(mine.recipes) as programs,
+                Engine(mine, export.tree, export.window, programs) as engine,
                 reporter.progress("written", lambda: (progress.written, progress.total)),
             ):
-                _write(export, engine, writer, progress)
+                _write(export, mine, engine, writer, progress)
                 _copy(export, writer, progress)
                 writer.finish()
         finally:
@@ -79,7 +80,7 @@ def _clear(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def _write(export: Export, engine: Engine, writer: Writer, progress: Progress) -> None:
+def _write(export: Export, plan: Plan, engine: Engine, writer: Writer, progress: Progress) -> None:
     """Makes every slab in turn; while it is written, the next one is made."""
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
         going: dict[Future[int], int] = {}
@@ -91,13 +92,13 @@ def _write(export: Export, engine: Engine, writer: Writer, progress: Progress) -
                     del going[future]
                     progress.written += future.result()
 
-        for group in export.plan.groups:
+        for group in plan.groups:
             arrays = engine.make_slabs([slab for _, slab in group])
             for (planned, slab), array in zip(group, arrays, strict=True):
-                stack = export.stacks[planned.name]
+                made = export.made[planned.name]
                 nbytes = slab.local_nbytes
                 collect(max(0, export.window // 4 - nbytes))
-                going[pool.submit(_written, stack, slab, array, writer)] = nbytes
+                going[pool.submit(_written, made, slab, array, writer)] = nbytes
             del arrays
         collect(0)
 
@@ -112,23 +113,13 @@ def _copy(export: Export, writer: Writer, progress: Progress) -> None:
             progress.written += writer.write(name, box, data)
 
 
-def _written(stack: Stack, slab: Slab, array: jax.Array, writer: Writer) -> int:
+def _written(made: Made, slab: Slab, array: jax.Array, writer: Writer) -> int:
     """Writes what is in a slab of the tensors of this process; returns the bytes."""
     total = 0
     boxes = local_boxes(slab.sharding, slab.shape)
     distinct = {boxes[shard.device]: shard.data for shard in array.addressable_shards}
     for box, shard in distinct.items():
         data = np.asarray(shard)
-        for name, within, part in _parts(stack, slab.in_leaf(box)):
-            if writer.has(name):
-                total += writer.write(name, part, data[within])
+        for name, within, part in made.parts(slab.in_leaf(box)):
+            total += writer.write(name, part, data[within])
     return total
-
-
-def _parts(stack: Stack, box: Box) -> Iterator[tuple[str, tuple[int, ...], Box]]:
-    """For a box of a stack: each tensor in it, its place in the box, and the box of the tensor."""
-    lanes, part = box[: len(stack.leading)], box[len(stack.leading) :]
-    for within in np.ndindex(*dims(lanes)):
-        place = tuple(lo + i for (lo, _), i in zip(lanes, within, strict=True))
-        number = int(np.ravel_multi_index(place, stack.leading)) if place else 0
-        yield stack.names[number], within, part

@@ -9,18 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
+from maxconv.jobs.export_arrays import Made
+from maxconv.jobs.export_shares import Shares, planned, shares
 from maxconv.jobs.prepare import STEP_MOST, check_planning, devices_of, opened_by_all, window_of
 from maxconv.models.way_back import WayBack, way_back
-from maxconv.planning.plan import Leaf, Plan, make_plan
+from maxconv.planning.overread import calls
+from maxconv.planning.plan import Plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import FileSource, Source
 from maxconv.sources.narrow import narrow
@@ -42,6 +43,7 @@ class Export:
         published: the model at Hugging Face whose names, shapes and files are taken.
         back: the tensors, and how they are made.
         stacks: by the name of their leaf in the plan.
+        made: the arrays that they are made as, likewise.
         files: that will be written, by all processes.
         others: the contents of the small files beside them.
     """
@@ -52,6 +54,7 @@ class Export:
     back: WayBack
     plan: Plan
     stacks: Mapping[str, Stack]
+    made: Mapping[str, Made]
     files: Sequence[File]
     others: Mapping[str, bytes]
     notices: tuple[str, ...]
@@ -70,11 +73,11 @@ class Export:
         return [file for file in self.files if file.process == process]
 
     def read_nbytes(self, process: int) -> int:
-        """Bytes of arrays and of published tensors that a process reads."""
+        """Bytes that a process reads: whole chunks of arrays, and published tensors."""
         names = {t.name for file in self.files_of(process) for t in file.tensors}
         copied = names.intersection(self.back.copied)
-        tensors = self.published.tensors
-        return self.plan.read_nbytes(process) + sum(tensors[name].nbytes for name in copied)
+        chunks = self.tree.decoded(calls(self.plan, process))
+        return chunks + sum(self.published.tensors[name].nbytes for name in copied)
 
 
 @contextmanager
@@ -110,39 +113,32 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
     to = _checked_dtype(config, tree, back)
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
+    stored = map(published.stored.__getitem__, back.copied)
+    copied = [Tensor(of.name, of.dtype, of.shape) for of in stored]
+    sizes = {tensor.name: tensor.nbytes for tensor in copied}
     devices = devices_of(config) or jax.devices()
-    plan = _plan(tree, back, dtypes, window, devices)
+    shared = shares(back.stacks, dtypes, sizes, tree.tensors, devices)
+    plan = _plan(tree, shared, window)
     tensors = [
         Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
     ]
-    for stored in map(published.stored.__getitem__, back.copied):
-        tensors.append(Tensor(stored.name, stored.dtype, stored.shape))
+    tensors += copied
     most = int(config.max_shard_size_gb * 1e9)
-    files = shards.files(tensors, most, plan.processes)
+    files = shards.files(tensors, most, shared.owners)
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}
-    return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
+    return Export(
+        config, tree, published, back, plan, stacks, shared.made, files, others, notices, window
+    )
 
 
-def _plan(
-    tree: TreeSource,
-    back: WayBack,
-    dtypes: Mapping[str, np.dtype],
-    window: int,
-    devices: Sequence[Any],
-) -> Plan:
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    hosts = len({device.process_index for device in devices})
-    mesh = Mesh(np.array(ordered).reshape(hosts, -1), ("process", "local"))
-    leaves = [
-        Leaf(stack.names[0], stack.expr, narrow(dtypes[stack.names[0]]), _sharding(mesh, stack))
-        for stack in back.stacks
-    ]
+def _plan(tree: TreeSource, shared: Shares, window: int) -> Plan:
     budget = min(window // 8, STEP_MOST)
-    largest = max(info.chunk_nbytes for info in tree.tensors.values())
+    names = {name for leaf in shared.by_one for name in leaf.tensors}
+    largest = max((tree.tensors[name].chunk_nbytes for name in names), default=0)
     tree.keep(2 * largest if largest > budget else 0)  # chunks that take several steps
-    return make_plan(leaves, tree.tensors, mesh, budget, window // 4)
+    return planned(shared, tree.tensors, budget, window // 4)
 
 
 def _checked_dtype(config: Config, tree: TreeSource, back: WayBack) -> str | None:
@@ -186,15 +182,6 @@ def _dtype(published: FileSource, name: str, made: np.dtype, wanted: str | None)
     if wanted and made.kind not in "iub":
         return np.dtype(wanted)
     return stored if is_as_published else made
-
-
-def _sharding(mesh: Mesh, stack: Stack) -> NamedSharding:
-    """A copy on each process, divided among its devices along the longest axis that allows it."""
-    local = mesh.shape["local"]
-    axes = [axis for axis, n in enumerate(stack.expr.shape) if n % local == 0]
-    longest = max(axes, key=lambda axis: stack.expr.shape[axis], default=None)
-    entries = ["local" if axis == longest else None for axis in range(len(stack.expr.shape))]
-    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def _others(

@@ -42,7 +42,7 @@ from maxconv.planning.lanes import (
     with_neighbours,
 )
 from maxconv.planning.placement import local_devices, mesh_axes, shard_nbytes, shards
-from maxconv.planning.redistribution import CellRead, cell_read
+from maxconv.planning.redistribution import CellRead, Chunks, cell_read
 from maxconv.planning.slicing import Cell, even_cuts, reads_of, slices_of
 
 
@@ -250,8 +250,10 @@ def _recipe(cell: Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recip
             shape = (shards(cell.to, lanes) * in_shard, *shape)
             entries = [mesh_axes(cell.to, lanes) or None, *spec]
         sharding = NamedSharding(cell.to.mesh, PartitionSpec(*entries))
-        dtype = cell.stored[int(read.name)].dtype
-        reads.append(cell_read(shape, dtype, sharding, shapes[read.name], lanes is not None))
+        dtype, chunk = cell.stored[int(read.name)]
+        chunks = Chunks(chunk, tuple(lo for lo, _ in read.box)) if chunk else None
+        has_lanes = lanes is not None
+        reads.append(cell_read(shape, dtype, sharding, shapes[read.name], has_lanes, chunks))
     return Recipe(
         cell.expr,
         box,

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from maxconv.algebra import Box, Shape
 
@@ -22,6 +22,19 @@ def mesh_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
 def shards(sharding: NamedSharding, axis: int) -> int:
     """Number of shards along an axis of an array."""
     return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
+
+
+@cache
+def crossing(sharding: NamedSharding) -> tuple[str, ...]:
+    """The axes of a mesh along which devices belong to different processes."""
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return tuple(
+        name
+        for axis, name in enumerate(mesh.axis_names)
+        if (owners != owners.take([0], axis)).any()
+    )
 
 
 def shard_nbytes(sharding: NamedSharding, shape: Shape, dtype: np.dtype) -> int:

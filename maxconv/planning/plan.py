@@ -97,6 +97,12 @@ class Plan:
     leaves: tuple[LeafPlan, ...]
     tensors: Mapping[str, TensorInfo]
 
+    def of(self, process: int) -> "Plan":
+        """What a process takes part in: the leaves that its devices have a part of."""
+        mine = {d for d in self.mesh.devices.flat if d.process_index == process}
+        leaves = (leaf for leaf in self.leaves if mine & leaf.sharding.device_set)
+        return Plan(self.mesh, tuple(leaves), self.tensors)
+
     @property
     def steps(self) -> list[Step]:
         return [step for leaf in self.leaves for step in leaf.steps]

@@ -19,7 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import Box, Interval, Shape, dims, full, volume, with_axis
 from maxconv.algebra.storage import coalesce
-from maxconv.planning.placement import boxes_by_process, mesh_axes, shard_nbytes, shards
+from maxconv.planning.placement import (
+    boxes_by_process,
+    crossing,
+    mesh_axes,
+    shard_nbytes,
+    shards,
+)
 
 LONG = 1 << 20  # bytes: runs of this length are read directly rather than redistributed
 RUN = 8 << 20  # bytes: longer runs are not read any faster
@@ -30,7 +36,7 @@ class Share:
     """An array divided into equal shares along one axis, its rows.
 
     If the rows are sharded, each shard of them (a block) is divided separately. A share may have
-    one row less than another; it is then padded with zeros when it is read.
+    fewer rows than another; it is then padded with zeros when it is read.
 
     Attributes:
         axis: of the rows.
@@ -39,6 +45,7 @@ class Share:
         block: number of rows in a block.
         shares: number of shares of a block.
         rows: number of rows of the longest share.
+        unit: number of rows that are not divided: those of a chunk.
         moves: pairs of a mesh axis and the array axis that it shards, in the order of their
             all-to-alls.
         copies: mesh axes over which the array is replicated.
@@ -50,6 +57,7 @@ class Share:
     block: int
     shares: int
     rows: int
+    unit: int
     moves: tuple[tuple[str, int], ...]
     copies: tuple[str, ...]
     sharding: NamedSharding
@@ -83,8 +91,9 @@ class Share:
 
     def _rows(self, share: int) -> Interval:
         """The rows of a block that belong to a share."""
-        first, end = (i * self.block // self.shares for i in (share, share + 1))
-        return first, end
+        units = -(-self.block // self.unit)
+        first, end = (i * units // self.shares * self.unit for i in (share, share + 1))
+        return min(first, self.block), min(end, self.block)
 
     def exchanged(self, x: jax.Array, to: NamedSharding) -> jax.Array:
         """Redistributes shares to the array's own sharding, `to`; for use in a jitted function."""
@@ -248,9 +257,16 @@ class CellRead:
 
 
 def cell_read(
-    shape: Shape, dtype: np.dtype, sharding: NamedSharding, of: Shape, lanes: bool
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    of: Shape,
+    lanes: bool,
+    chunks: "Chunks | None" = None,
 ) -> CellRead:
     """Chooses how to read an array: each byte once over all processes, in runs as long as possible.
+
+    Of a tensor in chunks, each chunk is read by one process.
 
     Args:
         shape: of the array.
@@ -258,16 +274,94 @@ def cell_read(
         sharding: the one in which it is needed.
         of: shape of the tensor of which it, or each of its lanes, is a box.
         lanes: whether its first axis is that of the lanes.
+        chunks: how the tensor is stored, if in chunks.
     """
     direct = CellRead(shape, dtype, sharding, of, lanes)
     if len(direct.parts) == 1:
         return direct
+    if chunks is not None and not lanes:
+        share = None if chunks.are_whole(direct) else chunks.shared(shape, sharding)
+        return replace(direct, share=share)
     if (share := _even(shape, sharding, lanes)) is None:
         return direct
     shared = replace(direct, share=share)
     once = sum(direct.nbytes_by_process.values()) == math.prod(shape) * dtype.itemsize
     even = len(set(direct.nbytes_by_process.values())) == 1
     return direct if once and even and direct.run >= min(LONG, shared.run) else shared
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a tensor is stored in chunks: the shape of one, and where in it the read box begins."""
+
+    shape: Shape
+    start: Shape
+
+    def are_whole(self, read: CellRead) -> bool:
+        """Whether processes read what no other does, cut between chunks only."""
+        parts = [part for of in read.parts.values() for part in coalesce(of)]
+        cuts = (
+            (at + end) % n == 0
+            for part in parts
+            for interval, extent, at, n in zip(
+                part, read.shape, self.start, self.shape, strict=True
+            )
+            for end in interval
+            if 0 < end < extent
+        )
+        return sum(map(volume, parts)) == math.prod(read.shape) and all(cuts)
+
+    def shared(self, shape: Shape, to: NamedSharding) -> Share | None:
+        """Shares of whole chunks for the processes, as even as they can be; None if there are none.
+
+        Only what lies with other processes is exchanged.
+        """
+        across = crossing(to)
+        names = [mesh_axes(to, axis) for axis in range(len(shape))]
+        stay = [self._staying(axis, shape, to, across) for axis in range(len(shape))]
+        axes = [axis for axis, of in enumerate(names) if of == stay[axis]]
+        found = [self._along(axis, shape, to, names, stay) for axis in axes]
+        return min(found, key=lambda s: s.rows * s.shares / s.block, default=None)
+
+    def _staying(
+        self, axis: int, shape: Shape, to: NamedSharding, across: Sequence[str]
+    ) -> tuple[str, ...]:
+        """The mesh axes of an axis over which what is read can be sharded as it is needed: those
+        of a process, and those of several that cut between chunks."""
+        left, stay = shape[axis], list[str]()
+        for name in mesh_axes(to, axis):
+            left //= to.mesh.shape[name]
+            is_whole = left % self.shape[axis] == 0 and self.start[axis] % self.shape[axis] == 0
+            if name in across and not is_whole:
+                break
+            stay.append(name)
+        return tuple(stay)
+
+    def _along(
+        self,
+        axis: int,
+        shape: Shape,
+        to: NamedSharding,
+        names: Sequence[tuple[str, ...]],
+        stay: Sequence[tuple[str, ...]],
+    ) -> Share:
+        sizes = to.mesh.shape
+        block = shape[axis] // math.prod(sizes[name] for name in names[axis])
+        n = self.shape[axis]
+        is_cut = self.start[axis] % n or (block % n and block < shape[axis])
+        unit = block if is_cut else n
+        moves = tuple((name, a) for a, of in enumerate(names) for name in of if name not in stay[a])
+        copies = tuple(name for name in crossing(to) if not any(name in cut for cut in names))
+        order = (*copies, *(name for name, _ in reversed(moves)))
+        shares = math.prod(sizes[name] for name in order)
+        units = -(-block // unit)
+        rows = min(block, -(-units // shares) * unit)
+        entries = [of or None for of in stay]
+        spec = PartitionSpec(
+            *entries[:axis], names[axis] or None, order or None, *entries[axis + 1 :]
+        )
+        sharding = NamedSharding(to.mesh, spec)
+        return Share(axis, 0, block, shares, rows, unit, moves, copies, sharding)
 
 
 def _even(shape: Shape, to: NamedSharding, lanes: bool) -> Share | None:
@@ -300,7 +394,7 @@ def _share(
     blocks, cut = order[: len(names[axis])], order[len(names[axis]) :]
     before = (n or None for n in names[:axis])
     sharding = NamedSharding(to.mesh, PartitionSpec(*before, blocks or None, cut or None))
-    return Share(axis, inner, block, shares, -(-block // shares), moves, copies, sharding)
+    return Share(axis, inner, block, shares, -(-block // shares), 1, moves, copies, sharding)
 
 
 def _run_length(of: Shape, extents: Shape) -> int:

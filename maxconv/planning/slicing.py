@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from maxconv.algebra import Box, Expr, Read, Shape, full, trace, with_axis
 from maxconv.planning.lanes import Stored
-from maxconv.planning.placement import shards
+from maxconv.planning.placement import crossing, shards
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ def slices_of(cell: Cell, excess: float, lanes: int | None) -> tuple[Cut, ...]:
     """
     cuts: dict[int, Cut] = {}
     in_chunks = any(stored.chunk for stored in cell.stored)
-    for whole_chunks in (True, False) if in_chunks else (False,):
+    ways = (True, False) if in_chunks else (False,)
+    if in_chunks and crossing(cell.to):
+        ways = (True,)  # one process keeps a chunk for the next step, but does not read for others
+    for whole_chunks in ways:
         while excess > 1:
             possible = [
                 found

@@ -4,7 +4,11 @@ Its tensors have the names of MaxText's tree, `decoder.layers.mlp.wi_0.kernel`, 
 them: a trainer's state with its optimizer, the collections of Flax, the `value` leaves of NNX.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -51,6 +55,8 @@ class TreeSource(Source):
         self.notices = ()
         self._arrays: dict[str, ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._keeps = 0
+        self._kept, self._lock = set[tuple[Any, ...]](), Lock()
 
     def _info(self, name: str, stored: str) -> TensorInfo:
         array = self.item.arrays[stored]
@@ -62,18 +68,55 @@ class TreeSource(Source):
         """Keeps up to so many bytes of decoded chunks, for steps that read parts of them."""
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": nbytes}})
         self._arrays.clear()
+        self._keeps = nbytes
 
     def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
+        """Fills each array; a chunk that several boxes have a part of is decoded once.
+
+        `stats` counts whole chunks.
+        """
         views = bit_views(info, parts)
-        array = self._open(info.name)
+        array, batch = self._open(info.name), ts.Batch()
+        as_stored = array.dtype.numpy_dtype == info.dtype
         try:
-            reads = [array[slices(box)].read(order="C") for box, _ in views]
+            reads = [
+                self._started(array[slices(box)], view, as_stored, batch) for box, view in views
+            ]
+            batch.submit()
             for (_, view), read in zip(views, reads, strict=True):
-                found = narrowed(np.asarray(read.result()), info.name)
-                view[...] = found.view(view.dtype)
-                self.stats.add(found.nbytes, 1)
+                found = read.result()
+                if not as_stored:
+                    view[...] = narrowed(np.asarray(found), info.name).view(view.dtype)
         except (OSError, ValueError) as error:
             raise OSError(f"{info.name} in {self.root} cannot be read: {reason(error)}") from None
+        self._count(info, [box for box, _ in views])
+
+    def _started(
+        self, part: ts.TensorStore, view: np.ndarray, as_stored: bool, batch: ts.Batch
+    ) -> Any:
+        """A read of a box; into the array, if that is of the stored dtype."""
+        if not as_stored:
+            return part.read(order="C", batch=batch)
+        into = ts.array(view.view(part.dtype.numpy_dtype), context=self._context)
+        return into.write(part, batch=batch)
+
+    def _count(self, info: TensorInfo, boxes: Iterable[Box]) -> None:
+        """Counts the chunks of some boxes; those that are kept, once."""
+        found = _chunks(info, boxes)
+        if self._keeps:
+            with self._lock:
+                found -= self._kept
+                self._kept |= found
+        self.stats.add(_nbytes(info, found), len(found))
+
+    def decoded(self, calls: Iterable[tuple[str, Iterable[Box]]]) -> int:
+        """The bytes that `stats` counts for some calls of `read`, each with a tensor's name."""
+        total, kept = 0, set[tuple[Any, ...]]()
+        for name, boxes in calls:
+            found = _chunks(self.tensors[name], boxes) - kept
+            total += _nbytes(self.tensors[name], found)
+            kept |= found if self._keeps else set()
+        return total
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
         array = self.item.open(self.stored[info.name]).result()
@@ -92,6 +135,27 @@ class TreeSource(Source):
 
     def close(self) -> None:
         self._arrays.clear()
+
+
+def _chunks(info: TensorInfo, boxes: Iterable[Box]) -> set[tuple[Any, ...]]:
+    """The chunks that some boxes of a tensor have a part of: its name, and their places."""
+    chunk = info.chunk or info.shape
+    return {
+        (info.name, *at)
+        for box in boxes
+        for at in product(
+            *(range(lo // n, -(-hi // n)) for (lo, hi), n in zip(box, chunk, strict=True))
+        )
+    }
+
+
+def _nbytes(info: TensorInfo, chunks: Iterable[tuple[Any, ...]]) -> int:
+    extents = info.chunk or info.shape
+    sizes = (
+        math.prod(min(n, size - i * n) for i, n, size in zip(at, extents, info.shape, strict=True))
+        for _, *at in chunks
+    )
+    return sum(sizes) * info.dtype.itemsize
 
 
 def _directory(path: str, step: int | None) -> epath.Path:

@@ -87,24 +87,23 @@ class File:
             yield tensor, len(self.header) + start
 
 
-def files(tensors: Iterable[Tensor], most: int, processes: Sequence[int]) -> list[File]:
+def files(tensors: Iterable[Tensor], most: int, owners: Mapping[str, int]) -> list[File]:
     """Divides tensors among files of at most `most` bytes of data, as far as tensors allow.
 
-    Each process has an equal share of them, in the order of layers.
+    Args:
+        tensors: in any order.
+        most: bytes.
+        owners: the process that writes each tensor, by name.
     """
-    ordered = sorted(tensors, key=lambda tensor: _natural(tensor.name))
-    total = sum(tensor.nbytes for tensor in ordered)
     groups: list[tuple[int, list[Tensor]]] = []
-    done = held = 0
-    owner = -1
-    for tensor in ordered:
-        middle = done + tensor.nbytes / 2
-        share = min(int(middle * len(processes) / max(total, 1)), len(processes) - 1)
-        if share != owner or held + tensor.nbytes > most:
-            groups.append((processes[share], []))
-            owner, held = share, 0
+    held = 0
+    for tensor in sorted(tensors, key=lambda t: (owners[t.name], _natural(t.name))):
+        owner = owners[tensor.name]
+        if not groups or owner != groups[-1][0] or held + tensor.nbytes > most:
+            groups.append((owner, []))
+            held = 0
         groups[-1][1].append(tensor)
-        held, done = held + tensor.nbytes, done + tensor.nbytes
+        held += tensor.nbytes
     if len(groups) == 1:
         return [File(ALONE, groups[0][0], tuple(groups[0][1]))]
     names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
