@@ -1,7 +1,8 @@
 """`python -m maxconv.to_huggingface`: a drop-in for MaxText's checkpoint_conversion.to_huggingface.
 
 It takes the same arguments, for a model, an adapter or both; the dtype of each tensor is the
-published one unless weight_dtype says otherwise.
+published one unless weight_dtype says otherwise. Without base_output_directory it writes to
+./mt_output, as MaxText documents.
 """
 
 import sys

@@ -15,6 +15,7 @@ from maxconv.text import note, say
 
 if TYPE_CHECKING:  # takes longer to import than some commands to run
     from maxconv.config import Config
+    from maxconv.planning.tpus import Slice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,24 +125,31 @@ def export(arguments: Sequence[str]) -> None:
     from maxconv.cli.export_arguments import exported
     from maxconv.jobs import export, prepare_export
 
-    checkpoint, rest = exported(arguments)
-    config = start(rest, "export")
+    given = exported(arguments)
+    config = start(given.arguments, "export")
+    if given.is_first and not config.has_output:  # MaxText has a default
+        raise UserError("Say where the Hugging Face checkpoint goes: base_output_directory=DIR.")
     from maxconv.cli.reports import TerminalReporter
 
-    with prepare_export.prepared(config, checkpoint) as job:
+    with prepare_export.prepared(config, given.checkpoint) as job:
         export.run(job, TerminalReporter())
 
 
 def plan(arguments: Sequence[str]) -> None:
     import jax
 
+    from maxconv.cli.export_arguments import planned
     from maxconv.cli.plan_page import plan_page
     from maxconv.cli.plan_text import compiled_text, network_text, plan_text
     from maxconv.jobs.prepare import prepared
     from maxconv.planning.tpus import slice_of
 
-    with prepared(start(arguments, "plan"), writes=False) as job:
-        on = slice_of(job.config.tpu_type) if job.config.tpu_type else None
+    config = start(planned(arguments), "plan")
+    on = slice_of(config.tpu_type) if config.tpu_type else None
+    if config.export:
+        _plan_export(config, config.export, on)
+        return
+    with prepared(config, writes=False) as job:
         say(plan_text(job, on) + network_text(job.plan, job.source))
         if job.config.compile:
             say(f"\n{compiled_text(job.plan)}")
@@ -149,19 +157,50 @@ def plan(arguments: Sequence[str]) -> None:
             Path(page).write_text(plan_page(job, on), encoding="utf-8")
 
 
+def _plan_export(config: "Config", checkpoint: str, on: "Slice | None") -> None:
+    from maxconv.cli.export_plan import export_plan
+    from maxconv.cli.plan_text import compiled_text
+    from maxconv.jobs.prepare_export import prepared
+
+    if config.report:
+        raise UserError("--report draws conversions only; remove it to plan an export.")
+    with prepared(config, checkpoint, writes=False) as job:
+        say(export_plan(job, on))
+        if config.compile:
+            say(f"\n{compiled_text(job.plan)}")
+
+
 def verify(arguments: Sequence[str]) -> None:
     from maxconv.cli.reports import TerminalReporter
     from maxconv.config.paths import checked_path
     from maxconv.jobs import convert
+    from maxconv.jobs.export_record import recorded_export
     from maxconv.jobs.prepare import prepared
     from maxconv.jobs.verify import recorded_arguments, saved_items
 
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
-    saved = saved_items(checked_path("CHECKPOINT", arguments[0]))
+    path = checked_path("CHECKPOINT", arguments[0])
+    if (made_with := recorded_export(path)) is not None:
+        _verify_export(path, [*made_with, *arguments[1:]])
+        return
+    saved = saved_items(path)
     config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"], "verify")
     with prepared(config, writes=False) as job:
         convert.check(job, str(saved), "full", TerminalReporter())
+
+
+def _verify_export(directory: str, arguments: Sequence[str]) -> None:
+    from maxconv.cli.export_arguments import exported
+    from maxconv.cli.reports import TerminalReporter
+    from maxconv.jobs.check_export import check
+    from maxconv.jobs.prepare_export import prepared
+
+    given = exported(arguments)
+    fixed = ["--verify=full", f"base_output_directory={directory}"]
+    config = start([*given.arguments, *fixed], "verify")
+    with prepared(config, given.checkpoint, writes=False) as job:
+        check(job, TerminalReporter())
 
 
 def inspect(arguments: Sequence[str]) -> None:

@@ -1,11 +1,13 @@
 """The command line of an export: ours, and that of MaxText's to_huggingface."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from maxconv.config.paths import read_path
 from maxconv.errors import UserError
 
 _CHECKPOINT = "load_parameters_path"
+_PLANNED = "--export"
 # MaxText's names of what has another one here.
 _OURS = {
     "weight_dtype": "--save_dtype",
@@ -17,28 +19,66 @@ _OURS = {
 _ADAPTER = ("lora.lora_restore_path", "lora_restore_path")
 
 
-def exported(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The checkpoint to export, given first or as load_parameters_path, and the other arguments.
+class Exported(NamedTuple):
+    """The command line of an export.
+
+    Attributes:
+        checkpoint: to export.
+        arguments: the others, under our names.
+        is_first: whether the checkpoint came first; else as MaxText has it.
+    """
+
+    checkpoint: str
+    arguments: list[str]
+    is_first: bool
+
+
+def exported(arguments: Sequence[str]) -> Exported:
+    """Reads the command line of an export, which names the checkpoint first or as
+    load_parameters_path.
 
     If there is only an adapter, that is what is exported.
 
     Raises:
         UserError: there is none.
     """
-    first, rest = None, list(arguments)
-    if rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        if not rest[0].endswith((".yml", ".yaml")):
-            first = rest.pop(0)
+    rest = list(arguments)
+    first = rest.pop(0) if rest and _is_path(rest[0]) else None
     named = {name: value for name, _, value in map(_split, rest)}
     if checkpoint := first or named.get(_CHECKPOINT):
-        return read_path(checkpoint), [*_translated(rest)]
+        return Exported(read_path(checkpoint), [*_translated(rest)], first is not None)
     adapter = next((named[name] for name in _ADAPTER if named.get(name)), None)
     if adapter is None:
         raise UserError(
-            "Give the checkpoint first, maxconv export CHECKPOINT, or as load_parameters_path=."
+            "Give the checkpoint first, maxconv export CHECKPOINT or maxconv plan --export "
+            "CHECKPOINT, or as load_parameters_path=."
         )
     others = [argument for argument in rest if _split(argument)[0] not in _ADAPTER]
-    return read_path(adapter), [*_translated(others)]
+    return Exported(read_path(adapter), [*_translated(others)], False)
+
+
+def planned(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `maxconv plan`; with --export, those of an export under our names, and the
+    checkpoint as the value of --export, which it may follow.
+
+    Raises:
+        UserError: as `exported`.
+    """
+    rest = list(arguments)
+    at = next((i for i, text in enumerate(rest) if text.partition("=")[0] == _PLANNED), None)
+    if at is None:
+        return rest
+    checkpoint = rest.pop(at).partition("=")[2]
+    if not checkpoint and at < len(rest) and _is_path(rest[at]):
+        checkpoint = rest.pop(at)
+    given = exported([*[f"{_CHECKPOINT}={checkpoint}"] * bool(checkpoint), *rest])
+    return [*given.arguments, f"{_PLANNED}={given.checkpoint}"]
+
+
+def _is_path(argument: str) -> bool:
+    """Whether an argument is the checkpoint, which has no name."""
+    is_yml = argument.endswith((".yml", ".yaml"))
+    return not argument.startswith("-") and "=" not in argument and not is_yml
 
 
 def _split(argument: str) -> tuple[str, str, str]:

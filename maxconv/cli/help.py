@@ -21,11 +21,11 @@ COMMANDS = {
     ),
     "plan": (
         "[base.yml] key=value ... [--flag=value ...]",
-        "Show what a conversion would do, without reading any tensor.",
+        "Show what a conversion, or with --export an export, would do, without reading any tensor.",
     ),
     "verify": (
         "CHECKPOINT [key=value ...] [--flag=value ...]",
-        "Read a converted checkpoint back and compare every bit with its source.",
+        "Read a converted or exported checkpoint back and compare every bit with its source.",
     ),
     "inspect": ("PATH", "List the tensors of a Hugging Face or Orbax checkpoint."),
     "families": ("[--markdown]", "List the supported models and their Hub repositories."),
@@ -41,10 +41,12 @@ _MORE = {
     "not train. A LoRA adapter becomes files of PEFT, or is merged. On several hosts DIR must be "
     "shared by all of them.",
     "plan": "Takes the same arguments as convert, and reads only the headers of the checkpoint. "
-    "With --tpu_type it plans for a slice that you do not have.",
+    "With --tpu_type it plans for a slice that you do not have. With --export CHECKPOINT it takes "
+    "the arguments of export instead.",
     "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items, where DIR was the base_output_directory of "
-    "the conversion. Its other arguments are read from DIR/maxconv.json; arguments given here "
-    "override them, for instance if the source has moved.",
+    "the conversion or the export. Its other arguments are read from DIR/maxconv.json; arguments "
+    "given here override them, for instance if the source has moved. The source of an export is "
+    "load_parameters_path.",
     "inspect": "PATH is a directory, gs://bucket/path or hf://org/name. Only metadata is read.",
     "families": "--markdown prints the table of models in the README.",
     "demo": "The files are written to DIR, by default ./maxconv_demo.",

@@ -15,7 +15,7 @@ from maxconv.sources import Source
 from maxconv.sources.remote import GAP, SPAN
 from maxconv.text import duration, percent, size, table
 
-_MANY = 20  # processes that are listed one by one
+MANY = 20  # processes that are listed one by one
 _COMPILED = (
     *("program (first leaf)", "output shape", "arguments and output", "temporaries"),
     "collectives",
@@ -30,11 +30,12 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     reads = {process: plan.read_nbytes(process) for process in plan.processes}
     total = sum(reads.values())
     over, host = total - plan.needed_nbytes, host_estimate(plan, window, job.source)
+    device, written = device_estimate(plan, window), -(-plan.output_nbytes // len(reads))
     architecture = job.model.architecture or job.model.family.architectures[0]
     lines = [
         f"source   {source_text(job.source)}",
         f"model    {architecture}: {_sizes(job.model.dims)}",
-        f"mesh     {mesh}, {plan.mesh.size} devices, {_processes(len(reads))}",
+        f"mesh     {mesh}, {plan.mesh.size} devices, {processes_text(len(reads))}",
         f"output   {len(plan.leaves)} leaves, {size(plan.output_nbytes)}",
         "",
         _leaves(plan.leaves),
@@ -42,10 +43,10 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
         f"read     {size(total)} in all, {size(over)} ({percent(over, plan.needed_nbytes)}) more "
         f"than needed; the busiest process reads {max(reads.values()) * len(reads) / total:.3f} "
         "times the mean",
-        *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:_MANY]),
+        *(f"         process {p}: {size(n)}" for p, n in list(reads.items())[:MANY]),
         f"host     at most {size(host)} of memory per process, in addition to Python and JAX",
-        f"device   at most {size(device_estimate(plan, window))} of memory per device",
-        *(_on_slice(job, on) if on else ()),
+        f"device   at most {size(device)} of memory per device",
+        *(on_slice(on, host, device, max(reads.values()), written) if on else ()),
         f"compile  {len(plan.recipes) + len(plan.blanks)} programs, which run in "
         f"{len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
@@ -54,23 +55,25 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
     return "\n".join(lines)
 
 
-def _processes(n: int) -> str:
+def processes_text(n: int) -> str:
     return "1 process" if n == 1 else f"{n} processes"
 
 
-def _on_slice(job: Job, on: Slice) -> Iterator[str]:
-    """The plan's needs compared with what the slice has, and the minimum network time."""
-    plan, window = job.plan, job.window
-    kind, busiest = on.kind, max(map(plan.read_nbytes, plan.processes))
-    written = -(-plan.output_nbytes // len(plan.processes))
+def on_slice(on: Slice, host: int, device: int, busiest: int, written: int) -> Iterator[str]:
+    """A plan's needs compared with what the slice has, and the minimum network time.
+
+    Args:
+        on: the slice.
+        host, device: bytes of memory needed at most.
+        busiest, written: bytes that a host reads and writes at most.
+    """
 
     def held(needed: int, there: int) -> str:
         return f"{size(needed)} of {size(there)}{', which is not enough' * (needed > there)}"
 
     yield (
         f"slice    {on.name}: {'x'.join(map(str, on.shape))} chips, {on.hosts} hosts; a host uses "
-        f"{held(host_estimate(plan, window, job.source), on.machine.ram)}, "
-        f"a chip {held(device_estimate(plan, window), kind.hbm)}"
+        f"{held(host, on.machine.ram)}, a chip {held(device, on.kind.hbm)}"
     )
     yield (
         f"time     at least {duration(max(busiest, written) / on.network)}: the busiest host "

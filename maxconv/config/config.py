@@ -68,6 +68,8 @@ class Config:
     model_name: str | None
     base_output_directory: str
     """An absolute path, or a URL such as gs://bucket/path or hf://org/name as it was given."""
+    has_output: bool
+    """Whether base_output_directory was given."""
     hf_access_token: str | None = field(repr=False)
     hf_lora_adapter_path: str | None
     load_parameters_path: str | None
@@ -121,6 +123,8 @@ class Config:
     """Whether an export divides tensors among files by "size", or as its "source" does."""
     step: int | None
     """Of a training run, to be exported."""
+    export: str | None
+    """The MaxText checkpoint that `plan` plans the export of."""
     tpu_type: str | None
     """The type of slice to plan for, if not the devices of this machine."""
     report: str | None
@@ -189,6 +193,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     shaping = _shaping(from_yml, typed, values)
     notices += _adjust(values, typed)
     values |= {"model_name": model_name, "overrides": overrides}
+    values["has_output"] = "base_output_directory" in typed | from_yml
     values |= {"notices": tuple(notices), "words": shaping}
     config = Config(**{f.name: values[f.name] for f in fields(Config)})
     return _of_adapter(config) if config.adapter_alone else config

@@ -37,8 +37,7 @@ class Key(NamedTuple):
 
 # What some of them mean to an export, if that is another thing.
 EXPORTED: Mapping[str, str] = {
-    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes. "
-    "Default: ./mt_output",
+    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes",
     "hf_model_path": "a checkpoint of the same model, with the names, shapes, dtypes and files to "
     "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
     "repository of model_name",
@@ -147,46 +146,58 @@ OPTIONS: Mapping[str, Option] = {
         None,
         "largest file of weights to write: a number of bytes, or of KB, MB, GB or GiB. "
         "Default: 5GB",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "lora_restore_path": Option(
         str,
         None,
         "MaxText's lora.lora_restore_path: the checkpoint of a LoRA adapter to merge into "
         "CHECKPOINT; if CHECKPOINT is not given, the adapter is exported alone, for PEFT",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "lora_rank": Option(
         int,
         None,
         "MaxText's lora.lora_rank. Default: as the adapter has it",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "lora_alpha": Option(
         float,
         None,
         "MaxText's lora.lora_alpha. Default: as the adapter has it",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "names": Option(
         str,
         "published",
         "names of tensors: published, as in --hf_model_path; or transformers, those that "
         "transformers 5 has in memory, with the experts of a layer in one tensor",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "layout": Option(
         str,
         "size",
         "which tensors are in which file: size, as --max_shard_size allows; or source, as in "
         "--hf_model_path, in files of the same names. Default: size",
-        commands=(EXPORT,),
+        shapes=True,
+        commands=(EXPORT, PLAN),
     ),
     "step": Option(
         int,
         None,
         "step of a training run to export. Default: its last",
-        commands=(EXPORT,),
+        commands=(EXPORT, PLAN),
+    ),
+    "export": Option(
+        str,
+        None,
+        "plan the export of this MaxText checkpoint, with the arguments of maxconv export",
+        commands=(PLAN,),
     ),
     "trace": Option(
         str,

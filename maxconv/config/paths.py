@@ -19,6 +19,7 @@ KEYS = (
     "lora_restore_path",
     "trace",
     "report",
+    "export",
 )
 """The arguments of `key=value` that are paths."""
 

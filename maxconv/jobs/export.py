@@ -4,6 +4,7 @@ Tensors that are read together are made together, in steps of whole chunks: ever
 what a step has made of the tensors in its own files, and writes it.
 """
 
+import json
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -17,6 +18,7 @@ from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
 from maxconv.jobs.check_export import check
 from maxconv.jobs.export_arrays import Made
+from maxconv.jobs.export_record import record
 from maxconv.jobs.prepare_export import Export
 from maxconv.jobs.reporter import Reporter
 from maxconv.planning.placement import local_boxes
@@ -24,7 +26,7 @@ from maxconv.planning.plan import Plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
 from maxconv.processes.agreement import once, wait_for_all
-from maxconv.targets import shards
+from maxconv.targets import place, shards
 from maxconv.targets.base import Progress
 from maxconv.targets.shards import Writer
 
@@ -60,7 +62,9 @@ def run(export: Export, reporter: Reporter) -> None:
         finally:
             writer.close()
         wait_for_all("written", PATIENCE)
-        once(lambda: shards.commit(export.directory, export.files, export.others))
+        made_of = record(export.config.words, export.tree.root)
+        others = {**export.others, place.WORDS: (json.dumps(made_of, indent=2) + "\n").encode()}
+        once(lambda: shards.commit(export.directory, export.files, others))
         liveness.saved()
     tensors = [tensor for file in export.files for tensor in file.tensors]
     nbytes, seconds = sum(tensor.nbytes for tensor in tensors), time.monotonic() - started

@@ -89,11 +89,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     Raises:
         UserError: with every problem that was found, the same on all processes.
     """
-    for option in ("tpu_type", "report", "compile"):
-        if writes and getattr(config, option):
-            raise UserError(f"--{option} is only valid with `maxconv plan`; remove it.")
-    if config.compile and config.tpu_type is None:
-        raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
+    check_planning(config, writes)
     with same_error_everywhere():
         _check_outputs(config)
     with opened_by_all(partial(opened, config)) as source:
@@ -116,6 +112,16 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
             if writes:
                 job = _with_target(job, form)
         yield job
+
+
+def check_planning(config: Config, writes: bool) -> None:
+    """Raises UserError if options of `maxconv plan` are given to a job that writes, or do not go
+    together."""
+    for option in ("export", "tpu_type", "report", "compile"):
+        if writes and getattr(config, option):
+            raise UserError(f"--{option} is only valid with `maxconv plan`; remove it.")
+    if config.compile and config.tpu_type is None:
+        raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
 
 
 def _check_outputs(config: Config) -> None:
@@ -144,7 +150,7 @@ def _planned(
 ) -> tuple[Model, Plan, tuple[str, ...]]:
     """The model, the plan, and notices for the user."""
     model = resolved(config, source, head_differs)
-    mesh = make_mesh(config, _devices(config))
+    mesh = make_mesh(config, devices_of(config))
     rules, axis = config.logical_axis_rules, config.scan_axis
     leaves, replicated = conversion_leaves(source, model, mesh, rules, axis, config.save_dtype)
     slab = window // 4 if config.lazy_load_tensors else math.inf
@@ -208,7 +214,7 @@ def check_same_everywhere(source: Source) -> None:
     agree(content, f"copy {source.root} to all hosts again")
 
 
-def _devices(config: Config) -> Sequence[Any] | None:
+def devices_of(config: Config) -> Sequence[Any] | None:
     """The devices of --tpu_type; None for those of this job."""
     if config.tpu_type is None:
         return None

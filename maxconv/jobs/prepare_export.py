@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +20,17 @@ from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_shares import Shares, planned, shares
-from maxconv.jobs.prepare import STEP_MOST, opened, opened_by_all, window_of
+from maxconv.jobs.prepare import (
+    STEP_MOST,
+    check_planning,
+    devices_of,
+    opened,
+    opened_by_all,
+    window_of,
+)
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back
+from maxconv.planning.overread import calls
 from maxconv.planning.plan import Plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import FileSource, Source
@@ -29,7 +38,7 @@ from maxconv.sources.index import ADAPTER, STATED
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import AdaptedTree, Tree, TreeSource, is_factor
-from maxconv.targets import shards
+from maxconv.targets import place, shards
 from maxconv.targets.shards import File, Tensor
 from maxconv.text import size
 
@@ -70,16 +79,29 @@ class Export:
     @property
     def mine(self) -> list[File]:
         """The files of this process."""
-        return [file for file in self.files if file.process == jax.process_index()]
+        return self.files_of(jax.process_index())
+
+    def files_of(self, process: int) -> list[File]:
+        return [file for file in self.files if file.process == process]
+
+    def read_nbytes(self, process: int) -> int:
+        """Bytes that a process reads: whole chunks of arrays, and published tensors."""
+        names = {t.name for file in self.files_of(process) for t in file.tensors}
+        copied = names.intersection(self.back.copied)
+        chunks = self.tree.decoded(calls(self.plan, process))
+        return chunks + sum(self.published.tensors[name].nbytes for name in copied)
 
 
 @contextmanager
-def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
+def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[Export]:
     """Plans an export, without reading any tensor; JAX must be initialized.
+
+    The target is only checked if the job `writes` to it.
 
     Raises:
         UserError: with every problem that was found, the same on all processes.
     """
+    check_planning(config, writes)
     with same_error_everywhere():
         tree = _opened(config, checkpoint)
     with tree, opened_by_all(partial(opened, config)) as published:
@@ -90,7 +112,7 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
         with same_error_everywhere():
-            if jax.process_index() == 0 and (found := _problems(export)):
+            if writes and jax.process_index() == 0 and (found := _problems(export)):
                 raise UserError(found)
         yield export
 
@@ -124,8 +146,9 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
     stored = {name: published.stored[back.origins[name]] for name in back.copied}
     copied = [Tensor(name, of.dtype, of.shape) for name, of in stored.items()]
     nbytes = {tensor.name: tensor.nbytes for tensor in copied}
-    files = _as_published(config, [*tensors, *copied], published, back)
-    shared = shares(back.stacks, dtypes, nbytes, tree.tensors, jax.devices(), owners_of(files))
+    devices = devices_of(config) or jax.devices()
+    files = _as_published(config, devices, [*tensors, *copied], published, back)
+    shared = shares(back.stacks, dtypes, nbytes, tree.tensors, devices, owners_of(files))
     plan = _plan(tree, shared, window)
     files = files or shards.by_size(
         [*tensors, *copied], config.max_shard_size or _SHARD, shared.owners
@@ -139,14 +162,18 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
 
 
 def _as_published(
-    config: Config, tensors: Sequence[Tensor], published: FileSource, back: WayBack
+    config: Config,
+    devices: Sequence[Any],
+    tensors: Sequence[Tensor],
+    published: FileSource,
+    back: WayBack,
 ) -> list[File]:
     """The files of the published model, if they are to be written as they are there."""
     if config.layout == "size":
         return []
     stored = {tensor.name: published.stored[back.origins[tensor.name]] for tensor in tensors}
     where = {name: (origin.file, origin.offset) for name, origin in stored.items()}
-    return shards.as_stored(tensors, where, range(jax.process_count()))
+    return shards.as_stored(tensors, where, sorted({device.process_index for device in devices}))
 
 
 def _adapter(
@@ -168,7 +195,8 @@ def _adapter(
     shapes = {name: expr.shape for name, expr in made.rules.items()}
     tensors = tuple(Tensor(name, dtypes[name], shapes[name]) for name in sorted(shapes))
     files = [File(shards.ADAPTER, 0, tensors)]
-    shared = shares(of_all, dtypes, {}, tree.tensors, jax.devices(), owners_of(files))
+    devices = devices_of(config) or jax.devices()
+    shared = shares(of_all, dtypes, {}, tree.tensors, devices, owners_of(files))
     plan = _plan(tree, shared, window)
     others = {ADAPTER: (json.dumps(made.config, indent=2) + "\n").encode()}
     stacks = {stack.names[0]: stack for stack in of_all}
@@ -237,7 +265,8 @@ def _others(
     published: FileSource, back: WayBack, to: str | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """The small files of the model, and a sentence for each change in config.json."""
-    contents = {name: published.content(name) for name in published.companions}
+    names = [name for name in published.companions if name != place.WORDS]  # it may be an export
+    contents = {name: published.content(name) for name in names}
     config, changes = copy.deepcopy(published.config), list[str]()
     if config.pop(STATED, None):
         changes.append(f"config.json: {STATED} is taken out, as the files have the usual names")
@@ -260,6 +289,8 @@ def _problems(export: Export) -> list[str]:
         return [f"{given} is not a directory; export to one, and copy it there."]
     if os.path.realpath(export.published.root) == os.path.realpath(directory):
         return [f"{directory} is the model that names are taken from; name another directory."]
+    if any((directory / name).exists() for name in (place.STEP, place.UNFINISHED_WORDS)):
+        return [f"{directory} is for a MaxText checkpoint; name another base_output_directory."]
     nearest = next(path for path in (directory, *directory.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         return [f"{nearest} is not a directory that can be written to; name another one."]

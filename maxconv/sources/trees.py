@@ -20,7 +20,7 @@ from maxconv.errors import UserError
 from maxconv.sources.adapted import AdaptedSource
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.orbax import Item, find_items, open_item, reason
+from maxconv.sources.orbax import Item, Stored, find_items, open_item, reason
 
 # Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
@@ -110,25 +110,27 @@ class TreeSource(Source):
 
     def _count(self, info: TensorInfo, boxes: Iterable[Box]) -> None:
         """Counts the chunks of some boxes; those that are kept, once."""
-        chunk = info.chunk or info.shape
-        found = {
-            (info.name, *at)
-            for box in boxes
-            for at in product(
-                *(range(lo // n, -(-hi // n)) for (lo, hi), n in zip(box, chunk, strict=True))
-            )
-        }
+        found = _chunks(info, boxes)
         if self._keeps:
             with self._lock:
                 found -= self._kept
                 self._kept |= found
-        sizes = (
-            math.prod(
-                min(n, size - i * n) for i, n, size in zip(at, chunk, info.shape, strict=True)
-            )
-            for _, *at in found
-        )
-        self.stats.add(sum(sizes) * info.dtype.itemsize, len(found))
+        self.stats.add(_nbytes(info, found), len(found))
+
+    def decoded(self, calls: Iterable[tuple[str, Iterable[Box]]]) -> int:
+        """The bytes that `stats` counts for some calls of `read`, each with a tensor's name."""
+        total, kept = 0, set[tuple[Any, ...]]()
+        for name, boxes in calls:
+            found = _chunks(self.tensors[name], boxes) - kept
+            total += _nbytes(self.tensors[name], found)
+            kept |= found if self._keeps else set()
+        return total
+
+    @property
+    def unread(self) -> list[Stored]:
+        """The arrays that are no parameters."""
+        read = {*self.stored.values()}
+        return [array for name, array in self.item.arrays.items() if name not in read]
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
         array = self.item.open(self.stored[info.name]).result()
@@ -166,6 +168,19 @@ class AdaptedTree(AdaptedSource):
         for tree in self._trees:
             tree.keep(nbytes)
 
+    def decoded(self, calls: Iterable[tuple[str, Iterable[Box]]]) -> int:
+        """See `TreeSource.decoded`."""
+        calls = [*calls]
+        return sum(
+            tree.decoded((name, boxes) for name, boxes in calls if name in tree.tensors)
+            for tree in self._trees
+        )
+
+    @property
+    def unread(self) -> list[Stored]:
+        """See `TreeSource.unread`."""
+        return [array for tree in self._trees for array in tree.unread]
+
 
 Tree = TreeSource | AdaptedTree
 
@@ -195,6 +210,27 @@ def has_tree(path: str) -> bool:
 
 def _runs(place: epath.Path) -> list[epath.Path]:
     return [place, place / "checkpoints"]
+
+
+def _chunks(info: TensorInfo, boxes: Iterable[Box]) -> set[tuple[Any, ...]]:
+    """The chunks that some boxes of a tensor have a part of: its name, and their places."""
+    chunk = info.chunk or info.shape
+    return {
+        (info.name, *at)
+        for box in boxes
+        for at in product(
+            *(range(lo // n, -(-hi // n)) for (lo, hi), n in zip(box, chunk, strict=True))
+        )
+    }
+
+
+def _nbytes(info: TensorInfo, chunks: Iterable[tuple[Any, ...]]) -> int:
+    extents = info.chunk or info.shape
+    sizes = (
+        math.prod(min(n, size - i * n) for i, n, size in zip(at, extents, info.shape, strict=True))
+        for _, *at in chunks
+    )
+    return sum(sizes) * info.dtype.itemsize
 
 
 def _directory(path: str, step: int | None) -> epath.Path:

@@ -21,6 +21,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from maxconv.algebra import Box, full, slices, with_axis
 from maxconv.algebra.storage import runs
@@ -157,6 +158,13 @@ def index(written: Sequence[File]) -> dict[str, Any]:
     }
 
 
+def index_file(written: Sequence[File]) -> dict[str, bytes]:
+    """The index by its name; nothing if there is one file of weights with its usual name."""
+    if [file.name for file in written] in ([ALONE], [ADAPTER]):
+        return {}
+    return {INDEX: (json.dumps(index(written), indent=2) + "\n").encode()}
+
+
 def _natural(name: str) -> list[Any]:
     """A key that sorts layer 10 after layer 2, and the embedding before layers."""
     parts = re.split(r"(\d+)", name)
@@ -241,10 +249,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
         (directory / old).unlink()
     for file in written:
         (directory / UNFINISHED / file.name).rename(directory / file.name)
-    contents = dict(others)
-    if [file.name for file in written] not in ([ALONE], [ADAPTER]):
-        contents[INDEX] = (json.dumps(index(written), indent=2) + "\n").encode()
-    for name, content in contents.items():  # the index last
+    for name, content in {**others, **index_file(written)}.items():  # the index last
         made = directory / UNFINISHED / name.replace("/", "_")
         with made.open("wb") as file:
             file.write(content)
@@ -257,7 +262,7 @@ def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]
     os.close(opened)
 
 
-def weights(directory: Path) -> list[str]:
+def weights(directory: Path | epath.Path) -> list[str]:
     """The files of a directory that hold weights as transformers reads them."""
     names = (path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else ()
     return sorted(name for name in names if _WEIGHTS.fullmatch(name))
