@@ -105,7 +105,13 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     most = int(config.max_shard_size_gb * 1e9)
     files = shards.files(tensors, most, range(jax.process_count()))
     others, changes = _others(published, back, to)
-    notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
+    notices = (
+        *tree.notices,
+        *published.notices,
+        *back.notices,
+        *_absent(published, back),
+        *changes,
+    )
     stacks = {stack.names[0]: stack for stack in back.stacks}
     return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
 

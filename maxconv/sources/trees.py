@@ -4,21 +4,17 @@ Its tensors have the names of MaxText's tree, `decoder.layers.mlp.wi_0.kernel`, 
 them: a trainer's state with its optimizer, the collections of Flax, the `value` leaves of NNX.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
 from maxconv.algebra.boxes import Box, slices
 from maxconv.errors import UserError
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.orbax import Item, find_items, open_item, reason
-
-# Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
-_ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
-_NOT_WEIGHTS = {"opt_state", "optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
+from maxconv.sources.orbax import Item, open_item, reason
+from maxconv.sources.runs import parameters, tree_at
 
 
 class TreeSource(Source):
@@ -37,10 +33,11 @@ class TreeSource(Source):
 
     def __init__(self, path: str, step: int | None = None):
         super().__init__()
-        self.item = open_item(_directory(path, step))
+        directory, within = tree_at(path, step)
+        self.item = open_item(directory)
         self.root, self.revision, self.config = str(self.item.directory), None, {}
         self.is_shared = True
-        names = dict(_parameters(self.item.arrays))
+        names, others = parameters(self.item.arrays, within, self.root)
         if not names:
             raise UserError(
                 f"{self.root} holds no parameters of MaxText, whose names begin with decoder or "
@@ -48,7 +45,7 @@ class TreeSource(Source):
             )
         self.stored = names
         self.tensors = {ours: self._info(ours, theirs) for ours, theirs in sorted(names.items())}
-        self.notices = ()
+        self.notices = tuple(f"{other} in the checkpoint is not exported" for other in others)
         self._arrays: dict[str, ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
@@ -92,54 +89,3 @@ class TreeSource(Source):
 
     def close(self) -> None:
         self._arrays.clear()
-
-
-def _directory(path: str, step: int | None) -> epath.Path:
-    """The tree of parameters at a path: of a run, of a step, or the tree itself."""
-    place = epath.Path(path)
-    runs = [place, place / "checkpoints"]
-    if step is not None:
-        runs = [run / str(step) for run in runs]
-    for run in runs:
-        items = find_items(run)
-        named = {item.name: item for item in items}
-        for name in ("items", "model_params", "actor", "default", "state"):
-            if name in named:
-                return named[name]
-        if items:
-            return items[0]
-    what = f"step {step} of a checkpoint" if step is not None else "a checkpoint"
-    raise UserError(
-        f"{path} is not {what} that Orbax saved (there is no _METADATA); give the directory that "
-        "holds 0/items, or a run's checkpoints."
-    )
-
-
-def _parameters(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The name in MaxText's tree, and the stored one, of each array that is a parameter."""
-    ranks: dict[str, int] = {}
-    for stored in arrays:
-        parts = stored.split(".")
-        at = next((i for i, part in enumerate(parts) if part in _ROOTS), None)
-        if at is None or not _NOT_WEIGHTS.isdisjoint(parts):
-            continue
-        inner = parts[at:-1] if parts[-1] in ("value", "raw_value") else parts[at:]
-        name = ".".join(_joined(inner))
-        rank = parts[:at].count("params")  # what is under params is the parameter itself
-        if rank >= ranks.get(name, -1):
-            ranks[name] = rank
-            yield name, stored
-
-
-def _joined(parts: Sequence[str]) -> Iterator[str]:
-    """The parts of a name, where a list of layers (`layers`, `0`) is `layers_0`."""
-    before = None
-    for part in parts:
-        if before is not None and part.isdecimal():
-            before = f"{before}_{part}"
-            continue
-        if before is not None:
-            yield before
-        before = part
-    if before is not None:
-        yield before
