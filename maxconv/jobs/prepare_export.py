@@ -18,6 +18,7 @@ from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
+from maxconv.models.fewer_layers import shorten
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
@@ -94,6 +95,7 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
     back = way_back(tree, published, config.model_name, facts, config.overrides, axis)
+    tree.put_beside(published, back.completed)
     to = _checked_dtype(config, tree, back)
     dtypes = {name: _dtype(published, name, made, to) for name, made in back.dtypes.items()}
     plan = _plan(tree, back, dtypes, window)
@@ -195,6 +197,7 @@ def _others(
         if level.get(entry, to) != to:
             changes.append(f"config.json: {entry} is {to} instead of {level[entry]}")
             level[entry] = to
+    changes += shorten(config, back.model)
     if changes:
         contents["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return contents, changes

@@ -4,28 +4,44 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from maxconv.algebra import AlgebraError, Expr, Tensor, invert, substitute, tensors
+from maxconv.algebra import (
+    AlgebraError,
+    Apply,
+    Concat,
+    Expr,
+    Fit,
+    Slice,
+    Tensor,
+    apply,
+    invert,
+    substitute,
+    tensors,
+)
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
-from maxconv.families import Parameter, Row, paths
+from maxconv.families import number_after
+from maxconv.families.dims import DECODER_LAYERS
+from maxconv.models import tree_sizes
 from maxconv.models.codecs import decoded
 from maxconv.models.parameters import parameters
-from maxconv.models.resolve import resolve
+from maxconv.models.resolve import Model, resolve
 from maxconv.models.stored_names import HEAD
+from maxconv.models.tree_sizes import ROOT
 from maxconv.sources import Source, TensorInfo
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
 
-ROOT = "params.params."  # before the names of MaxText's tree
 _QUANTISED = "quantization_config"
+_LAYERS = "base_num_decoder_layers"
+_SIZES = (_LAYERS, "vocab_size")  # those that may differ from the published model's
 _HEAD = "decoder.logits_dense.kernel"
-_TABLE = "token_embedder.embedding"
 
 
 @dataclass(frozen=True)
@@ -33,22 +49,26 @@ class WayBack:
     """What an export consists of.
 
     Attributes:
+        model: that the tree is of.
         rules: each tensor, over the leaves of the tree.
         stacks: the same, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
         keeps_fp8: whether fp8 weights stay as they are, with their scales.
         copied: published tensors that the tree has nothing for: encoders that were not trained,
             layers for multi-token prediction. They are taken as they are.
+        completed: published tensors of which the last rows are taken, as the tree has none.
         left_out: those that cannot be: of a tied head, or quantised.
         scan_axis: along which layers are stacked in the tree; None if they are not.
         notices: sentences for the user.
     """
 
+    model: Model
     rules: Mapping[str, Expr]
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, np.dtype]
     keeps_fp8: bool
     copied: tuple[str, ...]
+    completed: tuple[str, ...]
     left_out: tuple[str, ...]
     scan_axis: int | None
     notices: tuple[str, ...]
@@ -97,33 +117,131 @@ def way_back(
         scan_axis: MaxText's param_scan_axis, if layers are stacked.
 
     Raises:
-        UserError: with every leaf that is missing, unexpected, or of another shape.
+        UserError: with everything in which the tree, the published model and the arguments differ.
     """
     keeps_fp8 = any(info.dtype.name.startswith("float8") for info in tree.tensors.values())
     plain = published if keeps_fp8 else Unquantised(published)
-    wanted = {**_parts(tree), **(sizes or {})}
-    model = resolve(plain, name, facts, wanted, keeps_fp8, head_differs=_HEAD in tree.tensors)
-    axis = scan_axis if _scans(tree, model.rows) else None
+    model, axis = _model(tree, plain, keeps_fp8, name, facts or {}, sizes or {}, scan_axis)
     bound = parameters(model, published.root, axis)
-    bound, notices = _checked(tree, bound)
-    rules = {p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound}
+    if problems := [*tree_sizes.differences(tree.tensors, bound, tree.root, published.root)]:
+        raise UserError(problems)
+    constants = sorted(p.name.removeprefix(ROOT) for p in bound if not p.tensors)
+    rules = {
+        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
+    }
     try:
         back = invert(rules)
     except AlgebraError as error:
         lines = str(error).splitlines()
         raise UserError([f"{published.root}: {line}." for line in lines]) from None
     stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
-    left = sorted(plain.tensors.keys() - back.keys())
-    as_stored = {n for n in left if n in published.tensors} if not _codecs(plain) else set()
+    as_stored = {} if _codecs(plain) else published.tensors
+    left = sorted(
+        n for n in plain.tensors.keys() - back.keys() if not _is_beyond(stored.get(n, n), model)
+    )
     copied = tuple(n for n in left if n in as_stored and stored.get(n, n) != HEAD)
     left_out = tuple(sorted({*left} - {*copied}))
     dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
-    if _codecs(plain):
-        notices.append("weights are written in bfloat16, not quantised as they were published")
-    told = (*plain.notices, *notices)
+    cut = {tensor: expr for tensor, expr in back.items() if _is_longer(expr)}
+    back |= {n: _completed(n, expr) for n, expr in cut.items() if n in as_stored}
+    told = (*plain.notices, *_notices(model, constants, cut, as_stored, bool(_codecs(plain))))
     return WayBack(
-        back, tuple(_stacks(back, dtypes)), dtypes, keeps_fp8, copied, left_out, axis, told
+        model,
+        back,
+        tuple(_stacks(back, dtypes)),
+        dtypes,
+        keeps_fp8,
+        copied,
+        tuple(n for n in cut if n in as_stored),
+        left_out,
+        axis,
+        told,
     )
+
+
+def _model(
+    tree: TreeSource,
+    plain: Source,
+    keeps_fp8: bool,
+    name: str | None,
+    facts: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    scan_axis: int,
+) -> tuple[Model, int | None]:
+    """The model of a tree, and the axis along which its layers are stacked.
+
+    Raises:
+        UserError: with all that the tree, the published model and the arguments contradict.
+    """
+    leaves = tree.tensors
+    shown = {**tree_sizes.parts(leaves), **sizes}
+
+    def resolved(name: str | None, facts: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
+        return resolve(plain, name, facts, given, keeps_fp8, head_differs=_HEAD in leaves)
+
+    try:
+        model = resolved(name, facts, shown)
+        count, axis = tree_sizes.layout(leaves, model, scan_axis)
+        if count < model.dims.layers and _LAYERS not in sizes:
+            shown[_LAYERS] = count // model.family.layers_per_block
+            model = resolved(name, facts, shown)
+        return model, axis
+    except UserError as error:
+        found = error.problems
+    contradictions: list[str] = []
+    try:  # without the tree, then without the arguments: each contradiction by itself
+        resolved(name, facts, sizes)
+    except UserError as error:
+        contradictions += error.problems
+    with suppress(UserError):
+        model = resolved(None, {}, {key: shown[key] for key in shown if key not in _SIZES})
+        _, axis = tree_sizes.layout(leaves, model, scan_axis)
+        bound = parameters(model, plain.root, axis)
+        contradictions += tree_sizes.differences(leaves, bound, tree.root, plain.root)
+    raise UserError(contradictions or found)
+
+
+def _is_beyond(name: str, model: Model) -> bool:
+    """Whether a tensor is of a layer after those that the tree has."""
+    number = number_after(name, DECODER_LAYERS)
+    fewer = model.dims.layers < model.published.layers
+    return fewer and number is not None and number >= model.dims.layers
+
+
+def _is_longer(expr: Expr) -> bool:
+    """Whether a tensor has rows that the tree has not."""
+    return isinstance(expr, Apply) and isinstance(expr.op, Fit) and expr.op.n > (expr.op.was or 0)
+
+
+def _completed(name: str, expr: Expr) -> Expr:
+    """A tensor that is longer than what the tree has of it, with the published rows at its end."""
+    match expr:
+        case Apply(Fit(axis, n, int(was)), x):
+            rows = apply(Slice(axis, was, n - was), Tensor(name, expr.shape))
+            return Concat(axis, (x, rows))
+    return expr
+
+
+def _notices(
+    model: Model,
+    constants: Sequence[str],
+    cut: Mapping[str, Expr],
+    as_stored: Container[str],
+    was_quantised: bool,
+) -> Iterator[str]:
+    if constants:
+        yield f"left out, as Hugging Face has no such tensors: {some(constants)}"
+    if model.dims.layers < model.published.layers:
+        yield (
+            f"the checkpoint has the first {model.dims.layers} of {model.published.layers} layers; "
+            "the others are left out"
+        )
+    for name, expr in cut.items():
+        rows = f"the last {expr.shape[0] - model.dims.vocab} rows of {name}"
+        is_copied = name in as_stored
+        yield f"{rows} are not in the checkpoint, so {'copied' if is_copied else 'zeros'}"
+    if was_quantised:
+        yield "weights are written in bfloat16, not quantised as they were published"
 
 
 def _codecs(source: Source) -> bool:
@@ -138,53 +256,3 @@ def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterato
         by_dtype.setdefault(dtypes[name], {})[name] = expr
     for rules in by_dtype.values():
         yield from stacks(rules)
-
-
-def _parts(tree: TreeSource) -> dict[str, Any]:
-    """The sizes that the tree shows: of its vocabulary, and which parts of a model it has."""
-    roots = {name.partition(".")[0] for name in tree.tensors}
-    predicted = {name.split(".")[1] for name in tree.tensors if name.startswith("mtp_block.")}
-    found: dict[str, Any] = {
-        "use_multimodal": "vision_encoder" in roots,
-        "use_audio": "audio_encoder" in roots,
-        "mtp_num_layers": len({layer for layer in predicted if layer[-1:].isdigit()}),
-    }
-    if _TABLE in tree.tensors:
-        found["vocab_size"] = tree.tensors[_TABLE].shape[0]
-    return found
-
-
-def _scans(tree: TreeSource, rows: Iterable[Row]) -> bool:
-    """Whether the layers of a tree are stacked: which of the two sets of names it has."""
-    rows = list(rows)
-    scanned, unscanned = (
-        {path.replace("/", ".") for path in paths(rows, axis)} for axis in (1, None)
-    )
-    return len(scanned & tree.tensors.keys()) > len(unscanned & tree.tensors.keys())
-
-
-def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
-    """The parameters that tensors are made of, and notices about the others.
-
-    Raises:
-        UserError: the tree has others, or of other shapes.
-    """
-    wanted = {p.name.removeprefix(ROOT): p for p in bound}
-    missing = sorted(
-        name for name, p in wanted.items() if name not in tree.tensors and any(tensors(p.expr))
-    )
-    problems = [f"{tree.root} lacks {some(missing)}."] * bool(missing)
-    if more := sorted(tree.tensors.keys() - wanted.keys()):
-        problems.append(f"{tree.root} has {some(more)}, which this model has not.")
-    for name, parameter in wanted.items():
-        shape = tree.tensors[name].shape if name in tree.tensors else parameter.shape
-        if shape != parameter.shape:
-            problems.append(
-                f"{name} in {tree.root} has shape {shape}, but should have {parameter.shape}."
-            )
-    if problems:
-        raise UserError(problems)
-    constants = sorted(name for name, p in wanted.items() if not any(tensors(p.expr)))
-    notices = [f"left out, as Hugging Face has no such tensors: {some(constants)}"]
-    kept = [p for p in wanted.values() if any(tensors(p.expr))]
-    return kept, notices * bool(constants)

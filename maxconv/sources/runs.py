@@ -23,6 +23,7 @@ from maxconv.sources.orbax import METADATA, find_items
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
 _NOT_WEIGHTS = {"optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
 _OPTIMIZER = "opt_state"  # at the end of a part
+_RUNS = ("", "checkpoints", "actor", "checkpoints/actor")  # where steps are, in a run's directory
 _WEIGHTS = ("items", "model_params")  # the trees of weights, among those of a step
 
 Parts = tuple[str, ...]
@@ -54,15 +55,9 @@ def tree_at(path: str, step: int | None) -> tuple[epath.Path, Parts]:
         UserError: there is none, or there are several.
     """
     place = epath.Path(path)
-    for run in (place, place / "checkpoints"):
-        if trees := _trees(run, step):
+    for run in (place / part for part in _RUNS):
+        if trees := find_items(run if step is None else run / str(step)):
             return _of_weights(trees), ()
-        parts = [p for p in sorted(run.iterdir()) if p.is_dir()] if run.is_dir() else []
-        found = {str(part): trees for part in parts if (trees := _trees(part, step))}
-        if len(found) > 1:
-            raise UserError(f"{run} holds several runs; give one of them: {' or '.join(found)}.")
-        if found:
-            return _of_weights(*found.values()), ()
     for parent in place.parents if step is None else ():
         if (parent / METADATA).exists():
             return parent, place.relative_to(parent).parts
@@ -71,10 +66,6 @@ def tree_at(path: str, step: int | None) -> tuple[epath.Path, Parts]:
         f"{path} is not {what} that Orbax saved (there is no _METADATA); give the directory that "
         "holds 0/items, or a run's checkpoints."
     )
-
-
-def _trees(run: epath.Path, step: int | None) -> list[epath.Path]:
-    return find_items(run if step is None else run / str(step))
 
 
 def _of_weights(trees: Sequence[epath.Path]) -> epath.Path:

@@ -4,7 +4,7 @@ Its tensors have the names of MaxText's tree, `decoder.layers.mlp.wi_0.kernel`, 
 them: a trainer's state with its optimizer, the collections of Flax, the `value` leaves of NNX.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorstore as ts
@@ -47,6 +47,7 @@ class TreeSource(Source):
         self.tensors = {ours: self._info(ours, theirs) for ours, theirs in sorted(names.items())}
         self.notices = tuple(f"{other} in the checkpoint is not exported" for other in others)
         self._arrays: dict[str, ts.TensorStore] = {}
+        self._beside: Mapping[str, Source] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
     def _info(self, name: str, stored: str) -> TensorInfo:
@@ -60,7 +61,14 @@ class TreeSource(Source):
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": nbytes}})
         self._arrays.clear()
 
+    def put_beside(self, other: Source, names: Iterable[str]) -> None:
+        """Adds tensors of another source, which are read from it."""
+        self._beside = dict.fromkeys(names, other)
+        self.tensors = {**self.tensors, **{name: other.tensors[name] for name in self._beside}}
+
     def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
+        if other := self._beside.get(info.name):
+            return other.read(info, parts)
         views = bit_views(info, parts)
         array = self._open(info.name)
         try:
@@ -73,6 +81,8 @@ class TreeSource(Source):
             raise OSError(f"{info.name} in {self.root} cannot be read: {reason(error)}") from None
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        if other := self._beside.get(info.name):
+            return other.plain(info, box)
         array = self.item.open(self.stored[info.name]).result()
         return narrowed(np.asarray(array[slices(box)].read().result()), info.name)
 
