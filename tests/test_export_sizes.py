@@ -1,12 +1,18 @@
 """What sizes a checkpoint has that its published model has not, and what then is exported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_export import converted, export, read
+import tiny
+from test_export import converted, export, numbers, read
 
 from maxconv import cli
+from maxconv.config import parse
+from maxconv.jobs.model_of_export import with_model
+from maxconv.sources.trees import TreeSource
 
 
 def shortened(case: str, scan: bool, directory: Path, layers: int) -> tuple[Path, Path]:
@@ -47,6 +53,71 @@ def test_the_first_layers(
     again = ["convert", f"--hf_model_path={tmp_path / 'back'}", "hardware=cpu"]
     again += [f"base_output_directory={tmp_path / 'again'}", f"scan_layers={scan}"]
     assert cli.main([*again, "--verify=none", "--simulated_cpu_devices_count=8"]) == 0
+
+
+def with_spare_rows() -> tiny.Case:
+    """Gemma 3 has 64 rows for no token, which MaxText's table has not (here its table has 195)."""
+    case = tiny.CASES["gemma3-4b"]
+    return replace(case, words={**case.words, "vocab_size": 195})
+
+
+def test_rows_that_were_cut_are_those_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(tiny.CASES, "gemma3-4b,cut", with_spare_rows())
+    model, out = converted("gemma3-4b,cut", True, tmp_path)
+    with TreeSource(str(out)) as tree:
+        assert tree.tensors["token_embedder.embedding"].shape[0] == 195
+    assert export(out, model, tmp_path / "back") == 0
+    said = "the last 64 rows of language_model.model.embed_tokens.weight are not in the checkpoint"
+    assert said in capsys.readouterr().err
+    before, after = read(model), read(tmp_path / "back")
+    assert after.keys() == before.keys()
+    name = "language_model.model.embed_tokens.weight"
+    (ours, theirs) = (numbers(found[name]).reshape(259, -1) for found in (after, before))
+    np.testing.assert_array_equal(ours[195:], theirs[195:])
+    np.testing.assert_allclose(ours[:195], theirs[:195], rtol=2**-7)
+
+
+def test_contradictions_are_told_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the checkpoint, of MODEL, and of model_name: sizes, each once, whatever tensor has it."""
+    _, out = converted("qwen3-0.6b", True, tmp_path)
+    larger = tmp_path / "larger"
+    case = tiny.CASES["qwen3-0.6b"]
+    text = json.dumps([case.config, case.tensors])
+    config, tensors = json.loads(text.replace("42", "46").replace("52", "56"))
+    model = tiny.write(replace(case, config=config, tensors=tensors), larger)
+    assert export(out, model, tmp_path / "back", "model_name=qwen3-0.6b") == 2
+    said = capsys.readouterr().err
+    assert "base_emb_dim=1024 of qwen3-0.6b contradicts hidden_size=46 in config.json" in said
+    for ours, theirs in ((42, 46), (52, 56)):
+        assert said.count(f"{out}/0/items has {ours} where {model} has {theirs}: in 'decoder.") == 1
+    assert said.count("\n") == 3
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_model_that_it_was_converted_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It need not be given: maxconv.json has it; then model_name; then a sentence asks for it."""
+    model, out = converted("qwen3-0.6b", True, tmp_path)
+    given = ["export", str(out), f"base_output_directory={tmp_path / 'back'}", "hardware=cpu"]
+    assert cli.main(given) == 0
+    said = f"names and small files are those of {model}, which it was converted from"
+    assert said in capsys.readouterr().err
+    assert read(tmp_path / "back") == read(model)
+    model.rename(tmp_path / "moved")
+    assert cli.main([*given, "--overwrite"]) == 2
+    asked = f"--hf_model_path= or model_name=: it was converted from {model}, which is not here"
+    assert asked in capsys.readouterr().err
+    (out / "maxconv.json").unlink()
+    assert cli.main([*given, "--overwrite"]) == 2
+    assert "with --hf_model_path= or model_name=." in capsys.readouterr().err
+    with TreeSource(str(out)) as tree:
+        config, notices = with_model(parse(["model_name=qwen3-0.6b"]), tree)
+        assert config.hf_model_path is None and "Qwen/Qwen3-0.6B" in notices[0]
 
 
 def layer(name: str) -> int:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
+from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.way_back import WayBack, way_back
@@ -76,10 +77,12 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
     """
     with same_error_everywhere():
         tree = TreeSource(checkpoint, config.step)
+        config, found = with_model(config, tree)
     with tree, opened_by_all(config) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
             export = _planned(config, tree, published, window)
+        export = replace(export, notices=(*found, *export.notices))
         if jax.process_count() > 1:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")

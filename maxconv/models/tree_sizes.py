@@ -88,11 +88,8 @@ def differences(
         if len(here) != len(there):
             yield f"{name} in {ours} has shape {here}, but should have {there}."
             continue
-        for a, b in zip(here, there, strict=True):
-            if a != b:
-                seen.setdefault((a, b), []).append(name)
-    for (a, b), names in seen.items():
-        first = wanted[names[0]]
-        axes = zip(first.logical, leaves[names[0]].shape, first.shape, strict=True)
-        axis = next(named for named, *two in axes if two == [a, b]) or "an axis"
-        yield f"{axis} is {a} in {ours}, but {b} in {theirs}: {some(names)}."
+        for one, other in zip(here, there, strict=True):
+            if one != other:
+                seen.setdefault((one, other), []).append(name)
+    for (one, other), names in seen.items():
+        yield f"{ours} has {one} where {theirs} has {other}: in {some(dict.fromkeys(names))}."
