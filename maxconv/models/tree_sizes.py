@@ -38,7 +38,7 @@ def layout(leaves: Leaves, model: Model, scan_axis: int) -> tuple[int, int | Non
     """
     for count in range(model.dims.layers, 0, -model.family.layers_per_block):
         rows = [*model.family.rows(replace(model.dims, layers=count))]
-        for axis in (scan_axis, None):
+        for axis in (None, scan_axis):
             if _has_just(leaves, rows, axis):
                 return count, axis
     named = {axis: _named(paths(model.rows, axis)) for axis in (scan_axis, None)}
