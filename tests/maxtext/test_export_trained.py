@@ -5,6 +5,7 @@ Runs in the environment that `environment.sh` makes, with maxconv installed in i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,17 @@ import told  # noqa: E402
 from test_smollm2 import run  # noqa: E402
 from test_tiny_logits import converted  # noqa: E402
 
+from maxconv.sources.trees import TreeSource  # noqa: E402
+
 NAME = "llama3.1-8b"
+MANY = os.environ.get("MAXCONV_ALL_LOGITS")
+MESH = ("ici_fsdp_parallelism=2", "ici_data_parallelism=4")
 TRAIN = (
     *("run_name=tiny", "steps=3", "checkpoint_period=2", "enable_checkpointing=true"),
     *("async_checkpointing=false", "dataset_type=synthetic", "per_device_batch_size=1"),
     *("max_target_length=32", "hardware=cpu", "skip_jax_distributed_system=True", "jax_cache_dir="),
     *("attention=dot_product", "learning_rate=0.01", "weight_dtype=float32"),
-    *("ici_fsdp_parallelism=2", "ici_data_parallelism=4"),
+    *MESH,
 )
 ENV = {
     "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
@@ -114,6 +119,30 @@ def test_a_run_of_maxtext(scan: bool, tmp_path: Path) -> None:
         assert not np.array_equal(seen[-1], before["model.norm.weight"])
         assert (back / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert not scan or not np.array_equal(*seen)  # it has trained in between
+
+
+@pytest.mark.parametrize("scan", [True, False] if MANY else [True])
+def test_states_of_nnx(scan: bool, tmp_path: Path) -> None:
+    """What MaxText's model is in SFT and in RL: the same tensors as of the plain checkpoint."""
+    model = told.write(NAME, tmp_path / "hf", "float32")
+    command = converted(model, tmp_path / "out", scan)
+    words = [word for word in command if not word.startswith("load_parameters_path=")]
+    layers = "--scan" if scan else "--no-scan"
+    items = tmp_path / "out/0/items"
+    run(HERE / "save_states.py", items, tmp_path / "states", *words, *MESH, layers)
+    with TreeSource(str(items)) as plain:
+        for kind in ("sft", "rl"):
+            with TreeSource(str(tmp_path / "states" / kind)) as tree:
+                assert tree.tensors.keys() == plain.tensors.keys()
+                for name in plain.tensors:
+                    np.testing.assert_array_equal(tree.tensor(name), plain.tensor(name), name)
+
+
+def exported(checkpoint: Path, model: Path, back: Path, *more: str) -> None:
+    run(
+        *("-m", "maxconv.cli", "export", checkpoint, f"--hf_model_path={model}", "hardware=cpu"),
+        *(f"base_output_directory={back}", "--save_dtype=float32", "--verify=full", *more),
+    )
 
 
 def load_files(directory: Path) -> dict[str, np.ndarray]:
