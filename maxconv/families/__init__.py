@@ -14,7 +14,16 @@ from maxconv.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from maxconv.families.qwen3_5 import QWEN3_5_MOE
 from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
-from maxconv.families.table import Family, Parameter, Row, bind_rows, flat, paths, row
+from maxconv.families.table import (
+    Family,
+    Parameter,
+    Row,
+    bind_rows,
+    flat,
+    paths,
+    row,
+    stack_lengths,
+)
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -58,6 +67,7 @@ __all__ = [
     "number_after",
     "paths",
     "row",
+    "stack_lengths",
     "stated",
     "stated_sizes",
     "text_entries",

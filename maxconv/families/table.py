@@ -308,6 +308,18 @@ def paths(rows: Iterable[Row], scan_axis: int | None) -> set[str]:
     return {path for r in rows for path, _, _ in _instances(r, scan_axis)}
 
 
+def stack_lengths(rows: Iterable[Row], scan_axis: int | None) -> dict[str, dict[int, int]]:
+    """For each path, the lengths of its stacked axes; empty for one that is not stacked."""
+    found: dict[str, dict[int, int]] = {}
+    for r in rows:
+        for path, _, indices in _instances(r, scan_axis):
+            stacked, lengths = indices.get("l"), found.setdefault(path, {})
+            while isinstance(stacked, Stacked):
+                lengths[stacked.axis + len(lengths)] = len(stacked.numbers)
+                stacked = next(iter(stacked), None)
+    return found
+
+
 def flat(numbers: Numbers) -> list[int]:
     """The HF layer numbers in a stack, or in a stack of stacks."""
     return [numbers] if isinstance(numbers, int) else [n for one in numbers for n in flat(one)]

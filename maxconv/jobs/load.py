@@ -29,15 +29,18 @@ from maxconv.jobs.prepare import (
     opened_by_all,
     usual_window,
 )
+from maxconv.models import tree_sizes
 from maxconv.models.canonical_names import FP8
 from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import resolve
-from maxconv.models.way_back import ROOT, is_scanned, sizes_shown
+from maxconv.models.tree_sizes import ROOT
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import Source, open_source
+from maxconv.sources.runs import has_tree
+from maxconv.sources.runs import parameters as parameters_among
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource, has_tree, weights_of
+from maxconv.sources.trees import TreeSource
 
 Layout = Literal["maxtext", "hf"]
 Path = tuple[str | int, ...]
@@ -223,7 +226,11 @@ def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, _Wa
         UserError: with every leaf that has no name there, or no sharding.
     """
     dotted = {".".join(map(str, path)): (path, leaf) for path, leaf in leaves}
-    names = {name: name for name in dotted} if layout == "hf" else dict(weights_of(dotted))
+    names = (
+        {name: name for name in dotted}
+        if layout == "hf"
+        else parameters_among(dotted, (), "abstract").stored
+    )
     if lost := sorted(dotted.keys() - names.values()):
         raise UserError(
             f"abstract has {some(lost)}, which are no parameters of MaxText; give its parameters "
@@ -274,11 +281,11 @@ def _maker(
             _check_names(source.root, wanted, source.tensors)
             tensors = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
             return lambda name, dtype: tensors[name]
-        shapes = {name: one.leaf.shape for name, one in wanted.items()}
+        leaves = {name: one.leaf for name, one in wanted.items()}
         keeps_fp8 = any(one.dtype == FP8 for one in wanted.values())
-        sizes = sizes_shown(shapes)
+        sizes = tree_sizes.parts(leaves)
         model = resolve(source, None, None, sizes, keeps_fp8, head_differs=differs)
-        axis = scan_axis if is_scanned(shapes, model.rows) else None
+        _, axis = tree_sizes.layout(leaves, model, scan_axis)
         bound = {p.name.removeprefix(ROOT): p for p in parameters(model, source.root, axis)}
         _check_names(source.root, wanted, bound)
         expressions = Expressions(model, source)

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_shares import Shares, planned, shares
+from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import (
     STEP_MOST,
     check_planning,
@@ -28,6 +29,7 @@ from maxconv.jobs.prepare import (
     opened_by_all,
     window_of,
 )
+from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back
 from maxconv.planning.overread import calls
@@ -104,16 +106,18 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
     check_planning(config, writes)
     with same_error_everywhere():
         tree = _opened(config, checkpoint)
+        config, found = with_model(config, tree)
     with tree, opened_by_all(partial(opened, config)) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
             export = _planned(config, tree, published, window)
+        export = replace(export, notices=(*found, *export.notices))
         if jax.process_count() > 1:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
         with same_error_everywhere():
-            if writes and jax.process_index() == 0 and (found := _problems(export)):
-                raise UserError(found)
+            if writes and jax.process_index() == 0 and (problems := _problems(export)):
+                raise UserError(problems)
         yield export
 
 
@@ -135,6 +139,7 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
     if all(map(is_factor, tree.tensors)):
         return _adapter(config, tree, published, window, lora)
     back = way_back(tree, published, name, facts, sizes, axis, names, lora)
+    tree.put_beside(published, back.completed)
     to = _checked_dtype(config, tree, back)
     dtypes = {
         name: _dtype(published.stored[back.origins[name]].dtype, made, to)
@@ -154,7 +159,13 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
         [*tensors, *copied], config.max_shard_size or _SHARD, shared.owners
     )
     others, changes = _others(published, back, to)
-    notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
+    notices = (
+        *tree.notices,
+        *published.notices,
+        *back.notices,
+        *_absent(published, back),
+        *changes,
+    )
     stacks = {stack.names[0]: stack for stack in back.stacks}
     return Export(
         config, tree, published, back, plan, stacks, shared.made, files, others, notices, window
@@ -189,7 +200,11 @@ def _adapter(
     name, sizes, axis = config.model_name, config.overrides, config.param_scan_axis
     made = peft_adapter(tree, published, base, lora, name, facts, sizes, axis)
     of_all, by_dtype = tuple(stacked(made.rules, made.dtypes)), made.dtypes
-    back = WayBack(made.rules, of_all, by_dtype, False, (), {}, (), made.scan_axis, made.notices)
+    back = WayBack(
+        *(made.model, made.rules, of_all, by_dtype),
+        scan_axis=made.scan_axis,
+        notices=made.notices,
+    )
     to = _checked_dtype(config, tree, back)
     dtypes = {name: np.dtype(to) if to else made for name, made in by_dtype.items()}
     shapes = {name: expr.shape for name, expr in made.rules.items()}
@@ -214,7 +229,8 @@ def owners_of(files: Sequence[File]) -> dict[str, int]:
 def _plan(tree: Tree, shared: Shares, window: int) -> Plan:
     budget = min(window // 8, STEP_MOST)
     names = {name for leaf in shared.by_one for name in leaf.tensors}
-    largest = max((tree.tensors[name].chunk_nbytes for name in names), default=0)
+    chunked = (info for name in names if (info := tree.tensors[name]).chunk is not None)
+    largest = max((info.chunk_nbytes for info in chunked), default=0)
     tree.keep(2 * largest if largest > budget else 0)  # chunks that take several steps
     return planned(shared, tree.tensors, budget, window // 4)
 
@@ -277,6 +293,7 @@ def _others(
         if level.get(entry, to) != to:
             changes.append(f"config.json: {entry} is {to} instead of {level[entry]}")
             level[entry] = to
+    changes += shorten(config, back.model)
     if changes:
         contents["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return contents, changes

@@ -14,8 +14,8 @@ from maxconv.models.adapters import IN, OUT, Adaptable
 from maxconv.models.factors import Found, adapted, scaling_of
 from maxconv.models.resolve import Model, resolve
 from maxconv.models.stored_names import renamer
+from maxconv.models.tree_sizes import ROOT, is_stacked, parts
 from maxconv.models.views import unpacked
-from maxconv.models.way_back import ROOT, is_scanned, sizes_shown
 from maxconv.sources import Source
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import Tree, factors
@@ -28,6 +28,7 @@ class PeftAdapter:
     """An adapter as PEFT saves it.
 
     Attributes:
+        model: that it adapts.
         rules: its tensors, over the leaves of the tree.
         dtypes: of these.
         config: the contents of adapter_config.json.
@@ -35,6 +36,7 @@ class PeftAdapter:
         notices: sentences for the user.
     """
 
+    model: Model
     rules: Mapping[str, Expr]
     dtypes: Mapping[str, np.dtype]
     config: Mapping[str, Any]
@@ -65,11 +67,10 @@ def peft_adapter(
         UserError: with every factor that does not fit the model.
     """
     rank, alpha = scaling_of(tree, said)
-    shapes = {leaf: info.shape for leaf, info in tree.tensors.items()}
-    model = resolve(unpacked(published), name, facts, {**sizes_shown(shapes), **(sizes or {})})
+    model = resolve(unpacked(published), name, facts, {**parts(tree.tensors), **(sizes or {})})
     paths = factors(tree.tensors)
     axis = (
-        scan_axis if is_scanned({*paths, *(f"{at}.kernel" for at in paths)}, model.rows) else None
+        scan_axis if is_stacked({*paths, *(f"{at}.kernel" for at in paths)}, model.rows) else None
     )
     weights = _weights(model)
     rules = _rules(tree, model.rows, weights, axis)
@@ -93,7 +94,7 @@ def peft_adapter(
             "it adapts single experts, which are modules in transformers 4; transformers 5 has the "
             "experts of a layer in one tensor"
         )
-    return PeftAdapter(rules, dtypes, config, axis, tuple(notices))
+    return PeftAdapter(model, rules, dtypes, config, axis, tuple(notices))
 
 
 _BASE = "base_model.model."

@@ -4,16 +4,21 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from maxconv.algebra import (
     AlgebraError,
+    Apply,
+    Concat,
     Expr,
-    Shape,
+    Fit,
+    Slice,
     Tensor,
     apply,
     invert,
@@ -23,20 +28,23 @@ from maxconv.algebra import (
 )
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
-from maxconv.families import Parameter, Row, paths
+from maxconv.families import number_after
+from maxconv.families.dims import DECODER_LAYERS
+from maxconv.models import tree_sizes
 from maxconv.models.architecture import family_of
 from maxconv.models.factors import merged_kernels, scaling_of
 from maxconv.models.parameters import parameters
-from maxconv.models.resolve import resolve
+from maxconv.models.resolve import Model, resolve
 from maxconv.models.stored_names import HEAD
+from maxconv.models.tree_sizes import ROOT, Leaves
 from maxconv.models.views import as_stored, in_memory, unpacked
 from maxconv.sources import Source
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import Tree, is_factor
 
-ROOT = "params.params."  # before the names of MaxText's tree
+_LAYERS = "base_num_decoder_layers"
+_SIZES = (_LAYERS, "vocab_size")  # those that may differ from the published model's
 _HEAD = "decoder.logits_dense.kernel"
-_TABLE = "token_embedder.embedding"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class WayBack:
     """What an export consists of.
 
     Attributes:
+        model: that the tree is of.
         rules: each tensor, over the leaves of the tree.
         stacks: the same, over the leaves of the tree, together where they are read together.
         dtypes: of each tensor as published.
@@ -51,20 +60,23 @@ class WayBack:
         copied: tensors that the tree has nothing for: encoders that were not trained, layers for
             multi-token prediction. They are taken as they are published.
         origins: of each tensor, the name of a published one that it is, or that is a part of it.
+        completed: published tensors of which the last rows are taken, as the tree has none.
         left_out: those that cannot be: of a tied head, or quantised.
         scan_axis: along which layers are stacked in the tree; None if they are not.
         notices: sentences for the user.
     """
 
+    model: Model
     rules: Mapping[str, Expr]
     stacks: tuple[Stack, ...]
     dtypes: Mapping[str, np.dtype]
-    keeps_fp8: bool
-    copied: tuple[str, ...]
-    origins: Mapping[str, str]
-    left_out: tuple[str, ...]
-    scan_axis: int | None
-    notices: tuple[str, ...]
+    keeps_fp8: bool = False
+    copied: tuple[str, ...] = ()
+    origins: Mapping[str, str] = MappingProxyType({})
+    completed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    scan_axis: int | None = None
+    notices: tuple[str, ...] = ()
 
 
 def way_back(
@@ -89,50 +101,142 @@ def way_back(
         lora: lora_rank and lora_alpha of the factors in the tree, see `scaling_of`.
 
     Raises:
-        UserError: with every leaf that is missing, unexpected, or of another shape.
+        UserError: with everything in which the tree, the published model and the arguments differ.
     """
     keeps_fp8 = any(info.dtype.name.startswith("float8") for info in tree.tensors.values())
     plain = as_stored(published) if keeps_fp8 else unpacked(published)
     if names == "transformers":
         plain = in_memory(plain, published, family_of(published, facts))
-    shapes = {name: info.shape for name, info in tree.tensors.items()}
-    wanted = {**sizes_shown(shapes), **(sizes or {})}
-    model = resolve(plain, name, facts, wanted, keeps_fp8, head_differs=_HEAD in tree.tensors)
-    axis = scan_axis if is_scanned(shapes, model.rows) else None
+    leaves = {leaf: info for leaf, info in tree.tensors.items() if not is_factor(leaf)}
+    model, axis = _model(
+        leaves, tree.root, plain, keeps_fp8, name, facts or {}, sizes or {}, scan_axis
+    )
     bound = parameters(model, published.root, axis)
-    bound, notices = _checked(tree, bound)
-    rules = {p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound}
+    if problems := [*tree_sizes.differences(leaves, bound, tree.root, published.root)]:
+        raise UserError(problems)
+    constants = sorted(p.name.removeprefix(ROOT) for p in bound if not p.tensors)
+    rules = {
+        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
+    }
     try:
         back = invert(rules)
     except AlgebraError as error:
         lines = str(error).splitlines()
         raise UserError([f"{published.root}: {line}." for line in lines]) from None
-    if any(map(is_factor, tree.tensors)):
+    stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
+    left = sorted(
+        n for n in plain.tensors.keys() - back.keys() if not _is_beyond(stored.get(n, n), model)
+    )
+    whole = {n for n, x in plain.weights.items() if isinstance(x, Tensor) and not plain.codecs}
+    copied = tuple(n for n in left if n in whole and stored.get(n, n) != HEAD)
+    origins = {name: next(tensors(weight)).name for name, weight in plain.weights.items()}
+    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
+    cut = {tensor: expr for tensor, expr in back.items() if _is_longer(expr)}
+    told = (*plain.notices, *_notices(model, constants, cut, whole, bool(plain.codecs)))
+    if len(leaves) < len(tree.tensors):
         rank, alpha = scaling_of(tree, lora or {})
         merged = merged_kernels(tree, model.rows, axis, alpha / rank)
         back = {name: _with(merged, expr) for name, expr in back.items()}
-        notices.append("the LoRA adapter of MaxText is merged into the weights")
-    stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
-    left = sorted(plain.tensors.keys() - back.keys())
-    whole = {n for n in left if isinstance(plain.weights[n], Tensor) and not plain.codecs}
-    copied = tuple(n for n in left if n in whole and stored.get(n, n) != HEAD)
-    origins = {name: next(tensors(weight)).name for name, weight in plain.weights.items()}
-    left_out = tuple(sorted({*left} - {*copied}))
-    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
-    if plain.codecs:
-        notices.append("weights are written in bfloat16, not quantised as they were published")
-    told = (*plain.notices, *notices)
+        told = (*told, "the LoRA adapter of MaxText is merged into the weights")
+    back |= {n: _completed(origins[n], back[n]) for n in cut if n in whole}
     return WayBack(
+        model,
         back,
         tuple(stacked(back, dtypes)),
         dtypes,
         keeps_fp8,
         copied,
         origins,
-        left_out,
+        tuple(origins[n] for n in cut if n in whole),
+        tuple(sorted({*left} - {*copied})),
         axis,
         told,
     )
+
+
+def _model(
+    leaves: Leaves,
+    root: str,
+    plain: Source,
+    keeps_fp8: bool,
+    name: str | None,
+    facts: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    scan_axis: int,
+) -> tuple[Model, int | None]:
+    """The model of a tree, and the axis along which its layers are stacked.
+
+    Raises:
+        UserError: with all that the tree, the published model and the arguments contradict.
+    """
+    shown = {**tree_sizes.parts(leaves), **sizes}
+
+    def resolved(name: str | None, facts: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
+        return resolve(plain, name, facts, given, keeps_fp8, head_differs=_HEAD in leaves)
+
+    try:
+        model = resolved(name, facts, shown)
+        count, axis = tree_sizes.layout(leaves, model, scan_axis)
+        if count < model.dims.layers and _LAYERS not in sizes:
+            shown[_LAYERS] = count // model.family.layers_per_block
+            model = resolved(name, facts, shown)
+        return model, axis
+    except UserError as error:
+        found = error.problems
+    contradictions: list[str] = []
+    try:  # without the tree, then without the arguments: each contradiction by itself
+        resolved(name, facts, sizes)
+    except UserError as error:
+        contradictions += error.problems
+    with suppress(UserError):
+        model = resolved(None, {}, {key: shown[key] for key in shown if key not in _SIZES})
+        _, axis = tree_sizes.layout(leaves, model, scan_axis)
+        bound = parameters(model, plain.root, axis)
+        contradictions += tree_sizes.differences(leaves, bound, root, plain.root)
+    raise UserError(contradictions or found)
+
+
+def _is_beyond(name: str, model: Model) -> bool:
+    """Whether a tensor is of a layer after those that the tree has."""
+    number = number_after(name, DECODER_LAYERS)
+    fewer = model.dims.layers < model.published.layers
+    return fewer and number is not None and number >= model.dims.layers
+
+
+def _is_longer(expr: Expr) -> bool:
+    """Whether a tensor has rows that the tree has not."""
+    return isinstance(expr, Apply) and isinstance(expr.op, Fit) and expr.op.n > (expr.op.was or 0)
+
+
+def _completed(name: str, expr: Expr) -> Expr:
+    """A tensor that is longer than what the tree has of it, with the published rows at its end."""
+    match expr:
+        case Apply(Fit(axis, n, int(was)), x):
+            rows = apply(Slice(axis, was, n - was), Tensor(name, expr.shape))
+            return Concat(axis, (x, rows))
+    return expr
+
+
+def _notices(
+    model: Model,
+    constants: Sequence[str],
+    cut: Mapping[str, Expr],
+    as_stored: Container[str],
+    was_quantised: bool,
+) -> Iterator[str]:
+    if constants:
+        yield f"left out, as Hugging Face has no such tensors: {some(constants)}"
+    if model.dims.layers < model.published.layers:
+        yield (
+            f"the checkpoint has the first {model.dims.layers} of {model.published.layers} layers; "
+            "the others are left out"
+        )
+    for name, expr in cut.items():
+        rows = f"the last {expr.shape[0] - model.dims.vocab} rows of {name}"
+        is_copied = name in as_stored
+        yield f"{rows} are not in the checkpoint, so {'copied' if is_copied else 'zeros'}"
+    if was_quantised:
+        yield "weights are written in bfloat16, not quantised as they were published"
 
 
 def _with(merged: Mapping[str, Expr], expr: Expr) -> Expr:
@@ -147,56 +251,3 @@ def stacked(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterato
         by_dtype.setdefault(dtypes[name], {})[name] = expr
     for rules in by_dtype.values():
         yield from stacks(rules)
-
-
-def sizes_shown(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The sizes that a tree shows: of its vocabulary, and which parts of a model it has.
-
-    `shapes`: of its leaves, by name.
-    """
-    roots = {name.partition(".")[0] for name in shapes}
-    predicted = {name.split(".")[1] for name in shapes if name.startswith("mtp_block.")}
-    found: dict[str, Any] = {
-        "use_multimodal": "vision_encoder" in roots,
-        "use_audio": "audio_encoder" in roots,
-        "mtp_num_layers": len({layer for layer in predicted if layer[-1:].isdigit()}),
-    }
-    if _TABLE in shapes:
-        found["vocab_size"] = shapes[_TABLE][0]
-    return found
-
-
-def is_scanned(names: Iterable[str], rows: Iterable[Row]) -> bool:
-    """Whether the layers of a tree are stacked: which of the two sets of names it has."""
-    rows, names = list(rows), {*names}
-    scanned, unscanned = (
-        {path.replace("/", ".") for path in paths(rows, axis)} for axis in (1, None)
-    )
-    return len(scanned & names) > len(unscanned & names)
-
-
-def _checked(tree: Tree, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:
-    """The parameters that tensors are made of, and notices about the others.
-
-    Raises:
-        UserError: the tree has others, or of other shapes.
-    """
-    wanted = {p.name.removeprefix(ROOT): p for p in bound}
-    missing = sorted(
-        name for name, p in wanted.items() if name not in tree.tensors and any(tensors(p.expr))
-    )
-    problems = [f"{tree.root} lacks {some(missing)}."] * bool(missing)
-    if more := sorted({n for n in tree.tensors if not is_factor(n)} - wanted.keys()):
-        problems.append(f"{tree.root} has {some(more)}, which this model has not.")
-    for name, parameter in wanted.items():
-        shape = tree.tensors[name].shape if name in tree.tensors else parameter.shape
-        if shape != parameter.shape:
-            problems.append(
-                f"{name} in {tree.root} has shape {shape}, but should have {parameter.shape}."
-            )
-    if problems:
-        raise UserError(problems)
-    constants = sorted(name for name, p in wanted.items() if not any(tensors(p.expr)))
-    notices = [f"left out, as Hugging Face has no such tensors: {some(constants)}"]
-    kept = [p for p in wanted.values() if any(tensors(p.expr))]
-    return kept, notices * bool(constants)

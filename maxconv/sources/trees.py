@@ -6,26 +6,23 @@ them: a trainer's state with its optimizer, the collections of Flax, the `value`
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
-from maxconv.algebra.boxes import Box, slices
+from maxconv.algebra.boxes import Box, slices, volume
 from maxconv.errors import UserError
 from maxconv.sources.adapted import AdaptedSource
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.orbax import Item, Stored, find_items, open_item, reason
+from maxconv.sources.orbax import Item, Stored, open_item, reason
+from maxconv.sources.runs import parameters, tree_at
 
-# Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
-_ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
 _FACTOR = re.compile(r"(.+?)(?:\.kernel)?_lora_([ab])")  # utils/lora_utils.py
-_NOT_WEIGHTS = {"opt_state", "optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
 
 
 class TreeSource(Source):
@@ -44,10 +41,11 @@ class TreeSource(Source):
 
     def __init__(self, path: str, step: int | None = None):
         super().__init__()
-        self.item = open_item(_directory(path, step))
+        directory, within = tree_at(path, step)
+        self.item = open_item(directory)
         self.root, self.revision, self.config = str(self.item.directory), None, {}
         self.is_shared = True
-        names = dict(weights_of(self.item.arrays))
+        names, others = parameters(self.item.arrays, within, self.root)
         if not names:
             raise UserError(
                 f"{self.root} holds no parameters of MaxText, whose names begin with decoder or "
@@ -55,8 +53,9 @@ class TreeSource(Source):
             )
         self.stored = names
         self.tensors = {ours: self._info(ours, theirs) for ours, theirs in sorted(names.items())}
-        self.notices = ()
+        self.notices = tuple(f"{other} in the checkpoint is not exported" for other in others)
         self._arrays: dict[str, ts.TensorStore] = {}
+        self._beside: Mapping[str, Source] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self._keeps = 0
         self._kept, self._lock = set[tuple[Any, ...]](), Lock()
@@ -78,11 +77,18 @@ class TreeSource(Source):
         self._arrays.clear()
         self._keeps = nbytes
 
+    def put_beside(self, other: Source, names: Iterable[str]) -> None:
+        """Adds tensors of another source, which are read from it."""
+        self._beside = dict.fromkeys(names, other)
+        self.tensors = {**self.tensors, **{name: other.tensors[name] for name in self._beside}}
+
     def read(self, info: TensorInfo, parts: Sequence[Part]) -> None:
         """Fills each array; a chunk that several boxes have a part of is decoded once.
 
         `stats` counts whole chunks.
         """
+        if other := self._beside.get(info.name):
+            return other.read(info, parts)
         views = bit_views(info, parts)
         array, batch = self._open(info.name), ts.Batch()
         as_stored = array.dtype.numpy_dtype == info.dtype
@@ -121,6 +127,9 @@ class TreeSource(Source):
         """The bytes that `stats` counts for some calls of `read`, each with a tensor's name."""
         total, kept = 0, set[tuple[Any, ...]]()
         for name, boxes in calls:
+            if name in self._beside:
+                total += sum(volume(box) for box in boxes) * self.tensors[name].dtype.itemsize
+                continue
             found = _chunks(self.tensors[name], boxes) - kept
             total += _nbytes(self.tensors[name], found)
             kept |= found if self._keeps else set()
@@ -133,6 +142,8 @@ class TreeSource(Source):
         return [array for name, array in self.item.arrays.items() if name not in read]
 
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
+        if other := self._beside.get(info.name):
+            return other.plain(info, box)
         array = self.item.open(self.stored[info.name]).result()
         return narrowed(np.asarray(array[slices(box)].read().result()), info.name)
 
@@ -162,6 +173,13 @@ class AdaptedTree(AdaptedSource):
             )
         super().__init__(base, adapter)
         self._trees, self.custom = (base, adapter), {**base.custom, **adapter.custom}
+        self.item = base.item
+
+    def put_beside(self, other: Source, names: Iterable[str]) -> None:
+        """See `TreeSource.put_beside`."""
+        base, _ = self._trees
+        base.put_beside(other, names)
+        self.tensors = {**self.tensors, **base.tensors}
 
     def keep(self, nbytes: int) -> None:
         """See `TreeSource.keep`."""
@@ -200,18 +218,6 @@ def factors(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def has_tree(path: str) -> bool:
-    """Whether there is a checkpoint that Orbax saved, in a directory or a bucket."""
-    is_name = "://" not in path and not epath.Path(path).exists()
-    if is_name or path.startswith("hf://"):
-        return False
-    return any(find_items(run) for run in _runs(epath.Path(path)))
-
-
-def _runs(place: epath.Path) -> list[epath.Path]:
-    return [place, place / "checkpoints"]
-
-
 def _chunks(info: TensorInfo, boxes: Iterable[Box]) -> set[tuple[Any, ...]]:
     """The chunks that some boxes of a tensor have a part of: its name, and their places."""
     chunk = info.chunk or info.shape
@@ -231,57 +237,3 @@ def _nbytes(info: TensorInfo, chunks: Iterable[tuple[Any, ...]]) -> int:
         for _, *at in chunks
     )
     return sum(sizes) * info.dtype.itemsize
-
-
-def _directory(path: str, step: int | None) -> epath.Path:
-    """The tree of parameters at a path: of a run, of a step, or the tree itself."""
-    place = epath.Path(path)
-    runs = _runs(place)
-    if step is not None:
-        runs = [run / str(step) for run in runs]
-    for run in runs:
-        items = find_items(run)
-        named = {item.name: item for item in items}
-        for name in ("items", "model_params", "actor", "default", "state"):
-            if name in named:
-                return named[name]
-        if items:
-            return items[0]
-    what = f"step {step} of a checkpoint" if step is not None else "a checkpoint"
-    raise UserError(
-        f"{path} is not {what} that Orbax saved (there is no _METADATA); give the directory that "
-        "holds 0/items, or a run's checkpoints."
-    )
-
-
-def weights_of(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The name in MaxText's tree, and the given one, of each array that is a parameter.
-
-    `arrays`: names as in Orbax' metadata, such as `params.params.decoder.layers.mlp.wi_0.kernel`.
-    """
-    ranks: dict[str, int] = {}
-    for stored in arrays:
-        parts = stored.split(".")
-        at = next((i for i, part in enumerate(parts) if part in _ROOTS), None)
-        if at is None or not _NOT_WEIGHTS.isdisjoint(parts):
-            continue
-        inner = parts[at:-1] if parts[-1] in ("value", "raw_value") else parts[at:]
-        name = ".".join(_joined(inner))
-        rank = parts[:at].count("params")  # what is under params is the parameter itself
-        if rank >= ranks.get(name, -1):
-            ranks[name] = rank
-            yield name, stored
-
-
-def _joined(parts: Sequence[str]) -> Iterator[str]:
-    """The parts of a name, where a list of layers (`layers`, `0`) is `layers_0`."""
-    before = None
-    for part in parts:
-        if before is not None and part.isdecimal():
-            before = f"{before}_{part}"
-            continue
-        if before is not None:
-            yield before
-        before = part
-    if before is not None:
-        yield before
