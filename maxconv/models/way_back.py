@@ -6,8 +6,7 @@ Hugging Face: the model as it was published, or the one that was converted.
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,7 +71,7 @@ class WayBack:
     dtypes: Mapping[str, np.dtype]
     keeps_fp8: bool = False
     copied: tuple[str, ...] = ()
-    origins: Mapping[str, str] = MappingProxyType({})
+    origins: Mapping[str, str] = field(default_factory=dict)
     completed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     scan_axis: int | None = None
