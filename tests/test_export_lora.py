@@ -110,7 +110,7 @@ def test_an_adapter_is_merged(case, name, scan, dtype, more, tmp_path: Path) -> 
     found = read(back)
     assert found.keys() == want.keys()
     for tensor, x in want.items():
-        got, eps = numbers(found[tensor]).reshape(x.shape), np.finfo(np.float32).eps
+        got, eps = numbers(found[tensor]).reshape(x.shape), float(np.finfo(np.float32).eps)
         if dtype == "bfloat16":  # half a step, where a whole one would be two roundings
             eps = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps) / 2
         np.testing.assert_allclose(got, x, rtol=1.01 * eps, atol=1e-5 * np.abs(x).max())
@@ -137,7 +137,7 @@ def restored(items: Path) -> Arrays:
 
 
 def saved(leaves: Arrays, directory: Path, **state: Any) -> Path:
-    """Leaves by path, as the trainers of MaxText save them: in layers, a scan stacks on axis 0."""
+    """Leaves by path, as the trainers of MaxText save them."""
     params: dict[str, Any] = {}
     for path, x in leaves.items():
         *parents, last = path.split("/")
