@@ -75,9 +75,9 @@ def test_an_adapter_comes_back(case, name, scan, dtype, tmp_path: Path) -> None:
 
 
 MERGED = [
-    ("llama3.1-8b", "linear", True, "float32", ()),
+    ("llama3.1-8b", "some", True, "float32", ()),
+    ("llama3.1-8b", "linear", True, "bfloat16", ()),
     ("qwen3-vl-2b", "vision", False, "bfloat16", ("use_multimodal=True",)),
-    ("llama3.1-8b", "some", False, "bfloat16", ()),
     ("mixtral-8x7b", "experts", True, "float32", ("--names=transformers",)),
     ("mixtral-8x7b", "experts", False, "bfloat16", ()),
     ("deepseek2-16b", "attention", True, "bfloat16", ()),
@@ -137,7 +137,7 @@ def restored(items: Path) -> Arrays:
 
 
 def saved(leaves: Arrays, directory: Path, **state: Any) -> Path:
-    """Leaves by path, as the trainers of MaxText save them: in layers, a scan stacks on axis 0."""
+    """Leaves by path, as the trainers of MaxText save them."""
     params: dict[str, Any] = {}
     for path, x in leaves.items():
         *parents, last = path.split("/")
@@ -151,14 +151,17 @@ def saved(leaves: Arrays, directory: Path, **state: Any) -> Path:
     return directory
 
 
+def first(leaves: Arrays) -> Arrays:
+    """Factors with layers on axis 0, and no `value` below them."""
+    return {n.removesuffix("/value"): np.moveaxis(x, 1, 0) for n, x in leaves.items()}
+
+
 @pytest.mark.filterwarnings("ignore:Sharding info")
 def test_what_trainers_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Factors stacked on axis 0, beside an optimizer's state, or beside the kernels themselves."""
+    """Factors stacked on axis 0, beside an optimizer's state, and no word about alpha."""
     case = "qwen3-8b"
-    lora, trained = adapter(case, "linear", True, tmp_path, "float32")
-    model, out = converted(case, True, tmp_path, "--save_dtype=float32")
-    leaves = restored(trained / "0/items")
-    moved = {n.removesuffix("/value"): np.moveaxis(x, 1, 0) for n, x in leaves.items()}
+    lora, trained = adapter(case, "attention", True, tmp_path, "float32")
+    model, moved = tiny.write(case, tmp_path / "hf"), first(restored(trained / "0/items"))
     zeros = {"mu": {"decoder": {"kernel_lora_a": np.zeros(3, np.float32)}}, "count": np.int32(1)}
     run = saved(moved, tmp_path / "run/checkpoints/7", opt_state=zeros, step=np.int32(7))
     assert export(run.parents[1], model, tmp_path / "a", *words(case, True)) == 2
@@ -169,6 +172,16 @@ def test_what_trainers_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert got.keys() == want.keys()
     assert all(got[name].tobytes() == x.tobytes() for name, x in want.items())
 
+
+@SLOW
+@pytest.mark.filterwarnings("ignore:Sharding info")
+def test_factors_beside_kernels_are_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, alpha = "qwen3-8b", ["lora.lora_alpha=6"]
+    _, trained = adapter(case, "linear", True, tmp_path, "float32")
+    model, out = converted(case, True, tmp_path, "--save_dtype=float32")
+    moved = first(restored(trained / "0/items"))
     both = saved(restored(out / "0/items") | moved, tmp_path / "both")
     given = [*words(case, True), "--save_dtype=float32"]
     assert export(both, model, tmp_path / "b", *alpha, *given) == 0

@@ -13,6 +13,9 @@ from test_export import BF16, converted, export, read
 from maxconv.config import parse
 from maxconv.config.argv import Size
 from maxconv.errors import UserError
+from maxconv.models.architecture import family_of
+from maxconv.models.views import in_memory, unpacked
+from maxconv.sources import LocalSource
 from maxconv.targets import shards
 
 SLOW = pytest.mark.slow
@@ -175,11 +178,9 @@ def test_names_of_transformers(case, scan, renamed, off, tmp_path: Path) -> None
     assert read(tmp_path / "again") == found
 
 
-def test_names_that_are_not_known_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, out = converted("weaver-mini", False, tmp_path)
-    given = words("weaver-mini", False)
-    assert export(out, model, tmp_path / "back", "--names=transformers", *given) == 2
-    assert "not known for WeaverOmniForConditionalGeneration" in capsys.readouterr().err
-    assert not (tmp_path / "back").exists()
+@pytest.mark.parametrize("case", ["deepseek4-284b", "qwen3-omni-30b-a3b", "weaver-mini"])
+def test_names_that_are_not_known_are_refused(case: str, tmp_path: Path) -> None:
+    with LocalSource(tiny.write(case, tmp_path)) as source:
+        family = family_of(source)
+        with pytest.raises(UserError, match=f"not known for {family.architectures[0]}"):
+            in_memory(unpacked(source), source, family)

@@ -1,8 +1,8 @@
 """LoRA factors that MaxText trained, and the kernels that they are added to on the way back.
 
 They lie beside their kernel: `kernel_lora_a`, (inputs, rank), and `kernel_lora_b`, (rank, outputs).
-Those of several layers are stacked as kernels are, or along the first axis, as Qwix makes them in a
-scan. See `adapters.py` for what a row does to them.
+Those of several layers are stacked as kernels are, or along the first axis: to_huggingface of
+MaxText knows both. See `adapters.py` for what a row does to them.
 """
 
 import math

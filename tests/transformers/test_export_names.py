@@ -3,13 +3,12 @@
 import json
 import re
 import sys
+from importlib import import_module  # where types are checked, neither is installed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +21,8 @@ from maxconv.models.architecture import family_of  # noqa: E402
 from maxconv.models.views import View, in_memory, unpacked  # noqa: E402
 from maxconv.sources import LocalSource  # noqa: E402
 
+torch: Any = import_module("torch")
+transformers: Any = import_module("transformers")
 UNKNOWN = ("deepseek4-284b", "qwen3-omni-30b-a3b", "weaver-mini")
 # What transformers does not load of the tiny checkpoints: layers for multi-token prediction, keys
 # and values that layers share; and the last layer of gemma4, if it should be of another kind there.

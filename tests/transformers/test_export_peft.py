@@ -3,12 +3,12 @@
 import json
 import sys
 import warnings
+from importlib import import_module  # where types are checked, none of them is installed
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,9 +17,11 @@ import tiny  # noqa: E402
 from test_export import export  # noqa: E402
 from test_export_lora import adapter, words  # noqa: E402
 
+torch: Any = import_module("torch")
+transformers: Any = import_module("transformers")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it imports
-    import peft  # noqa: E402
+    peft: Any = import_module("peft")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of what PEFT uses of transformers
