@@ -120,7 +120,8 @@ def get_maxtext_model_info(
         UserError: with everything that is wrong with the checkpoint.
     """
     with opened(config) as source:
-        model = resolved(config, source, head_differs(config, source))
+        differs = not config.adapter_alone and head_differs(source, config.model_name)
+        model = resolved(config, source, differs)
         shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
         leaves, problems = bind_rows(model.rows, shapes, config.scan_axis)
     if problems:

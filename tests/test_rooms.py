@@ -26,6 +26,7 @@ MAY_IMPORT = {
         *("algebra", "config", "execution", "families", "jobs", "planning", "processes"),
         *("sources", "targets"),
     },
+    "maxtext": {"config", "jobs"},
     "to_huggingface": {"cli"},
     "to_maxtext": {"cli", "config", "families", "jobs", "sources", "targets"},
 }

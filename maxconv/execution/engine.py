@@ -5,9 +5,9 @@ rest for the slab that is being computed and those that are being written (targe
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,14 +45,30 @@ class Engine:
     the same order on all processes.
     """
 
-    def __init__(self, plan: Plan, source: Source, window: int, programs: Programs | None = None):
-        """`window`: the budget, in bytes per process. `programs`: shared with other engines."""
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        window: int,
+        programs: Programs | None = None,
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        """Starts to read and to compile.
+
+        Args:
+            plan: what is made.
+            source: what it is made of.
+            window: the budget, in bytes per process.
+            programs: shared with other engines.
+            together: is entered wherever a process waits for its reads, before it runs a program
+                with the others: an error that is raised there can be raised on all.
+        """
         self.stats = Stats()
         malloc.trim()
         self._most = host_memory() + window + window // 4  # the last for temporaries of cells
         self.programs = Programs(plan.recipes) if programs is None else programs
         self._owns_programs = programs is None
-        self._ahead = _ReadAhead(plan, source, window // 2, self.stats)
+        self._ahead = _ReadAhead(plan, source, window // 2, self.stats, together)
 
     def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
         """Computes a slab, or all slabs of a group, as global arrays in their leaves' shardings."""
@@ -94,8 +110,16 @@ class Engine:
 class _ReadAhead:
     """Reads the steps of a plan in order, as far ahead as `limit` bytes allow."""
 
-    def __init__(self, plan: Plan, source: Source, limit: int, stats: Stats):
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        limit: int,
+        stats: Stats,
+        together: Callable[[], AbstractContextManager[None]],
+    ):
         self._source, self._limit, self._stats = source, limit, stats
+        self._together = together
         self._to_come = deque(plan.readings)
         self._queue: deque[tuple[Step, Future[list[jax.Array]]]] = deque()
         self._pool = ThreadPoolExecutor(source.readers, thread_name_prefix="read")
@@ -104,12 +128,14 @@ class _ReadAhead:
     def take(self, step: Step) -> Iterator[list[jax.Array]]:
         """The inputs of a step, on its devices; they count as held until the block ends."""
         self._top_up()
-        if self._queue and self._queue[0][0] is step:
-            with span("wait", "for a read"):
-                reads = self._queue.popleft()[1].result()
-        else:  # out of order: nothing was read ahead
-            self._hold(step.recipe.buffer_nbytes)
-            reads = _fetch(self._source, step)
+        reads = list[jax.Array]()
+        with self._together():
+            if self._queue and self._queue[0][0] is step:
+                with span("wait", "for a read"):
+                    reads = self._queue.popleft()[1].result()
+            else:  # out of order: nothing was read ahead
+                self._hold(step.recipe.buffer_nbytes)
+                reads = _fetch(self._source, step)
         yield reads
         self._hold(-step.recipe.buffer_nbytes)
         del reads

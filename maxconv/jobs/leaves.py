@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxconv.algebra import substitute
 from maxconv.config.mesh import partition_spec
 from maxconv.errors import UserError
-from maxconv.models.canonical_names import misfit, rounded, saved_dtype
-from maxconv.models.parameters import parameters
+from maxconv.models.canonical_names import misfit, saved_dtype
+from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import Model
 from maxconv.planning.plan import Leaf
 from maxconv.sources import Source
@@ -37,15 +36,11 @@ def conversion_leaves(
     Raises:
         UserError: with everything that does not match.
     """
-    dtypes = {name: info.dtype for name, info in source.tensors.items()}
-    to_save = np.dtype(save_dtype)
-    stored = weights = model.tensors
-    if model.rounds:
-        weights = {n: rounded(x, dtypes, to_save) for n, x in stored.items()}
+    expressions, to_save = Expressions(model, source), np.dtype(save_dtype)
+    dtypes = expressions.dtypes
     leaves, notices, problems = list[Leaf](), dict[str, None](), dict[str, None]()
     for parameter in parameters(model, source.root, scan_axis):
-        is_table = parameter.dtype is not None and np.dtype(parameter.dtype).kind in "iu"
-        expr = substitute(parameter.expr, stored if is_table else weights)
+        expr = expressions.of(parameter, to_save)
         spec, dropped = partition_spec(parameter.logical, expr.shape, dict(mesh.shape), rules)
         dtype = np.dtype(parameter.dtype or saved_dtype(expr, dtypes, to_save))
         if (problem := misfit(expr, dtypes, dtype)) is not None:

@@ -1,7 +1,7 @@
 """Prepares a conversion: opens the source, plans, and checks the target."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,11 +92,11 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     check_planning(config, writes)
     with same_error_everywhere():
         _check_outputs(config)
-    with opened_by_all(config) as source:
-        _check_same_everywhere(source)
+    with opened_by_all(partial(opened, config)) as source:
+        check_same_everywhere(source)
         window = min(gathered(window_of(config)))  # hosts may differ, plans may not
         source.allow(window // 2)
-        differs = _head_differs(config, source)
+        differs = not config.adapter_alone and head_differs(source, config.model_name)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window, differs)
             train = None if config.adapter_alone else _training(config, source, model)
@@ -135,20 +135,14 @@ def _check_outputs(config: Config) -> None:
         raise UserError(problems)
 
 
-def _head_differs(config: Config, source: Source) -> bool:
-    """`head_differs`, of which each process reads a share."""
+def head_differs(source: Source, model_name: str | None) -> bool:
+    """Whether a stored head differs from the table it is tied to; each process reads a share."""
     mine = False
     with same_error_everywhere():
         index, count = jax.process_index(), jax.process_count()
-        mine = head_differs(config, source, slice(index / count, (index + 1) / count))
+        share = slice(index / count, (index + 1) / count)
+        mine = differs_in_share(source, model_facts(model_name), share)
     return any(gathered(mine))
-
-
-def head_differs(config: Config, source: Source, share: slice = slice(0, 1)) -> bool:
-    """Whether a stored head differs from the table it is tied to, in a share of the rows."""
-    if config.adapter_alone:
-        return False
-    return differs_in_share(source, model_facts(config.model_name), share)
 
 
 def _planned(
@@ -186,18 +180,21 @@ def _format(config: Config, model: Model, window: int) -> Format:
     )
 
 
-def opened_by_all(config: Config) -> Source:
-    """Opens the checkpoint; on the Hub, all processes at the commit that process 0 finds."""
+def opened_by_all(open_at: Callable[[str | None], Source]) -> Source:
+    """Opens a checkpoint; on the Hub, all processes at the commit that process 0 finds.
+
+    `open_at`: opens it at a commit, or at the one that it finds.
+    """
     source = None
     with same_error_everywhere():
         if jax.process_index() == 0:
-            source = opened(config)
+            source = open_at(None)
     commit = gathered(source.revision if source else None)[0]
     with same_error_everywhere():
-        return source or opened(config, commit)
+        return source or open_at(commit)
 
 
-def _check_same_everywhere(source: Source) -> None:
+def check_same_everywhere(source: Source) -> None:
     """Checks that all processes have opened the same checkpoint.
 
     Local copies on several hosts are compared by content, as their modification times differ.
@@ -324,6 +321,11 @@ def window_of(config: Config) -> int:
     elif config.tpu_type is not None:
         window = min(slice_of(config.tpu_type).machine.ram // WINDOW_PART, WINDOW_MOST["tpu"])
     else:
-        most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
-        window = min(machine_memory() // WINDOW_PART, most)
+        return usual_window()
     return max(window, 64 << 20)
+
+
+def usual_window() -> int:
+    """`window_of` this machine, if nothing is said about its memory."""
+    most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
+    return max(min(machine_memory() // WINDOW_PART, most), 64 << 20)

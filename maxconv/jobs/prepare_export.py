@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,14 @@ from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_shares import Shares, planned, shares
-from maxconv.jobs.prepare import STEP_MOST, check_planning, devices_of, opened_by_all, window_of
+from maxconv.jobs.prepare import (
+    STEP_MOST,
+    check_planning,
+    devices_of,
+    opened,
+    opened_by_all,
+    window_of,
+)
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.overread import calls
 from maxconv.planning.plan import Plan
@@ -92,7 +100,7 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
     check_planning(config, writes)
     with same_error_everywhere():
         tree = TreeSource(checkpoint, config.step)
-    with tree, opened_by_all(config) as published:
+    with tree, opened_by_all(partial(opened, config)) as published:
         window = min(gathered(window_of(config)))
         with same_error_everywhere():
             export = _planned(config, tree, published, window)

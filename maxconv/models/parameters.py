@@ -1,10 +1,16 @@
 """The parameters of a MaxText model, bound to the tensors of a checkpoint."""
 
-from maxconv.algebra import AlgebraError, check_covered, unused
+from collections.abc import Mapping
+
+import numpy as np
+
+from maxconv.algebra import AlgebraError, Expr, check_covered, substitute, unused
 from maxconv.errors import UserError
 from maxconv.families import Parameter, bind_rows
+from maxconv.models.canonical_names import rounded
 from maxconv.models.resolve import Model
 from maxconv.models.unlike import without_counterpart
+from maxconv.sources import Source
 
 
 def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter]:
@@ -35,3 +41,26 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
     if problems:
         raise UserError([f"{root}: {p}." for p in problems])
     return bound
+
+
+class Expressions:
+    """What the parameters of a model are, over the tensors of its checkpoint."""
+
+    def __init__(self, model: Model, source: Source):
+        self._model = model
+        self.dtypes = {name: info.dtype for name, info in source.tensors.items()}
+        self._rounded: dict[np.dtype, Mapping[str, Expr]] = {}
+
+    def of(self, parameter: Parameter, to: np.dtype) -> Expr:
+        """The expression of a parameter; weights are rounded to a dtype before it is computed."""
+        if parameter.dtype is not None and np.dtype(parameter.dtype).kind in "iu":  # a table
+            return substitute(parameter.expr, self._model.tensors)
+        return substitute(parameter.expr, self._weights(to))
+
+    def _weights(self, to: np.dtype) -> Mapping[str, Expr]:
+        stored = self._model.tensors
+        if not self._model.rounds:
+            return stored
+        if to not in self._rounded:
+            self._rounded[to] = {n: rounded(x, self.dtypes, to) for n, x in stored.items()}
+        return self._rounded[to]

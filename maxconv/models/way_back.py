@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maxconv.algebra import AlgebraError, Expr, Tensor, invert, substitute, tensors
+from maxconv.algebra import AlgebraError, Expr, Shape, Tensor, invert, substitute, tensors
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
 from maxconv.families import Parameter, Row, paths
@@ -101,9 +101,10 @@ def way_back(
     """
     keeps_fp8 = any(info.dtype.name.startswith("float8") for info in tree.tensors.values())
     plain = published if keeps_fp8 else Unquantised(published)
-    wanted = {**_parts(tree), **(sizes or {})}
+    shapes = {name: info.shape for name, info in tree.tensors.items()}
+    wanted = {**sizes_shown(shapes), **(sizes or {})}
     model = resolve(plain, name, facts, wanted, keeps_fp8, head_differs=_HEAD in tree.tensors)
-    axis = scan_axis if _scans(tree, model.rows) else None
+    axis = scan_axis if is_scanned(shapes, model.rows) else None
     bound = parameters(model, published.root, axis)
     bound, notices = _checked(tree, bound)
     rules = {p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound}
@@ -140,27 +141,30 @@ def _stacks(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterato
         yield from stacks(rules)
 
 
-def _parts(tree: TreeSource) -> dict[str, Any]:
-    """The sizes that the tree shows: of its vocabulary, and which parts of a model it has."""
-    roots = {name.partition(".")[0] for name in tree.tensors}
-    predicted = {name.split(".")[1] for name in tree.tensors if name.startswith("mtp_block.")}
+def sizes_shown(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The sizes that a tree shows: of its vocabulary, and which parts of a model it has.
+
+    `shapes`: of its leaves, by name.
+    """
+    roots = {name.partition(".")[0] for name in shapes}
+    predicted = {name.split(".")[1] for name in shapes if name.startswith("mtp_block.")}
     found: dict[str, Any] = {
         "use_multimodal": "vision_encoder" in roots,
         "use_audio": "audio_encoder" in roots,
         "mtp_num_layers": len({layer for layer in predicted if layer[-1:].isdigit()}),
     }
-    if _TABLE in tree.tensors:
-        found["vocab_size"] = tree.tensors[_TABLE].shape[0]
+    if _TABLE in shapes:
+        found["vocab_size"] = shapes[_TABLE][0]
     return found
 
 
-def _scans(tree: TreeSource, rows: Iterable[Row]) -> bool:
+def is_scanned(names: Iterable[str], rows: Iterable[Row]) -> bool:
     """Whether the layers of a tree are stacked: which of the two sets of names it has."""
-    rows = list(rows)
+    rows, names = list(rows), {*names}
     scanned, unscanned = (
         {path.replace("/", ".") for path in paths(rows, axis)} for axis in (1, None)
     )
-    return len(scanned & tree.tensors.keys()) > len(unscanned & tree.tensors.keys())
+    return len(scanned & names) > len(unscanned & names)
 
 
 def _checked(tree: TreeSource, bound: Iterable[Parameter]) -> tuple[list[Parameter], list[str]]:

@@ -44,7 +44,7 @@ class TreeSource(Source):
         self.item = open_item(_directory(path, step))
         self.root, self.revision, self.config = str(self.item.directory), None, {}
         self.is_shared = True
-        names = dict(_parameters(self.item.arrays))
+        names = dict(weights_of(self.item.arrays))
         if not names:
             raise UserError(
                 f"{self.root} holds no parameters of MaxText, whose names begin with decoder or "
@@ -158,10 +158,22 @@ def _nbytes(info: TensorInfo, chunks: Iterable[tuple[Any, ...]]) -> int:
     return sum(sizes) * info.dtype.itemsize
 
 
+def has_tree(path: str) -> bool:
+    """Whether there is a checkpoint that Orbax saved, in a directory or a bucket."""
+    is_name = "://" not in path and not epath.Path(path).exists()
+    if is_name or path.startswith("hf://"):
+        return False
+    return any(find_items(run) for run in _runs(epath.Path(path)))
+
+
+def _runs(place: epath.Path) -> list[epath.Path]:
+    return [place, place / "checkpoints"]
+
+
 def _directory(path: str, step: int | None) -> epath.Path:
     """The tree of parameters at a path: of a run, of a step, or the tree itself."""
     place = epath.Path(path)
-    runs = [place, place / "checkpoints"]
+    runs = _runs(place)
     if step is not None:
         runs = [run / str(step) for run in runs]
     for run in runs:
@@ -179,8 +191,11 @@ def _directory(path: str, step: int | None) -> epath.Path:
     )
 
 
-def _parameters(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The name in MaxText's tree, and the stored one, of each array that is a parameter."""
+def weights_of(arrays: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The name in MaxText's tree, and the given one, of each array that is a parameter.
+
+    `arrays`: names as in Orbax' metadata, such as `params.params.decoder.layers.mlp.wi_0.kernel`.
+    """
     ranks: dict[str, int] = {}
     for stored in arrays:
         parts = stored.split(".")

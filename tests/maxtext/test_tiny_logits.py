@@ -7,6 +7,7 @@ runs every model with its layers one by one, too.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -105,20 +106,48 @@ def test_maxtext_says_what_transformers_says(name: str, scan: bool, tmp_path: Pa
         assert difference <= tolerance, kind
 
 
+FROM_HUGGING_FACE = """
+import sys
+from maxconv import maxtext
+maxtext.install()
+from absl import app
+from maxtext.trainers.pre_train import train
+app.run(train.main, argv=["train", *sys.argv[1:]])
+"""
+
+
 def test_the_printed_command_trains(tmp_path: Path) -> None:
-    """The real trainer takes it; that its arguments give the right logits is tested above."""
+    """The real trainer takes it; that its arguments give the right logits is tested above.
+
+    From the checkpoint of Hugging Face itself it trains the same, without one on disk.
+    """
     name = "gemma3-4b+64"
-    command = converted(told.write(name, tmp_path / "hf", "float32"), tmp_path / "out", True)
-    run(
-        *("-m", "maxtext.trainers.pre_train.train", *command),
-        *("run_name=tiny", f"base_output_directory={tmp_path / 'run'}", "steps=2"),
-        *("dataset_type=synthetic", "per_device_batch_size=1", "max_target_length=32"),
-        *("hardware=cpu", "skip_jax_distributed_system=True", "attention=dot_product"),
-        *("enable_checkpointing=false", "jax_cache_dir=", "opt_type=sgd"),
-        env={
-            "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
-            "XLA_FLAGS": load_logits.XLA_FLAGS,
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-        },
-    )
+    model = told.write(name, tmp_path / "hf", "float32")
+    command = converted(model, tmp_path / "out", True)
+    here = [word for word in command if not word.startswith("load_parameters_path=")]
+    here += [f"load_parameters_path={model}", "source_checkpoint_layout=safetensors_dynamic"]
+    programs = {
+        "converted": ("-m", "maxtext.trainers.pre_train.train", *command),
+        "loaded": ("-c", FROM_HUGGING_FACE, *here),
+    }
+    losses = {}
+    for kind, program in programs.items():
+        metrics = tmp_path / f"{kind}.jsonl"
+        run(
+            *program,
+            *("run_name=tiny", f"base_output_directory={tmp_path / kind}", "steps=2"),
+            *("dataset_type=synthetic", "per_device_batch_size=1", "max_target_length=32"),
+            *("hardware=cpu", "skip_jax_distributed_system=True", "attention=dot_product"),
+            *("enable_checkpointing=false", "jax_cache_dir=", "opt_type=sgd"),
+            f"metrics_file={metrics}",
+            env={
+                "JAX_DEFAULT_PRNG_IMPL": "unsafe_rbg",
+                "XLA_FLAGS": load_logits.XLA_FLAGS,
+                "JAX_PLATFORMS": "cpu",
+                "HF_HUB_OFFLINE": "1",
+            },
+        )
+        lines = map(json.loads, metrics.read_text().splitlines())
+        losses[kind] = [line["learning/loss"] for line in lines]
+    assert len(losses["converted"]) == 2
+    assert losses["loaded"] == losses["converted"]

@@ -1,0 +1,343 @@
+"""Loads a checkpoint into arrays of the caller's process, in the shardings that the caller wants.
+
+A library: it starts and ends nothing, prints nothing, and raises its errors, the same on all
+processes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeGuard
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from maxconv.algebra import Expr, Tensor
+from maxconv.config import model_facts, parse
+from maxconv.config.paths import read_path
+from maxconv.config.tables import known_models
+from maxconv.errors import UserError
+from maxconv.execution.engine import Engine
+from maxconv.jobs.leaves import conversion_leaves
+from maxconv.jobs.prepare import (
+    STEP_MOST,
+    check_same_everywhere,
+    head_differs,
+    opened_by_all,
+    usual_window,
+)
+from maxconv.models.canonical_names import FP8
+from maxconv.models.parameters import Expressions, parameters
+from maxconv.models.resolve import resolve
+from maxconv.models.way_back import ROOT, is_scanned, sizes_shown
+from maxconv.planning.plan import Leaf, Plan, make_plan
+from maxconv.processes.agreement import agree, gathered, same_error_everywhere
+from maxconv.sources import Source, open_source
+from maxconv.sources.safetensors import some
+from maxconv.sources.trees import TreeSource, has_tree, weights_of
+
+Layout = Literal["maxtext", "hf"]
+Path = tuple[str | int, ...]
+
+
+def abstract(
+    model: str,
+    *,
+    mesh: Mesh,
+    scan_layers: bool = True,
+    param_scan_axis: int = 1,
+    dtype: Any = "bfloat16",
+    rules: Sequence[Any] | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """MaxText's parameters of a model as shapes, dtypes and shardings; no weights are read.
+
+    Args:
+        model: MaxText's model_name, such as "qwen3-4b", or a checkpoint of Hugging Face: a
+            directory, gs://bucket/path, or org/name on the Hub. Only its headers are read.
+        mesh: over which the parameters are sharded.
+        scan_layers, param_scan_axis: as in MaxText: whether layers are stacked, and where.
+        dtype: of weights; some parameters have one of their own.
+        rules: MaxText's logical_axis_rules; default: those of its base.yml. Mesh axes that the
+            mesh does not have are left out.
+        token, revision: for the Hub.
+        sizes: MaxText's arguments that change the model, such as use_multimodal=True.
+
+    Returns:
+        The tree `{"params": {"decoder": ...}}` of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        UserError: with everything that does not match.
+    """
+    name = model if model in known_models() else None
+    facts = model_facts(name)
+    path = facts["hf_id"] if facts else read_path(model)
+    with opened_by_all(partial(_open, path, token, revision)) as source:
+        differs = head_differs(source, name)
+        with same_error_everywhere():
+            resolved = resolve(source, name, facts, sizes, np.dtype(dtype) == FP8, differs)
+            rules = parse(()).logical_axis_rules if rules is None else rules
+            axis = param_scan_axis if scan_layers else None
+            leaves, _ = conversion_leaves(source, resolved, mesh, rules, axis, dtype)
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        *above, last = leaf.name.split(".")[1:]
+        inner = tree
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[last] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return tree
+
+
+def load(source: str, abstract: Any, **options: Any) -> Any:
+    """Loads a checkpoint as `abstract` describes it.
+
+    Args:
+        source: a checkpoint of Hugging Face (a directory, gs://bucket/path, or org/name on the
+            Hub) or of MaxText (what `maxconv convert` or a trainer wrote).
+        abstract: a pytree of `jax.ShapeDtypeStruct` or of arrays: dictionaries, a flax TrainState's
+            params, an `nnx.State`. Which parameters are loaded, their dtypes and their shardings
+            are taken from it; a mesh may have any axes, Auto or Explicit.
+        options: see `stream`.
+
+    Returns:
+        The same pytree, of `jax.Array`.
+
+    Raises:
+        UserError: with everything that does not match; nothing was loaded.
+        RetryableError: a server fails.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    order = {_plain(path): i for i, (path, _) in enumerate(leaves)}
+    loaded: list[Any] = [None] * len(leaves)
+    for path, array in stream(source, abstract, **options):
+        loaded[order[path]] = array
+    return jax.tree_util.tree_unflatten(tree, loaded)
+
+
+def stream(
+    source: str,
+    abstract: Any,
+    *,
+    layout: Layout = "maxtext",
+    param_scan_axis: int = 1,
+    donate: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    window: int | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> Iterator[tuple[Path, jax.Array]]:
+    """Loads a checkpoint array by array, in the order in which it is read best.
+
+    All processes must take the same arrays. An array lives as long as the caller keeps it; what is
+    read ahead is at most half of the window.
+
+    Args:
+        source, abstract: see `load`.
+        layout: "maxtext", or "hf" for tensors under the names and with the shapes that they have
+            in the checkpoint of Hugging Face.
+        param_scan_axis: as in MaxText: where layers are stacked, if they are.
+        donate: `abstract` holds arrays to be replaced; each is deleted before its successor is
+            made.
+        progress: is called with the bytes that were made so far and those of all.
+        window: bytes of host memory that this process may use; default: as in a conversion.
+        token, revision: for the Hub.
+
+    Yields:
+        The path of each leaf of `abstract`, such as `("params", "decoder", ...)`, and its array.
+    """
+    leaves = [(_plain(path), leaf) for path, leaf in _flat(abstract)]
+    with opened_by_all(partial(_open, read_path(source), token, revision)) as opened:
+        check_same_everywhere(opened)
+        most = min(gathered(window or usual_window()))
+        with same_error_everywhere():
+            wanted = _wanted(leaves, layout)
+        made = _maker(opened, wanted, layout, param_scan_axis)
+        with same_error_everywhere():
+            plans = [*_plans(opened, wanted, made, most)]
+        agree({"the plan": [plan.digest for plan in plans]}, "load the same on all of them")
+        total, done = sum(plan.output_nbytes for plan in plans), 0
+        for name, array in _made(plans, opened, most, wanted if donate else {}):
+            one, done = wanted[name], done + array.nbytes
+            yield one.path, _with_sharding(array, one.sharding)
+            if progress is not None:
+                progress(done, total)
+
+
+def _made(
+    plans: Iterable[Plan], source: Source, window: int, replaced: Mapping[str, "_Wanted"]
+) -> Iterator[tuple[str, jax.Array]]:
+    """The leaves of plans with their names; those that they replace are deleted before."""
+    together = same_error_everywhere if jax.process_count() > 1 else nullcontext
+    for plan in plans:
+        with Engine(plan, source, window, together=together) as engine:
+            for group in plan.groups:
+                names = [planned.name for planned, _ in group]
+                for old in (replaced[name].leaf for name in names if name in replaced):
+                    if isinstance(old, jax.Array):
+                        old.delete()
+                arrays = engine.make_slabs([slab for _, slab in group])
+                while names:
+                    yield names.pop(0), arrays.pop(0)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A leaf to load: its place in the caller's tree, what is there, and the sharding it gets."""
+
+    path: Path
+    leaf: Any
+    sharding: NamedSharding | SingleDeviceSharding
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.leaf.dtype)
+
+
+def _flat(abstract: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(abstract)[0]
+
+
+def _plain(path: Iterable[Any]) -> Path:
+    """A path without the types of JAX' keys."""
+    return tuple(
+        getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path
+    )
+
+
+def _open(path: str, token: str | None, revision: str | None, commit: str | None = None) -> Source:
+    if has_tree(path):
+        return TreeSource(path)
+    return open_source(path, revision, token, commit=commit)
+
+
+def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, _Wanted]:
+    """What is to be loaded, by its name in the checkpoint.
+
+    Raises:
+        UserError: with every leaf that has no name there, or no sharding.
+    """
+    dotted = {".".join(map(str, path)): (path, leaf) for path, leaf in leaves}
+    names = {name: name for name in dotted} if layout == "hf" else dict(weights_of(dotted))
+    if lost := sorted(dotted.keys() - names.values()):
+        raise UserError(
+            f"abstract has {some(lost)}, which are no parameters of MaxText; give its parameters "
+            "alone."
+        )
+    found: dict[str, _Wanted] = {}
+    problems: list[str] = []
+    for name, at in names.items():
+        path, leaf = dotted[at]
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None and jax.process_count() == 1:
+            sharding = SingleDeviceSharding(jax.devices()[0])
+        if _has_devices(sharding):
+            found[name] = _Wanted(path, leaf, sharding)
+        else:
+            problems.append(
+                f"{at} has the sharding {sharding}; give it a NamedSharding over devices."
+            )
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _has_devices(sharding: Any) -> TypeGuard[NamedSharding | SingleDeviceSharding]:
+    if isinstance(sharding, NamedSharding):
+        return isinstance(sharding.mesh, Mesh)
+    return isinstance(sharding, SingleDeviceSharding)
+
+
+def _maker(
+    source: Source, wanted: Mapping[str, _Wanted], layout: Layout, scan_axis: int
+) -> Callable[[str, np.dtype], Expr]:
+    """What each array is over the tensors of a checkpoint, given its name and its dtype.
+
+    Raises:
+        UserError: the checkpoint has not what is wanted.
+    """
+    differs = False
+    if layout == "maxtext" and not isinstance(source, TreeSource):
+        differs = head_differs(source, None)
+    with same_error_everywhere():
+        if layout == "hf" and isinstance(source, TreeSource):
+            raise UserError(
+                f'{source.root} is a checkpoint of MaxText, which layout="hf" does not read; '
+                "export it first."
+            )
+        if layout == "hf" or isinstance(source, TreeSource):
+            _check_names(source.root, wanted, source.tensors)
+            tensors = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
+            return lambda name, dtype: tensors[name]
+        shapes = {name: one.leaf.shape for name, one in wanted.items()}
+        keeps_fp8 = any(one.dtype == FP8 for one in wanted.values())
+        sizes = sizes_shown(shapes)
+        model = resolve(source, None, None, sizes, keeps_fp8, head_differs=differs)
+        axis = scan_axis if is_scanned(shapes, model.rows) else None
+        bound = {p.name.removeprefix(ROOT): p for p in parameters(model, source.root, axis)}
+        _check_names(source.root, wanted, bound)
+        expressions = Expressions(model, source)
+        return lambda name, dtype: expressions.of(bound[name], FP8 if keeps_fp8 else dtype)
+
+
+def _check_names(root: str, wanted: Iterable[str], there: Iterable[str]) -> None:
+    if lost := sorted({*wanted} - {*there}):
+        raise UserError(f"{root} has no {some(lost)}; leave them out of abstract.")
+
+
+def _plans(
+    source: Source,
+    wanted: Mapping[str, _Wanted],
+    made: Callable[[str, np.dtype], Expr],
+    window: int,
+) -> Iterator[Plan]:
+    """A plan for each mesh.
+
+    Raises:
+        UserError: with every leaf that has another shape.
+    """
+    problems: list[str] = []
+    meshes: dict[Mesh, list[Leaf]] = {}
+    for name, one in wanted.items():
+        expr, (mesh, sharding) = made(name, one.dtype), _named(one.sharding)
+        if expr.shape != tuple(one.leaf.shape):
+            problems.append(
+                f"{name} has shape {tuple(one.leaf.shape)} in abstract, but {expr.shape} in "
+                f"{source.root}."
+            )
+        meshes.setdefault(mesh, []).append(Leaf(name, expr, one.dtype, sharding))
+    if problems:
+        raise UserError(problems)
+    budget = min(window // 8, STEP_MOST)
+    for mesh, leaves in meshes.items():
+        yield make_plan(leaves, source.tensors, mesh, budget, math.inf)
+
+
+def _named(sharding: NamedSharding | SingleDeviceSharding) -> tuple[Mesh, NamedSharding]:
+    """The sharding as the engine takes it, over a mesh whose axes are Auto; and that mesh."""
+    if isinstance(sharding, NamedSharding):
+        assert isinstance(sharding.mesh, Mesh)
+        mesh, spec = Mesh(sharding.mesh.devices, sharding.mesh.axis_names), sharding.spec
+    else:
+        mesh, spec = Mesh(np.array([*sharding.device_set]), ("device",)), PartitionSpec()
+    return mesh, NamedSharding(mesh, spec)
+
+
+def _with_sharding(array: jax.Array, sharding: NamedSharding | SingleDeviceSharding) -> jax.Array:
+    """The array with the caller's own sharding, which divides it alike; nothing is copied."""
+    shards = [shard.data for shard in array.addressable_shards]
+    same = jax.make_array_from_single_device_arrays(array.shape, _on_devices(sharding), shards)
+    return same if same.sharding == sharding else jax.device_put(same, sharding)
+
+
+def _on_devices(sharding: NamedSharding | SingleDeviceSharding) -> jax.sharding.Sharding:
+    """The sharding in the devices' default memory, where arrays are made."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, sharding.spec)
+    (device,) = sharding.device_set
+    return SingleDeviceSharding(device)
