@@ -74,7 +74,7 @@ def shares(
         else:
             made, sharding = made_by_all(stack, way, mesh, stored)
         name = stack.names[0]
-        leaf = Leaf(name, made.expr, narrow(dtypes[name]), sharding)
+        leaf = Leaf(name, made.expr, narrow(dtypes[name]), sharding, made.apart)
         (by_one if way.axis is None else by_all).append(leaf)
         found[name] = made
         for tensor, place in zip(stack.names, np.ndindex(*stack.leading), strict=True):
