@@ -49,6 +49,12 @@ class Made:
         rank = len(self.stack.leading)
         return [rank + i + sum(n > 1 for n in self.cuts[: i + 1]) for i in range(len(self.cuts))]
 
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """The axes of the numbers of parts."""
+        pairs = zip(self.axes, self.cuts, strict=True)
+        return tuple(axis - 1 for axis, n in pairs if n > 1)
+
     def parts(self, box: Box) -> Iterator[tuple[str, tuple[Any, ...], Box]]:
         """For a box of the array: each tensor in it, the index of what is its in the box, and the
         box of the tensor."""

@@ -81,7 +81,7 @@ def shares(
         else:
             made, sharding = made_by_all(stack, way, mesh, stored)
         name = stack.names[0]
-        leaf = Leaf(name, made.expr, narrow(dtypes[name]), sharding)
+        leaf = Leaf(name, made.expr, narrow(dtypes[name]), sharding, made.apart)
         (by_one if way.axis is None else by_all).append(leaf)
         found[name] = made
         for tensor, place in zip(stack.names, np.ndindex(*stack.leading), strict=True):
@@ -116,10 +116,14 @@ def planned(shares: Shares, stored: Mapping[str, TensorInfo], budget: int, slab:
         budget: of a step, in bytes per process, as far as chunks allow.
         slab: most bytes of a slab, per process.
     """
-    most = max([budget, *(_chunk_nbytes(leaf, stored) for leaf in shares.by_all)])
-    leaves = make_plan(shares.by_all, stored, shares.mesh, most, slab).leaves
-    leaves += make_plan(shares.by_one, stored, shares.mesh, budget, slab).leaves
-    return Plan(shares.mesh, leaves, stored)
+    alike: dict[frozenset[str], list[Leaf]] = {}
+    for leaf in shares.by_all:
+        alike.setdefault(frozenset(leaf.tensors), []).append(leaf)
+    made = make_plan(shares.by_one, stored, shares.mesh, budget, slab).leaves
+    for leaves in reversed(alike.values()):
+        most = max([budget, *(_chunk_nbytes(leaf, stored) for leaf in leaves)])
+        made = make_plan(leaves, stored, shares.mesh, most, slab).leaves + made
+    return Plan(shares.mesh, made, stored)
 
 
 def _chunk_nbytes(leaf: Leaf, stored: Mapping[str, TensorInfo]) -> int:

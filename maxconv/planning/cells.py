@@ -159,6 +159,7 @@ def steps(
     dtype: np.dtype,
     to: NamedSharding,
     budget: int,
+    apart: tuple[int, ...] = (),
 ) -> list[Step]:
     """The steps that make a leaf, in order.
 
@@ -167,15 +168,16 @@ def steps(
         stored: how the tensors are stored, by name.
         dtype, to: dtype and sharding of the leaf.
         budget: maximum `Recipe.cost` of a step, in bytes; larger cells are made in slices.
+        apart: axes along which a step makes one place.
     """
     found = []
     cells = placed_cells(expr, stored)
 
     def at_once(first: PlacedCell, axis: int, most: int) -> int:
-        return _at_once(Cell(*first.kind, expr.shape, dtype, to), axis, most, budget)
+        return _at_once(Cell(*first.kind, expr.shape, dtype, to, apart), axis, most, budget)
 
     for lanes, offset, group in with_neighbours(in_lanes(cells, expr.shape, to), to, at_once):
-        made = Cell(*group[0].kind, expr.shape, dtype, to)
+        made = Cell(*group[0].kind, expr.shape, dtype, to, apart)
         names = [cell.names for cell in group]
         found += _steps_of(made, lanes, offset, names, budget)
     return found

@@ -27,13 +27,14 @@ from maxconv.sources import TensorInfo
 class Leaf:
     """An array to make: its name in the target, its dtype and its sharding.
 
-    `expr` computes it from the tensors of a source.
+    `expr` computes it from the tensors of a source. Along the axes `apart`, a step makes one place.
     """
 
     name: str
     expr: Expr
     dtype: np.dtype
     sharding: NamedSharding
+    apart: tuple[int, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -214,7 +215,7 @@ def make_plan(
     sharing = Counter(leaf.tensors for leaf in leaves)
     planned = []
     for leaf in leaves:
-        made = steps(leaf.expr, stored, leaf.dtype, leaf.sharding, budget)
+        made = steps(leaf.expr, stored, leaf.dtype, leaf.sharding, budget, leaf.apart)
         limit = slab / sharing[leaf.tensors]
         parts = slabs(made, leaf.shape, leaf.dtype, leaf.sharding, limit)
         planned.append(LeafPlan(leaf, parts))

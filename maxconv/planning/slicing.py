@@ -1,5 +1,6 @@
 """Cuts cells that are too large into slices, so that each tensor is read evenly, in long runs."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,13 +16,17 @@ from maxconv.planning.placement import crossing, shards
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell without tensor names, and the leaf that it belongs to."""
+    """A cell without tensor names, and the leaf that it belongs to.
+
+    Along the axes `apart`, only one place is made at once.
+    """
 
     expr: Expr
     stored: tuple[Stored, ...]
     shape: Shape
     dtype: np.dtype
     to: NamedSharding
+    apart: tuple[int, ...] = ()
 
 
 _TRIED = 3  # numbers of slices of an axis, where the best one is not even
@@ -52,7 +57,8 @@ def slices_of(cell: Cell, excess: float, lanes: int | None) -> tuple[Cut, ...]:
     Only axes along which every read is cut evenly are used; preferably one that keeps runs in the
     file long. Tensors in chunks are cut along several, between the chunks as long as that helps.
     """
-    cuts: dict[int, Cut] = {}
+    cuts = {axis: Cut(axis, 1, 1) for axis in cell.apart if cell.expr.shape[axis] > 1}
+    excess /= math.prod(cell.expr.shape[axis] for axis in cuts)
     in_chunks = any(stored.chunk for stored in cell.stored)
     ways = (True, False) if in_chunks else (False,)
     if in_chunks and crossing(cell.to):

@@ -155,8 +155,9 @@ class TreeSource(Source):
         return self._arrays[name]
 
     def held(self, ahead: int) -> int:
-        """TensorStore decodes into memory of its own."""
-        return ahead
+        """TensorStore decodes whole chunks into memory of its own, and keeps what it is told to."""
+        largest = max(info.chunk_nbytes for info in self.tensors.values())
+        return self._keeps + 2 * max(ahead, largest)  # compressed and decoded
 
     def close(self) -> None:
         self._arrays.clear()

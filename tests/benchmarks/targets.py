@@ -58,9 +58,11 @@ TARGETS = (
 )
 
 
-def rows(model: str, gib: float, figures: Figures) -> list[list[str]]:
+def rows(
+    model: str, gib: float, figures: Figures, targets: Iterable[Target] = TARGETS
+) -> list[list[str]]:
     """A row for each target that is one of a model of that size."""
-    held = (target for target in TARGETS if target.models[0] <= gib < target.models[1])
+    held = (target for target in targets if target.models[0] <= gib < target.models[1])
     return [target.row(model, figures) for target in held]
 
 
