@@ -4,7 +4,7 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from maxconv.algebra import (
 )
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
-from maxconv.families import number_after
+from maxconv.families import Parameter, number_after
 from maxconv.families.dims import DECODER_LAYERS
 from maxconv.models import tree_sizes
 from maxconv.models.codecs import decoded
@@ -126,37 +126,40 @@ def way_back(
     if problems := [*tree_sizes.differences(tree.tensors, bound, tree.root, published.root)]:
         raise UserError(problems)
     constants = sorted(p.name.removeprefix(ROOT) for p in bound if not p.tensors)
-    rules = {
-        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
-    }
-    try:
-        back = invert(rules)
-    except AlgebraError as error:
-        lines = str(error).splitlines()
-        raise UserError([f"{published.root}: {line}." for line in lines]) from None
+    back = _inverted(model, bound, published.root)
+    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
     stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
     as_stored = {} if _codecs(plain) else published.tensors
     left = sorted(
         n for n in plain.tensors.keys() - back.keys() if not _is_beyond(stored.get(n, n), model)
     )
     copied = tuple(n for n in left if n in as_stored and stored.get(n, n) != HEAD)
-    left_out = tuple(sorted({*left} - {*copied}))
-    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
     cut = {tensor: expr for tensor, expr in back.items() if _is_longer(expr)}
     back |= {n: _completed(n, expr) for n, expr in cut.items() if n in as_stored}
-    told = (*plain.notices, *_notices(model, constants, cut, as_stored, bool(_codecs(plain))))
+    told = _notices(model, constants, cut, as_stored, bool(_codecs(plain)))
     return WayBack(
-        model,
-        back,
-        tuple(_stacks(back, dtypes)),
-        dtypes,
-        keeps_fp8,
-        copied,
-        tuple(n for n in cut if n in as_stored),
-        left_out,
-        axis,
-        told,
+        model=model,
+        rules=back,
+        stacks=tuple(_stacks(back, dtypes)),
+        dtypes=dtypes,
+        keeps_fp8=keeps_fp8,
+        copied=copied,
+        completed=tuple(n for n in cut if n in as_stored),
+        left_out=tuple(sorted({*left} - {*copied})),
+        scan_axis=axis,
+        notices=(*plain.notices, *told),
     )
+
+
+def _inverted(model: Model, bound: Iterable[Parameter], root: str) -> dict[str, Expr]:
+    """Each tensor, over the leaves of the tree."""
+    rules = {
+        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
+    }
+    try:
+        return invert(rules)
+    except AlgebraError as error:
+        raise UserError([f"{root}: {line}." for line in str(error).splitlines()]) from None
 
 
 def _model(
