@@ -4,7 +4,7 @@ The rules are the family's table, inverted. Names, shapes and dtypes are those o
 Hugging Face: the model as it was published, or the one that was converted.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from maxconv.algebra import (
 )
 from maxconv.algebra.together import Stack, stacks
 from maxconv.errors import UserError
-from maxconv.families import number_after
+from maxconv.families import Parameter, number_after
 from maxconv.families.dims import DECODER_LAYERS
 from maxconv.models import tree_sizes
 from maxconv.models.architecture import family_of
@@ -114,14 +114,8 @@ def way_back(
     if problems := [*tree_sizes.differences(leaves, bound, tree.root, published.root)]:
         raise UserError(problems)
     constants = sorted(p.name.removeprefix(ROOT) for p in bound if not p.tensors)
-    rules = {
-        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
-    }
-    try:
-        back = invert(rules)
-    except AlgebraError as error:
-        lines = str(error).splitlines()
-        raise UserError([f"{published.root}: {line}." for line in lines]) from None
+    back = _inverted(model, bound, published.root)
+    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
     stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
     left = sorted(
         n for n in plain.tensors.keys() - back.keys() if not _is_beyond(stored.get(n, n), model)
@@ -129,28 +123,36 @@ def way_back(
     whole = {n for n, x in plain.weights.items() if isinstance(x, Tensor) and not plain.codecs}
     copied = tuple(n for n in left if n in whole and stored.get(n, n) != HEAD)
     origins = {name: next(tensors(weight)).name for name, weight in plain.weights.items()}
-    dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
     cut = {tensor: expr for tensor, expr in back.items() if _is_longer(expr)}
-    told = (*plain.notices, *_notices(model, constants, cut, whole, bool(plain.codecs)))
+    told = [*plain.notices, *_notices(model, constants, cut, whole, bool(plain.codecs))]
     if len(leaves) < len(tree.tensors):
-        rank, alpha = scaling_of(tree, lora or {})
-        merged = merged_kernels(tree, model.rows, axis, alpha / rank)
-        back = {name: _with(merged, expr) for name, expr in back.items()}
-        told = (*told, "the LoRA adapter of MaxText is merged into the weights")
+        back = _adapted(back, tree, model, axis, lora or {})
+        told.append("the LoRA adapter of MaxText is merged into the weights")
     back |= {n: _completed(origins[n], back[n]) for n in cut if n in whole}
     return WayBack(
-        model,
-        back,
-        tuple(stacked(back, dtypes)),
-        dtypes,
-        keeps_fp8,
-        copied,
-        origins,
-        tuple(origins[n] for n in cut if n in whole),
-        tuple(sorted({*left} - {*copied})),
-        axis,
-        told,
+        model=model,
+        rules=back,
+        stacks=tuple(stacked(back, dtypes)),
+        dtypes=dtypes,
+        keeps_fp8=keeps_fp8,
+        copied=copied,
+        origins=origins,
+        completed=tuple(origins[n] for n in cut if n in whole),
+        left_out=tuple(sorted({*left} - {*copied})),
+        scan_axis=axis,
+        notices=tuple(told),
     )
+
+
+def _inverted(model: Model, bound: Iterable[Parameter], root: str) -> dict[str, Expr]:
+    """Each tensor, over the leaves of the tree."""
+    rules = {
+        p.name.removeprefix(ROOT): substitute(p.expr, model.tensors) for p in bound if p.tensors
+    }
+    try:
+        return invert(rules)
+    except AlgebraError as error:
+        raise UserError([f"{root}: {line}." for line in str(error).splitlines()]) from None
 
 
 def _model(
@@ -238,9 +240,20 @@ def _notices(
         yield "weights are written in bfloat16, not quantised as they were published"
 
 
-def _with(merged: Mapping[str, Expr], expr: Expr) -> Expr:
-    """An expression over kernels that an adapter is merged into."""
-    return map_tensors(expr, lambda leaf: merged.get(leaf.name, leaf), apply)
+def _adapted(
+    back: Mapping[str, Expr],
+    tree: Tree,
+    model: Model,
+    axis: int | None,
+    said: Mapping[str, float | None],
+) -> dict[str, Expr]:
+    """Tensors over kernels that the adapter in the tree is merged into."""
+    rank, alpha = scaling_of(tree, said)
+    merged = merged_kernels(tree, model.rows, axis, alpha / rank)
+    return {
+        name: map_tensors(expr, lambda leaf: merged.get(leaf.name, leaf), apply)
+        for name, expr in back.items()
+    }
 
 
 def stacked(back: Mapping[str, Expr], dtypes: Mapping[str, np.dtype]) -> Iterator[Stack]:

@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in (".", "maxtext")]
 
 import tiny  # noqa: E402
-import told  # noqa: E402
+import told  # noqa: E402  # pyright: ignore[reportMissingImports]
 from jobs import CPU, MESHES  # noqa: E402
 from test_export import export  # noqa: E402
 
 from maxconv.config import parse  # noqa: E402
 from maxconv.jobs import convert  # noqa: E402
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 # Kernels take sizes that are multiples of 16 bytes, which those of tiny models are not.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
