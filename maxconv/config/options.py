@@ -41,8 +41,11 @@ EXPORTED: Mapping[str, str] = {
     "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
     "repository of model_name",
     "param_scan_axis": "axis along which the checkpoint's layers are stacked. Default: 1",
+    "resume": "continue an interrupted export to a directory, or start if there is none to "
+    "continue",
     "save_dtype": "dtype of all floating-point tensors: bfloat16 or float32. Default: the "
     "published one of each tensor",
+    "trace": "file to write a timeline of the export to; open it with ui.perfetto.dev",
     "verify": "how much of the result to read back and compare with the checkpoint: none, sample "
     "or full. Default: sample",
 }
@@ -80,7 +83,7 @@ OPTIONS: Mapping[str, Option] = {
         bool,
         False,
         "continue an interrupted conversion, or start if there is none to continue",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "verify": Option(
         str,
@@ -156,7 +159,7 @@ OPTIONS: Mapping[str, Option] = {
         str,
         None,
         "file to write a timeline of the conversion to; open it with ui.perfetto.dev",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "tpu_type": Option(
         str,

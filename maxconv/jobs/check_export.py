@@ -26,7 +26,6 @@ from maxconv.jobs.witness import (
 )
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
-from maxconv.sources import LocalSource
 
 if TYPE_CHECKING:
     from maxconv.jobs.prepare_export import Export
@@ -43,7 +42,7 @@ def check(export: "Export", reporter: Reporter) -> None:
     started = time.monotonic()
     problems: list[str] = []
     count = nbytes = 0
-    with liveness.all_or_none(), LocalSource(export.directory) as written:
+    with liveness.all_or_none(), export.target.opened() as written:
         for name, boxes in _share(export):
             expr, info = export.back.rules[name], written.tensors[name]
             for box in boxes:
@@ -58,7 +57,7 @@ def check(export: "Export", reporter: Reporter) -> None:
             count += 1
         told = gathered([count, nbytes, problems[:_MOST_PROBLEMS]])
     if every := [problem for _, _, found in told for problem in found]:
-        raise VerificationError(str(export.directory), every)
+        raise VerificationError(export.target.place, every)
     done, total = (sum(said[i] for said in told) for i in range(2))
     reporter.compared(done, len(export.back.rules), total, time.monotonic() - started)
 

@@ -95,7 +95,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     if config.compile and config.tpu_type is None:
         raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
     with same_error_everywhere():
-        _check_outputs(config)
+        check_outputs(config)
     with opened_by_all(config) as source:
         _check_same_everywhere(source)
         window = min(gathered(window_of(config)))  # hosts may differ, plans may not
@@ -118,7 +118,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         yield job
 
 
-def _check_outputs(config: Config) -> None:
+def check_outputs(config: Config) -> None:
     """Raises UserError if an output file, such as a report, must not be written."""
     index, count = jax.process_index(), jax.process_count()
     trace = config.trace and of_process(config.trace, index, count)

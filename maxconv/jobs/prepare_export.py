@@ -4,11 +4,9 @@ import copy
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
-from maxconv.jobs.prepare import STEP_MOST, opened_by_all, window_of
+from maxconv.jobs.prepare import STEP_MOST, check_outputs, opened_by_all, window_of
 from maxconv.models.way_back import WayBack, way_back
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
@@ -26,8 +24,9 @@ from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
 from maxconv.targets import shards
-from maxconv.targets.shards import File, Tensor
-from maxconv.text import size
+from maxconv.targets.export_directory import DirectoryExport
+from maxconv.targets.export_target import ExportTarget
+from maxconv.targets.shards import Contents, File, Tensor
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 
@@ -43,6 +42,7 @@ class Export:
         stacks: by the name of their leaf in the plan.
         files: that will be written, by all processes.
         others: the contents of the small files beside them.
+        target: where they go.
     """
 
     config: Config
@@ -55,15 +55,12 @@ class Export:
     others: Mapping[str, bytes]
     notices: tuple[str, ...]
     window: int
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.base_output_directory)
+    target: ExportTarget
 
     @property
     def mine(self) -> list[File]:
         """The files of this process."""
-        return [file for file in self.files if file.process == jax.process_index()]
+        return self.target.mine
 
 
 @contextmanager
@@ -83,8 +80,9 @@ def prepared(config: Config, checkpoint: str) -> Iterator[Export]:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
         with same_error_everywhere():
-            if jax.process_index() == 0 and (found := _problems(export)):
-                raise UserError(found)
+            check_outputs(config)
+            _check_not_itself(export)
+        export.target.check()
         yield export
 
 
@@ -107,7 +105,20 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
     others, changes = _others(published, back, to)
     notices = (*published.notices, *back.notices, *_absent(published, back), *changes)
     stacks = {stack.names[0]: stack for stack in back.stacks}
-    return Export(config, tree, published, back, plan, stacks, files, others, notices, window)
+    target = _target(config, Contents(files, others))
+    return Export(
+        config, tree, published, back, plan, stacks, files, others, notices, window, target
+    )
+
+
+def _target(config: Config, contents: Contents) -> ExportTarget:
+    """Where the export goes."""
+    where = config.base_output_directory
+    if "://" in where:
+        raise UserError(
+            f"{where} is not supported; give a directory, gs://bucket/path or hf://org/name."
+        )
+    return DirectoryExport(where, contents, config.overwrite)
 
 
 def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:
@@ -194,21 +205,10 @@ def _others(
     return contents, changes
 
 
-def _problems(export: Export) -> list[str]:
-    """Everything that prevents writing there, in sentences."""
-    directory, given = export.directory, export.config.base_output_directory
-    if "://" in given:
-        return [f"{given} is not a directory; export to one, and copy it there."]
-    if os.path.realpath(export.published.root) == os.path.realpath(directory):
-        return [f"{directory} is the model that names are taken from; name another directory."]
-    nearest = next(path for path in (directory, *directory.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        return [f"{nearest} is not a directory that can be written to; name another one."]
-    names = (*shards.weights(directory), *export.others, *(file.name for file in export.files))
-    there = [name for name in names if (directory / name).exists()]
-    if there and not export.config.overwrite:
-        return [f"{directory} holds {there[0]}; add --overwrite to replace it, or name another."]
-    needed = sum(file.nbytes for file in export.files)
-    if (free := shutil.disk_usage(nearest).free) < needed:
-        return [f"{nearest} has {size(free)} free, but the export needs {size(needed)}."]
-    return []
+def _check_not_itself(export: Export) -> None:
+    """Raises UserError if the export would replace the model that its names are taken from."""
+    where, model = export.target.place, export.published.root
+    if where == model or (
+        "://" not in where and os.path.realpath(where) == os.path.realpath(model)
+    ):
+        raise UserError(f"{where} is the model that names are taken from; name another place.")

@@ -4,6 +4,7 @@ Its tensors have the names of MaxText's tree, `decoder.layers.mlp.wi_0.kernel`, 
 them: a trainer's state with its optimizer, the collections of Flax, the `value` leaves of NNX.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,10 +15,18 @@ from maxconv.algebra.boxes import Box, slices
 from maxconv.errors import UserError
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.orbax import Item, find_items, open_item, reason
+from maxconv.sources.orbax import (
+    CHECKPOINT_METADATA,
+    METADATA,
+    Item,
+    find_items,
+    open_item,
+    reason,
+)
 
 # Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
+_MANIFEST = "manifest.ocdbt"  # of a database; changes with whatever is written into it
 _NOT_WEIGHTS = {"opt_state", "optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
 
 
@@ -78,6 +87,17 @@ class TreeSource(Source):
     def plain(self, info: TensorInfo, box: Box) -> np.ndarray:
         array = self.item.open(self.stored[info.name]).result()
         return narrowed(np.asarray(array[slices(box)].read().result()), info.name)
+
+    def versions(self) -> dict[str, str]:
+        """A digest of the files that are written anew whenever a checkpoint is saved."""
+        digest, directory = hashlib.sha256(), self.item.directory
+        for file in (
+            directory / METADATA,
+            directory / _MANIFEST,
+            *(parent / CHECKPOINT_METADATA for parent in (directory, directory.parent)),
+        ):
+            digest.update(file.read_bytes() if file.exists() else b"")
+        return {"the checkpoint": digest.hexdigest()[:12]}
 
     def _open(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:
