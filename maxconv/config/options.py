@@ -35,8 +35,8 @@ class Key(NamedTuple):
 
 # What some of them mean to an export, if that is another thing.
 EXPORTED: Mapping[str, str] = {
-    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes. "
-    "Default: ./mt_output",
+    "base_output_directory": "where the Hugging Face checkpoint goes: a directory that all "
+    "processes share, gs://bucket/path, or hf://org/name. Default: ./mt_output",
     "hf_model_path": "a checkpoint of the same model, with the names, shapes, dtypes and files to "
     "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
     "repository of model_name",
@@ -95,7 +95,7 @@ OPTIONS: Mapping[str, Option] = {
         bool,
         False,
         "if a Hub repository has to be created, make it public instead of private",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "max_host_memory_gb": Option(
         float,

@@ -30,13 +30,12 @@ from maxconv.planning.placement import local_boxes
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.slabs import Slab
 from maxconv.processes import liveness
-from maxconv.processes.agreement import gathered, once, wait_for_all
+from maxconv.processes.agreement import gathered, wait_for_all
 from maxconv.targets.base import Progress
-from maxconv.targets.export_target import ExportTarget
+from maxconv.targets.export_target import PATIENCE, ExportTarget
 from maxconv.targets.shards import File, Writer
 from maxconv.text import size
 
-PATIENCE = 24 * 3600  # seconds for the other processes to finish writing
 _BLOCK = 16 << 20  # bytes of a tensor that are copied at once
 _WRITERS = 4  # threads that copy to files
 
@@ -54,7 +53,7 @@ def run(export: Export, reporter: Reporter) -> None:
         with liveness.all_or_none(), liveness.unsaved(), traced(export.config, reporter):
             _save(export, reporter)
             wait_for_all("written", PATIENCE)
-            once(target.commit, PATIENCE)
+            target.commit()
             liveness.saved()
         tensors = [tensor for file in export.files for tensor in file.tensors]
         nbytes, seconds = sum(tensor.nbytes for tensor in tensors), time.monotonic() - started

@@ -32,7 +32,8 @@ from maxconv.targets import completeness, orbax, place, publication
 from maxconv.targets.base import Target
 from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
-from maxconv.targets.publication import Publication, is_repository
+from maxconv.targets.publication import Publication
+from maxconv.targets.repository import is_repository
 
 # Default window of a process in bytes: 1/WINDOW_PART of the machine's memory, up to a size beyond
 # which more does not help. Simulated CPU devices use host memory as well.

@@ -24,8 +24,11 @@ from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import TreeSource
 from maxconv.targets import shards
+from maxconv.targets.export_bucket import BucketExport
 from maxconv.targets.export_directory import DirectoryExport
+from maxconv.targets.export_hub import HubExport
 from maxconv.targets.export_target import ExportTarget
+from maxconv.targets.repository import is_repository
 from maxconv.targets.shards import Contents, File, Tensor
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
@@ -113,12 +116,17 @@ def _planned(config: Config, tree: TreeSource, published: Source, window: int) -
 
 def _target(config: Config, contents: Contents) -> ExportTarget:
     """Where the export goes."""
-    where = config.base_output_directory
+    where, overwrite, retries = config.base_output_directory, config.overwrite, config.max_retries
+    if is_repository(where):
+        token, public = config.hf_access_token, config.public
+        return HubExport(where, contents, overwrite, token, retries, public)
+    if where.startswith("gs://"):
+        return BucketExport(where, contents, overwrite, retries)
     if "://" in where:
         raise UserError(
             f"{where} is not supported; give a directory, gs://bucket/path or hf://org/name."
         )
-    return DirectoryExport(where, contents, config.overwrite)
+    return DirectoryExport(where, contents, overwrite)
 
 
 def _plan(tree: TreeSource, back: WayBack, dtypes: Mapping[str, np.dtype], window: int) -> Plan:

@@ -111,7 +111,7 @@ class DirectoryExport(ExportTarget):
         self.writer.sync()
         self.writer.close()
 
-    def commit(self) -> None:
+    def _commit(self) -> None:
         self.check_nobody_came(self._before, self._there())
         write_durably(self.directory / _COMMIT, b"")
         for name in sorted(filter(is_weights, self._there())):

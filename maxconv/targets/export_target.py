@@ -17,37 +17,41 @@ from typing import Any
 import jax
 
 from maxconv.errors import ConversionError, UserError
-from maxconv.processes.agreement import gathered, same_error_everywhere
+from maxconv.processes.agreement import gathered, once, same_error_everywhere
 from maxconv.sources import FileSource
 from maxconv.targets import place
 from maxconv.targets.ownership import Ownership, owned_by_all
 from maxconv.targets.shards import Contents, Writer
 from maxconv.text import size
 
+PATIENCE = 24 * 3600  # seconds for process 0 to put the files of all in their places
 Differs = Callable[[Mapping[str, Any]], str | None]
 
 
 class ExportTarget(ABC):
     """A place for the files of a checkpoint.
 
-    All processes call `check`, `begin`, `finish`, `commit` (process 0 alone) and `close`, in this
-    order; in between each writes its files with `writer`.
+    All processes call `check`, `begin`, `finish`, `commit` and `close`, in this order; in between
+    each writes its files with `writer`.
 
     Attributes:
         place: the path or URL that the user gave.
         contents: what is written there.
         directory: where this process writes its files.
-        uploaded: bytes of this process that were sent to the place; None if it writes to it.
     """
 
     directory: Path
-    uploaded: int | None = None
 
     def __init__(self, where: str, contents: Contents, overwrite: bool):
         self.place, self.contents, self.overwrite = where.rstrip("/"), contents, overwrite
         self.mine = contents.of(jax.process_index())
         self._ownership: Ownership | None = None  # held by process 0, on behalf of all
         self._writer: Writer | None = None
+
+    @property
+    def uploaded(self) -> int | None:
+        """Bytes of tensors that this process has sent; None if it writes to the place itself."""
+        return None
 
     @property
     @abstractmethod
@@ -114,13 +118,17 @@ class ExportTarget(ABC):
     def finish(self) -> None:
         """Returns when all files of this process are durable."""
 
-    @abstractmethod
     def commit(self) -> None:
         """Makes the checkpoint appear; all processes have finished.
 
         Raises:
             ConversionError: files have come there meanwhile that may not be replaced.
         """
+        once(self._commit, PATIENCE)
+
+    @abstractmethod
+    def _commit(self) -> None:
+        """The work of process 0."""
 
     @abstractmethod
     def opened(self) -> FileSource:

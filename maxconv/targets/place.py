@@ -182,8 +182,10 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     yield from _not_to_delete(directory.rstrip("/"), names, is_finished, has_record, overwrite)
 
 
-def objects_in(directory: str) -> "dict[str, Object]":
-    """The objects below a directory in a bucket, `gs://bucket/path`, that can be written to.
+def objects_in(directory: str, to_write: bool = True) -> "dict[str, Object]":
+    """The objects below a directory in a bucket, `gs://bucket/path`.
+
+    `to_write`: whether to check that it can be written to.
 
     Raises:
         UserError: it cannot be written to, or not be reached.
@@ -193,7 +195,8 @@ def objects_in(directory: str) -> "dict[str, Object]":
 
     try:
         bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
-        gcs.Bucket(bucket).check_writable(path)
+        if to_write:
+            gcs.Bucket(bucket).check_writable(path)
         return gcs.Bucket(bucket).objects(path and f"{path}/")
     except gcs.Refused as error:
         raise UserError(str(error)) from None
