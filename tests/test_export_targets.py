@@ -1,9 +1,14 @@
 """Where an export can go: directories, buckets and the Hub, on real servers that can fail."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from shutil import _ntuple_diskusage as shutil_usage
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -16,11 +21,13 @@ from test_export import converted, read
 from test_processes import processes, said
 
 from maxconv import cli
-
+from maxconv.sources.trees import TreeSource
+from maxconv.targets.export_journal import Journal, recorded
+from maxconv.targets.ownership import Ownership
 
 SMALL_FILES = "--max_shard_size_gb=0.00004"
 PROGRAM = "from maxconv import cli; cli.script()"
-WORDS = ("hardware=cpu", "--simulated_cpu_devices_count=4", "--verify=full")
+WORDS = ("hardware=cpu", "--simulated_cpu_devices_count=8", "--verify=full")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +142,7 @@ def words(made: tuple[str | Path, str | Path], to: str | Path, *more: str) -> li
 def test_a_write_to_a_bucket_that_fails_leaves_no_checkpoint(
     bucket: Bucket, made: tuple[Path, Path], tmp_path: Path, fault: list[Any]
 ) -> None:
-    """The same command then needs no --overwrite, whatever was put in place. All lies in buckets."""
+    """The same command then needs no --overwrite. Also what is read lies in the bucket."""
     places = put_tree(bucket, made[0], "hf"), put_tree(bucket, made[1], "out")
     bucket.environ["HF_HOME"] = str(tmp_path / "home")
     bucket.settings(faults=[fault])
@@ -148,7 +155,7 @@ def test_a_write_to_a_bucket_that_fails_leaves_no_checkpoint(
     assert any("unfinished" in name for name in names) and "back/maxconv.lock" not in names
     bucket.settings()
     assert export(made, "gs://bucket/back", SMALL_FILES, "--verify=full") == 0
-    assert not [name for name in bucket.names() if "maxconv" in name]
+    assert not [name for name in bucket.names("back/") if "maxconv" in name]
     same_tensors(bucket.get("back", tmp_path / "there"), made[0])
 
 
@@ -193,7 +200,7 @@ def test_what_keeps_an_export_from_a_place_is_said_before_any_work(
         assert export(made, to) == 2
         assert sentence in capsys.readouterr().err
     full = tmp_path / "full"
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil_usage(0, 0, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     assert export(made, full) == 2
     assert "has 1000 B free, but the export needs 1" in capsys.readouterr().err
     assert export(made, "hf://org/back") == 2
@@ -201,6 +208,7 @@ def test_what_keeps_an_export_from_a_place_is_said_before_any_work(
     assert not full.exists() and not (hub.root / "org").exists()
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_leaves_nothing_in_the_repository(
     hub: Hub, made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -242,3 +250,118 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, made: tuple[Path, Path], tmp_
     same_tensors(there, model)
     assert len([*there.glob("*.safetensors")]) == 2 and is_clean(tmp_path / "home")
     assert not [name for name in bucket.names() if name.startswith("back/maxconv")]
+
+
+def test_a_place_has_one_owner(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Ownership(str(tmp_path / "back/maxconv.lock"), "back")
+    other.acquire()
+    assert export(made, tmp_path / "back") == 2
+    other.release()
+    assert f"{tmp_path}/back is being written to by another" in capsys.readouterr().err
+    assert [*(tmp_path / "back").iterdir()] == []
+
+
+SLOW = """
+import os, time
+from maxconv import cli
+from maxconv.sources.trees import TreeSource
+from maxconv.targets import export_journal
+
+read, export_journal.INTERVAL = TreeSource.read, 0.05
+
+def slow(source, *what):
+    time.sleep(float(os.environ["SLOW"]))
+    read(source, *what)
+
+TreeSource.read = slow
+cli.script()
+"""
+
+
+def finished(back: Path, process: int = 0) -> dict[str, int]:
+    """The parts that a process has made durable."""
+    path = back / f"maxconv.unfinished/finished.{process}"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def wait_until(done: Callable[[], object], process: "subprocess.Popen[Any]") -> None:
+    while not done():
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that are read from checkpoints from now on."""
+    seen, read = list[str](), TreeSource.read
+
+    def noted(source: TreeSource, info: Any, parts: Any) -> None:
+        seen.append(info.name)
+        read(source, info, parts)
+
+    monkeypatch.setattr(TreeSource, "read", noted)
+    return seen
+
+
+def test_a_killed_export_goes_on(
+    made: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the same bits; another one starts over, and says why."""
+    back, other = tmp_path / "back", tmp_path / "other"
+    command = [sys.executable, "-c", SLOW, *words(made, back, SMALL_FILES, *CPU)]
+    with subprocess.Popen(command, env=os.environ | {"SLOW": "0.3"}) as process:
+        wait_until(lambda: len(finished(back)) >= 3, process)
+        process.kill()
+    assert keys([path.name for path in back.iterdir()]) == []
+    kept = finished(back)
+    shutil.copytree(back, other)
+    seen = reads(monkeypatch)
+    page = tmp_path / "time.json"
+    given = [SMALL_FILES, *WORDS[1:], "--resume", f"--trace={page}"]
+    assert export(made, back, *given) == 0
+    resumed = len(seen)
+    assert "are already written" in capsys.readouterr().err
+    same_tensors(back, made[0])
+    assert not [path for path in back.iterdir() if "maxconv" in path.name]
+    kinds = {event["cat"] for event in json.loads(page.read_text())["traceEvents"]}
+    assert {"read", "compute", "to host", "write"} <= kinds
+
+    seen.clear()
+    assert export(made, other, *given, "--save_dtype=float32") == 0
+    assert len(seen) - resumed == len(kept)
+    err = capsys.readouterr().err
+    assert "starts over, because save_dtype was not given and is float32" in err
+    assert {dtype for dtype, *_ in read(other).values()} == {"F32"}
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Both then go on where they were."""
+    back, logs = tmp_path / "back", tmp_path / "logs"
+    given = [*words(made, back), "--resume"]
+    with processes(2, given, logs, SLOW, {"SLOW": "0.5"}) as running:
+        wait_until(lambda: min(len(finished(back, i)) for i in range(2)) >= 2, running[0])
+        running[1].kill()
+        assert running[0].wait(60) == 42
+    assert "process 1 disappeared" in said(logs)[0]
+    assert keys([path.name for path in back.iterdir()]) == []
+    with processes(2, [*given, "--verify=full"], tmp_path / "again", PROGRAM) as running:
+        assert [process.wait(120) for process in running] == [0, 0], said(tmp_path / "again")
+    assert "are already written" in said(tmp_path / "again")[0]
+    same_tensors(back, made[0])
+
+
+def test_what_is_recorded_was_made_durable_before(tmp_path: Path) -> None:
+    path, synced = tmp_path / "finished.0", list[bool]()
+    journal = Journal(path, lambda: synced.append(path.exists()), {})
+    journal.close()
+    journal.add("a part", 3)
+    journal._record()
+    assert synced == [False] and recorded(path) == {"a part": 3}
+    for damaged in ("", "[1]", '{"a part": null}', "[" * 9999):
+        path.write_text(damaged)
+        assert recorded(path) == {}

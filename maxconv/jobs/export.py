@@ -116,13 +116,15 @@ def _write(export: Export, plan: Plan, engine: Engine, progress: Progress) -> No
         going: dict[Future[int], tuple[str, int]] = {}
 
         def collect(most: int) -> None:
-            while sum(held for _, held in going.values()) > most:
-                with span("wait", "for room"):
-                    done, _ = wait(going, return_when=FIRST_COMPLETED)
-                for future in done:
+            while True:
+                for future in [future for future in going if future.done()]:
                     part, _ = going.pop(future)
                     target.wrote(part, future.result())
                     progress.written += future.result()
+                if sum(held for _, held in going.values()) <= most:
+                    return
+                with span("wait", "for room"):
+                    wait(going, return_when=FIRST_COMPLETED)
 
         for group in plan.groups:
             arrays = engine.make_slabs([slab for _, slab in group])

@@ -73,6 +73,8 @@ def differences(was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     # Less memory gives smaller slabs, and so another plan; if not, it does not matter.
     if _MEMORY in names:
         names.remove(PLAN if PLAN in names else _MEMORY)
+    # Digests say that something differs; what has a name of its own says what.
+    names = [name for name in names if not name.startswith("the digest of")] or names
     differ = [
         f"{name} was {was.get(name, 'not given')} and is {now.get(name, 'not given')}"
         for name in names

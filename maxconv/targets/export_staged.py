@@ -1,11 +1,11 @@
 """An export to a place that takes whole files: each is made on disk, sent there, and deleted."""
 
 import hashlib
-import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -57,7 +57,7 @@ class StagedExport(ExportTarget):
     ) -> tuple[Mapping[str, int], tuple[str, ...]]:
         del record, differs  # what an earlier attempt sent is not recorded, so it starts over
         notices = self._prepare()
-        self._discard()
+        shutil.rmtree(self.directory, ignore_errors=True)
         liveness.before_exit(self._discard)
         self._writer = Writer(self.directory, self.mine, complete=self._submit)
         return {}, notices
@@ -89,5 +89,5 @@ class StagedExport(ExportTarget):
 
     def _discard(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-        if self.directory.parent.is_dir() and not os.listdir(self.directory.parent):
+        with suppress(OSError):  # other processes of this host are not done with it
             self.directory.parent.rmdir()

@@ -101,8 +101,6 @@ class Repository:
         Raises:
             UserError: it has files that may not be replaced.
         """
-        disable_progress_bars()
-        logging.set_verbosity_error()  # its warnings contain signed URLs
         is_public = self._persistently(self._create)
         return [f"{SCHEME}{self.name} is public."] if is_public and not self._public else []
 
@@ -118,6 +116,8 @@ class Repository:
 
     def upload(self, additions: Sequence[CommitOperationAdd]) -> None:
         """Uploads large files, for a later commit."""
+        disable_progress_bars()
+        logging.set_verbosity_error()  # its warnings contain signed URLs
         size = sum(map(nbytes, additions))
         self._persistently(partial(self._api.preupload_lfs_files, self.name, additions), size)
         for addition in additions:
