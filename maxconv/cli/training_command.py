@@ -3,7 +3,7 @@
 from maxconv.config.tables import defaults
 from maxconv.jobs.prepare import Job
 from maxconv.targets import place
-from maxconv.targets.publication import is_repository, repository_name
+from maxconv.targets.repository import is_repository, repository_name
 from maxconv.text import argument
 
 PROGRAM = "python -m maxtext.trainers.pre_train.train"

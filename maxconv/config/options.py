@@ -37,13 +37,17 @@ class Key(NamedTuple):
 
 # What some of them mean to an export, if that is another thing.
 EXPORTED: Mapping[str, str] = {
-    "base_output_directory": "directory for the Hugging Face checkpoint, shared by all processes",
+    "base_output_directory": "where the Hugging Face checkpoint goes: a directory that all "
+    "processes share, gs://bucket/path, or hf://org/name. Default: ./mt_output",
     "hf_model_path": "a checkpoint of the same model, with the names, shapes, dtypes and files to "
     "write: a directory, gs://bucket/path, or org/name on the Hugging Face Hub. Default: the Hub "
     "repository of model_name",
     "param_scan_axis": "axis along which the checkpoint's layers are stacked. Default: 1",
+    "resume": "continue an interrupted export to a directory, or start if there is none to "
+    "continue",
     "save_dtype": "dtype of all floating-point tensors: bfloat16 or float32. Default: the "
     "published one of each tensor",
+    "trace": "file to write a timeline of the export to; open it with ui.perfetto.dev",
     "verify": "how much of the result to read back and compare with the checkpoint: none, sample "
     "or full. Default: sample",
 }
@@ -81,7 +85,7 @@ OPTIONS: Mapping[str, Option] = {
         bool,
         False,
         "continue an interrupted conversion, or start if there is none to continue",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "verify": Option(
         str,
@@ -93,7 +97,7 @@ OPTIONS: Mapping[str, Option] = {
         bool,
         False,
         "if a Hub repository has to be created, make it public instead of private",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "max_host_memory_gb": Option(
         float,
@@ -203,7 +207,7 @@ OPTIONS: Mapping[str, Option] = {
         str,
         None,
         "file to write a timeline of the conversion to; open it with ui.perfetto.dev",
-        commands=(CONVERT,),
+        commands=(CONVERT, EXPORT),
     ),
     "tpu_type": Option(
         str,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from maxconv.text import MARK
 
-KINDS = ("read", "to device", "compile", "compute", "to host", "write", "wait")
+KINDS = ("read", "to device", "compile", "compute", "to host", "write", "upload", "wait")
 
 
 @dataclass(frozen=True)

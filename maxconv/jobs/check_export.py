@@ -29,8 +29,8 @@ from maxconv.jobs.witness import (
 )
 from maxconv.processes import liveness
 from maxconv.processes.agreement import gathered
-from maxconv.sources import LocalSource, Source
-from maxconv.sources.index import ADAPTER
+from maxconv.sources import Source
+from maxconv.targets.repository import is_repository
 
 if TYPE_CHECKING:
     from maxconv.jobs.prepare_export import Export
@@ -45,12 +45,11 @@ def check(export: "Export", reporter: Reporter) -> None:
         VerificationError: a file or a tensor differs.
     """
     started = time.monotonic()
-    config = next(name for name in (ADAPTER, "config.json") if name in export.others)
     with liveness.all_or_none():
         damaged = _damaged(export)
         problems, count, nbytes = list[str](), 0, 0
         try:
-            with LocalSource(export.directory, config) as written:
+            with export.target.opened() as written:
                 names = [tensor.name for file in export.files for tensor in file.tensors]
                 if damaged:  # what can still be read of the others
                     files = {name: stored.file for name, stored in written.stored.items()}
@@ -64,7 +63,7 @@ def check(export: "Export", reporter: Reporter) -> None:
         told = gathered([count, nbytes, problems[:_MOST_PROBLEMS]])
     every = [*damaged.values(), *(problem for _, _, found in told for problem in found)]
     if every:
-        raise VerificationError(str(export.directory), [*dict.fromkeys(every)])
+        raise VerificationError(export.target.place, [*dict.fromkeys(every)])
     done, total = (sum(said[i] for said in told) for i in range(2))
     of = len(export.back.rules) + len(export.back.copied)
     reporter.compared(done, of, total, time.monotonic() - started)
@@ -73,9 +72,10 @@ def check(export: "Export", reporter: Reporter) -> None:
 def _damaged(export: "Export") -> dict[str, str]:
     """A sentence for each file that is not as it was written, whatever is in its tensors."""
     found: dict[str, str] = {}
-    if jax.process_index() == 0:
+    place = export.target.place
+    if jax.process_index() == 0 and not is_repository(place):  # a commit has all or nothing
         tensors = (tensor for file in export.files for tensor in file.tensors)
-        found = file_problems(epath.Path(export.directory), tensors, export.others)
+        found = file_problems(epath.Path(place), tensors, export.others)
     return gathered(found)[0]
 
 

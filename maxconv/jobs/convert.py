@@ -2,20 +2,19 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import jax
 
 from maxconv.config import Config
-from maxconv.config.outputs import of_process
 from maxconv.errors import VerificationError
-from maxconv.execution import timeline
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import Programs
 from maxconv.jobs.prepare import Job, prepared
 from maxconv.jobs.reporter import Reporter
+from maxconv.jobs.tracing import traced
 from maxconv.jobs.verify import Report, leaves_to_check, verify
 from maxconv.planning.plan import LeafPlan, Plan
 from maxconv.planning.slabs import Slab
@@ -40,18 +39,10 @@ def run(config: Config, reporter: Reporter | None = None) -> Job:
     ):
         for notice in job.notices:
             reporter.note(notice)
-        with (
-            liveness.all_or_none(),
-            liveness.unsaved(),
-            timeline.recorded() if config.trace else nullcontext() as spans,
-        ):
+        with liveness.all_or_none(), liveness.unsaved(), traced(config, reporter):
             if job.there != "finished":
                 _save(job, programs, reporter)
             job.target.commit(job.record)
-            if spans is not None and config.trace:
-                path = of_process(config.trace, jax.process_index(), jax.process_count())
-                spans.write(path, jax.process_index())
-                reporter.traced(path, spans.seconds())
         reporter.saved(job, time.monotonic() - started)
         check(job, place.items(job.target.directory), config.verify, reporter, programs)
     return job

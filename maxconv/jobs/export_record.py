@@ -10,7 +10,7 @@ from maxconv import __version__
 from maxconv.config import recorded
 from maxconv.errors import UserError
 from maxconv.targets import place
-from maxconv.targets.publication import is_repository
+from maxconv.targets.repository import is_repository
 
 _JOB = "export"
 

@@ -32,7 +32,8 @@ from maxconv.targets import completeness, orbax, place, publication
 from maxconv.targets.base import Target
 from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
-from maxconv.targets.publication import Publication, is_repository
+from maxconv.targets.publication import Publication
+from maxconv.targets.repository import is_repository
 
 # Default window of a process in bytes: 1/WINDOW_PART of the machine's memory, up to a size beyond
 # which more does not help. Simulated CPU devices use host memory as well.
@@ -91,7 +92,7 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
     """
     check_planning(config, writes)
     with same_error_everywhere():
-        _check_outputs(config)
+        check_outputs(config)
     with opened_by_all(partial(opened, config)) as source:
         check_same_everywhere(source)
         window = min(gathered(window_of(config)))  # hosts may differ, plans may not
@@ -124,7 +125,7 @@ def check_planning(config: Config, writes: bool) -> None:
         raise UserError("--compile needs the type of slice: add, for example, --tpu_type=v5p-64.")
 
 
-def _check_outputs(config: Config) -> None:
+def check_outputs(config: Config) -> None:
     """Raises UserError if an output file, such as a report, must not be written."""
     index, count = jax.process_index(), jax.process_count()
     trace = config.trace and of_process(config.trace, index, count)

@@ -4,25 +4,26 @@ import copy
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
+from maxconv.jobs.export_record import record
 from maxconv.jobs.export_shares import Shares, planned, shares
 from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import (
     STEP_MOST,
+    check_outputs,
     check_planning,
     devices_of,
     opened,
@@ -41,8 +42,12 @@ from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import AdaptedTree, Tree, TreeSource, is_factor
 from maxconv.targets import place, shards
-from maxconv.targets.shards import File, Tensor
-from maxconv.text import size
+from maxconv.targets.export_bucket import BucketExport
+from maxconv.targets.export_directory import DirectoryExport
+from maxconv.targets.export_hub import HubExport
+from maxconv.targets.export_target import ExportTarget
+from maxconv.targets.repository import is_repository
+from maxconv.targets.shards import Contents, File, Tensor
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 _SHARD = 5 * 10**9  # bytes of a file, as of transformers
@@ -60,6 +65,7 @@ class Export:
         made: the arrays that they are made as, likewise.
         files: that will be written, by all processes.
         others: the contents of the small files beside them.
+        target: where they go.
     """
 
     config: Config
@@ -73,18 +79,15 @@ class Export:
     others: Mapping[str, bytes]
     notices: tuple[str, ...]
     window: int
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.base_output_directory)
+    target: ExportTarget
 
     @property
     def mine(self) -> list[File]:
         """The files of this process."""
-        return self.files_of(jax.process_index())
+        return self.target.mine
 
     def files_of(self, process: int) -> list[File]:
-        return [file for file in self.files if file.process == process]
+        return self.target.contents.of(process)
 
     def read_nbytes(self, process: int) -> int:
         """Bytes that a process reads: whole chunks of arrays, and published tensors."""
@@ -116,8 +119,11 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
         with same_error_everywhere():
-            if writes and jax.process_index() == 0 and (problems := _problems(export)):
-                raise UserError(problems)
+            if writes:
+                check_outputs(config)
+                _check_place(export)
+        if writes:
+            export.target.check()
         yield export
 
 
@@ -167,9 +173,30 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
         *changes,
     )
     stacks = {stack.names[0]: stack for stack in back.stacks}
+    target = _target(config, tree, files, others)
     return Export(
-        config, tree, published, back, plan, stacks, shared.made, files, others, notices, window
+        *(config, tree, published, back, plan, stacks, shared.made),
+        *(files, others, notices, window, target),
     )
+
+
+def _target(
+    config: Config, tree: Tree, files: Sequence[File], others: Mapping[str, bytes]
+) -> ExportTarget:
+    """Where the export goes."""
+    where, overwrite, retries = config.base_output_directory, config.overwrite, config.max_retries
+    if is_repository(where):
+        token, public = config.hf_access_token, config.public
+        return HubExport(where, Contents(files, others), overwrite, token, retries, public)
+    made_of = json.dumps(record(config.words, tree.root), indent=2) + "\n"
+    contents = Contents(files, {**others, place.WORDS: made_of.encode()})
+    if where.startswith("gs://"):
+        return BucketExport(where, contents, overwrite, retries)
+    if "://" in where:
+        raise UserError(
+            f"{where} is not supported; give a directory, gs://bucket/path or hf://org/name."
+        )
+    return DirectoryExport(where, contents, overwrite)
 
 
 def _as_published(
@@ -215,9 +242,10 @@ def _adapter(
     plan = _plan(tree, shared, window)
     others = {ADAPTER: (json.dumps(made.config, indent=2) + "\n").encode()}
     stacks = {stack.names[0]: stack for stack in of_all}
+    target = _target(config, tree, files, others)
     return Export(
         *(config, tree, published, back, plan, stacks, shared.made),
-        *(files, others, made.notices, window),
+        *(files, others, made.notices, window, target),
     )
 
 
@@ -299,23 +327,15 @@ def _others(
     return contents, changes
 
 
-def _problems(export: Export) -> list[str]:
-    """Everything that prevents writing there, in sentences."""
-    directory, given = export.directory, export.config.base_output_directory
-    if "://" in given:
-        return [f"{given} is not a directory; export to one, and copy it there."]
-    if os.path.realpath(export.published.root) == os.path.realpath(directory):
-        return [f"{directory} is the model that names are taken from; name another directory."]
-    if any((directory / name).exists() for name in (place.STEP, place.UNFINISHED_WORDS)):
-        return [f"{directory} is for a MaxText checkpoint; name another base_output_directory."]
-    nearest = next(path for path in (directory, *directory.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        return [f"{nearest} is not a directory that can be written to; name another one."]
-    names = (*shards.weights(directory), *export.others, *(file.name for file in export.files))
-    there = [name for name in names if (directory / name).exists()]
-    if there and not export.config.overwrite:
-        return [f"{directory} holds {there[0]}; add --overwrite to replace it, or name another."]
-    needed = sum(file.nbytes for file in export.files)
-    if (free := shutil.disk_usage(nearest).free) < needed:
-        return [f"{nearest} has {size(free)} free, but the export needs {size(needed)}."]
-    return []
+def _check_place(export: Export) -> None:
+    """Raises UserError if the export would replace the model that its names are taken from, or go
+    into a checkpoint of MaxText."""
+    where, model = export.target.place, export.published.root
+    if where == model or (
+        "://" not in where and os.path.realpath(where) == os.path.realpath(model)
+    ):
+        raise UserError(f"{where} is the model that names are taken from; name another place.")
+    if is_repository(where):
+        return
+    if any((epath.Path(where) / name).exists() for name in (place.STEP, place.UNFINISHED_WORDS)):
+        raise UserError(f"{where} is for a MaxText checkpoint; name another base_output_directory.")

@@ -59,10 +59,22 @@ def recorded(directory: str) -> tuple[dict[str, str] | None, tuple[str, ...]]:
 
 def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Why a conversion cannot be resumed, in a sentence."""
+    if (found := differences(was, now)) is None:
+        return None
+    return (
+        f"{directory} holds another unfinished conversion: {found}; give the same arguments, or "
+        "remove --resume to start over."
+    )
+
+
+def differences(was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """How the identities of two attempts differ, for people; None if they do not."""
     names = [name for name in dict.fromkeys((*was, *now)) if was.get(name) != now.get(name)]
     # Less memory gives smaller slabs, and so another plan; if not, it does not matter.
     if _MEMORY in names:
         names.remove(PLAN if PLAN in names else _MEMORY)
+    # Digests say that something differs; what has a name of its own says what.
+    names = [name for name in names if not name.startswith("the digest of")] or names
     differ = [
         f"{name} was {was.get(name, 'not given')} and is {now.get(name, 'not given')}"
         for name in names
@@ -70,7 +82,4 @@ def problem(directory: str, was: Mapping[str, str], now: Mapping[str, str]) -> s
     if not differ:
         return None
     more = f", and {len(differ) - _MANY} more" if len(differ) > _MANY else ""
-    return (
-        f"{directory} holds another unfinished conversion: {'; '.join(differ[:_MANY])}{more}; "
-        "give the same arguments, or remove --resume to start over."
-    )
+    return "; ".join(differ[:_MANY]) + more

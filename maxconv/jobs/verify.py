@@ -36,7 +36,7 @@ from maxconv.sources import Source
 from maxconv.sources.ocdbt import unexplained, value_spans
 from maxconv.sources.orbax import Item, find_items, open_item, reason
 from maxconv.targets import journal, place
-from maxconv.targets.publication import is_repository
+from maxconv.targets.repository import is_repository
 
 SMALL_BYTES = 1 << 20  # leaves up to this size, norms and biases, are always in the sample
 SAMPLE_BYTES = 1 << 30  # of the other leaves in the sample, per process

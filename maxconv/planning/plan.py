@@ -86,6 +86,11 @@ class LeafPlan:
         """Bytes of its shards on all devices of a process."""
         return self.shard_nbytes * local_devices(self.sharding)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes have a part of it."""
+        return len({device.process_index for device in self.sharding.device_set}) > 1
+
 
 Group = tuple[tuple[LeafPlan, Slab], ...]
 

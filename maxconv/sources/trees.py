@@ -4,6 +4,7 @@ Its tensors have the names of MaxText's tree, `decoder.layers.mlp.wi_0.kernel`, 
 them: a trainer's state with its optimizer, the collections of Flax, the `value` leaves of NNX.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +20,11 @@ from maxconv.errors import UserError
 from maxconv.sources.adapted import AdaptedSource
 from maxconv.sources.base import Part, Source, TensorInfo, bit_views
 from maxconv.sources.narrow import narrow, narrowed
-from maxconv.sources.orbax import Item, Stored, open_item, reason
+from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, Item, Stored, open_item, reason
 from maxconv.sources.runs import parameters, tree_at
 
 _FACTOR = re.compile(r"(.+?)(?:\.kernel)?_lora_([ab])")  # utils/lora_utils.py
+_MANIFEST = "manifest.ocdbt"  # of a database; changes with whatever is written into it
 
 
 class TreeSource(Source):
@@ -146,6 +148,17 @@ class TreeSource(Source):
             return other.plain(info, box)
         array = self.item.open(self.stored[info.name]).result()
         return narrowed(np.asarray(array[slices(box)].read().result()), info.name)
+
+    def versions(self) -> dict[str, str]:
+        """A digest of the files that are written anew whenever a checkpoint is saved."""
+        digest, directory = hashlib.sha256(), self.item.directory
+        for file in (
+            directory / METADATA,
+            directory / _MANIFEST,
+            *(parent / CHECKPOINT_METADATA for parent in (directory, directory.parent)),
+        ):
+            digest.update(file.read_bytes() if file.exists() else b"")
+        return {"the checkpoint": digest.hexdigest()[:12]}
 
     def _open(self, name: str) -> ts.TensorStore:
         if name not in self._arrays:

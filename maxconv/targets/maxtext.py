@@ -16,7 +16,7 @@ from maxconv.sources.orbax import Item
 from maxconv.targets import completeness, journal, orbax, place
 from maxconv.targets.base import Progress, Target
 from maxconv.targets.lazy import LazyTensor
-from maxconv.targets.ownership import Ownership
+from maxconv.targets.ownership import Ownership, owned_by_all
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,7 @@ class MaxTextTarget(Target):
         Raises:
             UserError: another conversion holds it.
         """
-        failed: list[UserError] = []
-
-        def acquire() -> None:
-            try:
-                self._ownership = Ownership(self._lock, self.place)
-                self._ownership.acquire()
-            except UserError as error:
-                failed.append(error)
-
-        once(acquire)
-        with same_error_everywhere():
-            if failed:
-                raise failed[0]
-        self._is_owned = True
+        self._ownership, self._is_owned = owned_by_all(self._lock, self.place), True
 
     def _look_again(self, record: Mapping[str, Any], resume: bool) -> None:
         """Raises UserError if the directory has changed before this conversion took the lock."""

@@ -16,8 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from maxconv.errors import ConversionError, UserError
 from maxconv.processes import liveness
+from maxconv.processes.agreement import once, same_error_everywhere
 
 BEAT = 5  # seconds between two renewals
 STALE = 60  # seconds without one after which an owner counts as dead
@@ -122,6 +125,29 @@ class Ownership:
                     self._version = now.version
             except Exception:  # of the file system, the network, or their libraries: try again
                 continue
+
+
+def owned_by_all(path: str, place: str) -> Ownership | None:
+    """Takes the lock at `path` on process 0, on behalf of all; None on the others.
+
+    Raises:
+        UserError: another conversion holds it; on all processes.
+    """
+    mine = Ownership(path, place) if jax.process_index() == 0 else None
+    failed: list[UserError] = []
+
+    def acquire() -> None:
+        try:
+            assert mine is not None
+            mine.acquire()
+        except UserError as error:
+            failed.append(error)
+
+    once(acquire)
+    with same_error_everywhere():
+        if failed:
+            raise failed[0]
+    return mine
 
 
 class _File:

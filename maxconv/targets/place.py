@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from maxconv.errors import RetryableError
+from maxconv.errors import RetryableError, UserError
 from maxconv.text import size
+
+if TYPE_CHECKING:
+    from maxconv.sources.bucket import Object
 
 STEP = "0"  # MaxText's converter writes step 0
 WORDS = "maxconv.json"  # next to the step: how it was made
@@ -116,7 +119,7 @@ def withdraw(directory: str) -> None:
 
 def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[str]:
     step = Path(directory, STEP)
-    there = _nearest(Path(directory))
+    there = nearest(Path(directory))
     if not there.is_dir():
         yield f"{there} is a file, but base_output_directory must be a directory."
         return
@@ -126,7 +129,7 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
             path for path in (step, *step.parent.glob(f"{UNFINISHED}*")) if os.path.lexists(path)
         ]
         names = {path.name: _names(path) for path in old}
-        free = shutil.disk_usage(there).free + sum(map(_nbytes, old))
+        free = shutil.disk_usage(there).free + sum(map(nbytes_in, old))
     except OSError as error:
         yield f"{there} cannot be written to ({error.strerror}); name another directory."
         return
@@ -145,7 +148,7 @@ def _local_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[st
 
 def scratch_problems(directory: str, nbytes: int) -> list[str]:
     """Everything that prevents storing `nbytes` bytes temporarily in a directory, in sentences."""
-    there = _nearest(Path(directory))
+    there = nearest(Path(directory))
     try:
         tempfile.TemporaryFile(dir=there).close()
         free = shutil.disk_usage(there).free
@@ -164,20 +167,10 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     if not directory.startswith("gs://"):
         yield f"{directory} is not supported; give a directory, or gs://BUCKET/DIRECTORY."
         return
-    from maxconv.sources import bucket as gcs
-
     try:
-        bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
-        gcs.Bucket(bucket).check_writable(path)
-        objects = gcs.Bucket(bucket).objects(path and f"{path}/")
-    except gcs.Refused as error:
-        yield str(error)
-        return
-    except RetryableError:
-        raise
-    except Exception as error:  # those of the network, of the account, and of their libraries
-        why = str(error).partition("\n")[0] or type(error).__name__
-        yield f"{directory} cannot be reached ({why}); check its name and your access to it."
+        objects = objects_in(directory)
+    except UserError as error:
+        yield from error.problems
         return
     names: dict[str, set[str]] = {}
     for name in objects:
@@ -187,6 +180,33 @@ def _bucket_problems(directory: str, nbytes: int, overwrite: bool) -> Iterator[s
     is_finished = _COMMITTED in names.get(STEP, ())
     has_record = UNFINISHED_WORDS in objects
     yield from _not_to_delete(directory.rstrip("/"), names, is_finished, has_record, overwrite)
+
+
+def objects_in(directory: str, to_write: bool = True) -> "dict[str, Object]":
+    """The objects below a directory in a bucket, `gs://bucket/path`.
+
+    `to_write`: whether to check that it can be written to.
+
+    Raises:
+        UserError: it cannot be written to, or not be reached.
+        RetryableError: the server fails.
+    """
+    from maxconv.sources import bucket as gcs
+
+    try:
+        bucket, _, path = directory.removeprefix("gs://").rstrip("/").partition("/")
+        if to_write:
+            gcs.Bucket(bucket).check_writable(path)
+        return gcs.Bucket(bucket).objects(path and f"{path}/")
+    except gcs.Refused as error:
+        raise UserError(str(error)) from None
+    except RetryableError:
+        raise
+    except Exception as error:  # those of the network, of the account, and of their libraries
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{directory} cannot be reached ({why}); check its name and your access to it."
+        ) from None
 
 
 def _not_to_delete(
@@ -243,10 +263,10 @@ def _names(path: Path) -> set[str]:
     return {p.relative_to(path).as_posix() for p in (*below, *deeper)}
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """The path itself, or the first directory above it that exists."""
     return next(p for p in (path, *path.parents) if os.path.exists(p))
 
 
-def _nbytes(directory: Path) -> int:
+def nbytes_in(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

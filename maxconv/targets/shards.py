@@ -1,7 +1,6 @@
-"""A Hugging Face checkpoint as a target: safetensors files, whose layout is known beforehand.
+"""The files of a Hugging Face checkpoint: safetensors files, whose layout is known beforehand.
 
-Every process writes whole files of its own. They are made in a directory beside their places, and
-appear there when all of them are durable; the index comes last.
+Every process writes whole files of its own, in any order of their bytes.
 """
 
 import heapq
@@ -10,8 +9,7 @@ import math
 import mmap
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,12 +23,13 @@ from etils import epath
 
 from maxconv.algebra import Box, full, slices, with_axis
 from maxconv.algebra.storage import runs
+from maxconv.execution.timeline import span
+from maxconv.sources.index import ADAPTER as CONFIG
 from maxconv.sources.index import INDEX
 from maxconv.sources.safetensors import DTYPES
 
 ALONE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"  # as PEFT finds it
-UNFINISHED = "maxconv.unfinished"  # the directory in which files are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the data of a file, as the safetensors library has it
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors")
@@ -172,18 +171,84 @@ def _natural(name: str) -> list[Any]:
     return ["embed" not in name, len(parts) == 1, *key]
 
 
-class Writer:
-    """Writes boxes of tensors, in any order, into the files of this process."""
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint to write.
 
-    def __init__(self, directory: Path, mine: Iterable[File]):
-        self._directory, self._lock = directory, Lock()
+    Attributes:
+        files: of weights, written by all processes.
+        others: the contents of the small files beside them, such as config.json.
+    """
+
+    files: Sequence[File]
+    others: Mapping[str, bytes]
+
+    @property
+    def key(self) -> str:
+        """The file without which nothing loads the checkpoint, and so the last to appear."""
+        return next(iter(index_file(self.files)), self.files[0].name)
+
+    @property
+    def small(self) -> dict[str, bytes]:
+        """The contents of all files but those of weights."""
+        return {**self.others, **index_file(self.files)}
+
+    @property
+    def config(self) -> str:
+        """The file that describes the checkpoint."""
+        return next(name for name in (CONFIG, "config.json") if name in self.others)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    def of(self, process: int) -> list[File]:
+        """The files of weights that a process writes."""
+        return [file for file in self.files if file.process == process]
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset((*(file.name for file in self.files), *self.small))
+
+    def replaces(self, name: str) -> bool:
+        """Whether a file that is there must go, or be replaced, for this checkpoint."""
+        return name in self.names or is_weights(name)
+
+
+def is_weights(name: str) -> bool:
+    """Whether transformers takes a file of this name for weights, or for their index."""
+    return name == INDEX or _WEIGHTS.fullmatch(name) is not None
+
+
+class Writer:
+    """Writes boxes of tensors, in any order, into the files of this process.
+
+    Args:
+        directory: of the files.
+        mine: the files.
+        keep: whether to keep what an earlier attempt wrote into them.
+        complete: called with each file once all its bytes are written, by the thread that wrote
+            the last; the file is closed then.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        mine: Iterable[File],
+        keep: bool = False,
+        complete: Callable[[File], object] | None = None,
+    ):
+        self._directory, self._lock, self._complete = directory, Lock(), complete
         self._places: dict[str, tuple[File, Tensor, int]] = {}
         self._open: dict[str, int] = {}
+        self._left: dict[str, int] = {}  # bytes of each file to be written
         directory.mkdir(parents=True, exist_ok=True)
         for file in mine:
             self._places |= {t.name: (file, t, at) for t, at in file.places()}
-            opened = os.open(directory / file.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
+            opened = os.open(directory / file.name, flags, 0o644)
             self._open[file.name] = opened
+            self._left[file.name] = file.nbytes - len(file.header)
             os.posix_fallocate(opened, 0, file.nbytes)
             os.pwrite(opened, file.header, 0)
 
@@ -192,29 +257,40 @@ class Writer:
         return name in self._places
 
     def write(self, name: str, box: Box, data: np.ndarray) -> int:
-        """Writes a box of a tensor; returns its bytes."""
+        """Writes a box of a tensor, of which no byte was written before; returns its bytes."""
         file, tensor, start = self._places[name]
         data = np.ascontiguousarray(data.astype(tensor.dtype, copy=False))
+        with span("write", name, data.nbytes):
+            self._put(self._open[file.name], tensor, start, box, data)
+        if self._complete is not None and self._is_last(file, data.nbytes):
+            os.close(self._open.pop(file.name))
+            self._complete(file)
+        return data.nbytes
+
+    def _put(self, opened: int, tensor: Tensor, start: int, box: Box, data: np.ndarray) -> None:
         offsets, nbytes = runs(tensor.shape, box, tensor.dtype.itemsize)
-        opened, raw = self._open[file.name], data.reshape(-1).view(np.uint8).data
+        raw = data.reshape(-1).view(np.uint8).data
         if nbytes >= _SHORT or len(offsets) == 1:
             for i, offset in enumerate(offsets.tolist()):
                 _pwrite(opened, raw[i * nbytes : (i + 1) * nbytes], start + offset)
-            return data.nbytes
+            return
         (lo, hi), *_ = box
         row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
         with _mapped(opened, start + lo * row, (hi - lo) * row) as memory:
             rows = np.ndarray((hi - lo, *tensor.shape[1:]), tensor.dtype, memory)
             rows[slices(box, with_axis(full(tensor.shape), 0, (lo, hi)))] = data
             del rows
-        return data.nbytes
 
-    def finish(self) -> None:
-        """Makes everything durable."""
+    def _is_last(self, file: File, nbytes: int) -> bool:
+        with self._lock:
+            self._left[file.name] -= nbytes
+            return not self._left[file.name]
+
+    def sync(self) -> None:
+        """Makes durable what was written so far."""
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(os.fsync, self._open.values()):
                 pass
-        self.close()
 
     def close(self) -> None:
         while self._open:
@@ -234,32 +310,6 @@ def _mapped(file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
     with mmap.mmap(file, before + nbytes, offset=offset - before) as mapped:
         with memoryview(mapped) as memory, memory[before:] as wanted:
             yield wanted
-
-
-def commit(directory: Path, written: Sequence[File], others: Mapping[str, bytes]) -> None:
-    """Puts finished files in their places, and removes weights that were there before.
-
-    Args:
-        directory: of the checkpoint; the files are in `UNFINISHED` below it.
-        written: the files.
-        others: the contents of small files, such as config.json.
-    """
-    (directory / INDEX).unlink(missing_ok=True)
-    for old in weights(directory):
-        (directory / old).unlink()
-    for file in written:
-        (directory / UNFINISHED / file.name).rename(directory / file.name)
-    for name, content in {**others, **index_file(written)}.items():  # the index last
-        made = directory / UNFINISHED / name.replace("/", "_")
-        with made.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        made.rename(directory / name)
-    shutil.rmtree(directory / UNFINISHED)
-    opened = os.open(directory, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
 
 
 def weights(directory: Path | epath.Path) -> list[str]:
