@@ -56,6 +56,7 @@ def test_an_adapter_comes_back(case, name, scan, dtype, tmp_path: Path) -> None:
     assert sorted(p.name for p in back.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "maxconv.json",
     ]
     want, got = (load_file(at / "adapter_model.safetensors") for at in (lora, back))
     if case.startswith("gemma3"):  # as transformers 5 has it in memory

@@ -29,7 +29,7 @@ from maxconv.jobs.prepare_export import prepared
 from maxconv.jobs.reporter import Reporter
 
 CASE = "gemma3-4b+vision"
-SMALL = "--max_shard_size_gb=0.00004"
+SMALL = "--max_shard_size=40KB"
 
 
 class Made(NamedTuple):
@@ -254,7 +254,7 @@ def test_what_was_exported_may_have_moved(
         (None, "has no intact maxconv.json"),
         ('{"job": "expo', "has no intact maxconv.json"),
         ({"words": "many"}, "are not a list of strings"),
-        ({"words": ["max_shard_size_gb=much"]}, "max_shard_size_gb=much is not a number"),
+        ({"words": ["max_shard_size=much"]}, "max_shard_size=much is not a size such as 5GB"),
         ({"words": []}, "Give the checkpoint first"),
     ],
 )
