@@ -38,7 +38,8 @@ def places(to: str) -> tuple[str, ...]:
     return "--hf_model_path=gs://bucket/hf", f"base_output_directory=gs://bucket/{to}"
 
 
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
 def test_from_a_bucket_to_a_bucket(bucket: Bucket, tmp_path: Path, n: int) -> None:
     """Everything that may pass happens once on the way."""
     kinds = ("429:1", "503", "500", "reset", "cut", "whole", "other")

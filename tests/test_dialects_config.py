@@ -11,8 +11,13 @@ from jobs import CPU, MESHES
 from maxconv.config import parse
 from maxconv.jobs.prepare import prepared
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("case", ["gemma4-31b", "gemma4-26b+vision", "gemma4-e4b"])
+
+@pytest.mark.parametrize(
+    "case",
+    ["gemma4-e4b", *(pytest.param(f"gemma4-{n}", marks=SLOW) for n in ("31b", "26b+vision"))],
+)
 def test_sizes_of_single_layers_as_transformers_5_has_them(case: str, tmp_path: Path) -> None:
     c = Checkpoint(case, tmp_path)
     plain, _ = c.converted()

@@ -118,9 +118,12 @@ def test_a_bucket(
     assert bucket.names() == names
     assert export(made, to, "--overwrite", "--verify=full") == 0
     now = {name.removeprefix("deep/back/") for name in bucket.names("deep/back/")}
-    assert now == {"notes.txt", "model.safetensors", *(p.name for p in model.iterdir())} - {
-        *(p.name for p in model.glob("*.safetensors*") if p.name != "model.safetensors")
-    }
+    assert now == {
+        "maxconv.json",
+        "notes.txt",
+        "model.safetensors",
+        *(p.name for p in model.iterdir()),
+    } - {*(p.name for p in model.glob("*.safetensors*") if p.name != "model.safetensors")}
     same_tensors(bucket.get("deep/back", tmp_path / "again"), model)
 
 

@@ -17,16 +17,20 @@ def test_leaves_are_those_of_maxtext(name, tmp_path):
     assert not different
 
 
+LONG = {"deepseek4-284b", "gemma4-26b+vision", "qwen3.5-35b-a3b-fp8"}  # to compile
+
+
 def compiled():
     """Of the runs that differ in dtypes alone one: in bfloat16, or float32 if layers are apart.
-    The first of each case, and of each adapter, comes before CI's slow tests."""
+    The first of each case, and of each adapter, comes before CI's slow tests, but for `LONG`."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name, run in RECORDED.items():
         alike.setdefault((run["case"], run.get("adapter", ""), *run["words"]), []).append(name)
     seen: set[tuple[str, ...]] = set()
     for (case, adapter, *_), names in alike.items():
         name = names[0 if " scan" in names[0] else -1]
-        yield pytest.param(name, marks=pytest.mark.slow if (case, adapter) in seen else [])
+        is_slow = case in LONG or (case, adapter) in seen
+        yield pytest.param(name, marks=pytest.mark.slow if is_slow else [])
         seen.add((case, adapter))
 
 

@@ -107,6 +107,7 @@ def test_without_resume_it_starts_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in place.out.iterdir()) == ["0", "maxconv.json"]
 
 
+@pytest.mark.slow
 def test_processes_go_on(tmp_path: Path) -> None:
     """A leaf is there when all processes finished their parts of it."""
     model, out = tiny.write("llama3.1-8b", tmp_path / "hf"), tmp_path / "together"

@@ -93,7 +93,8 @@ def values(out: Path) -> dict[str, tuple[np.ndarray, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2])
 def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     case = tiny.EVEN["qwen3-30b-a3b"]
     model = tiny.write(case, tmp_path / "hf")

@@ -109,6 +109,7 @@ def test_many_hosts_read_whole_tensors() -> None:
     assert sum(shares) == plan.needed_nbytes and max(shares) <= 1.01 * sum(shares) / 64
 
 
+@pytest.mark.slow
 def test_plan_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_headers(published("deepseek3-671b"), tmp_path)
     words = ["model_name=deepseek3-671b", f"--hf_model_path={tmp_path}", "--tpu_type=v5p-1024"]

@@ -61,6 +61,7 @@ def test_a_full_check_compares_every_element_once(
         assert 0 < seen.compared < 20_000
 
 
+@pytest.mark.slow
 def test_packed_weights_and_merged_adapters_compare_right(tmp_path: Path) -> None:
     packed = min((len(c.tensors), name) for name, c in tiny.CASES.items() if c.is_packed)[1]
     for name, more in [(packed, []), ("llama3.1-8b", ["hf_lora_adapter_path"])]:

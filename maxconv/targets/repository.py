@@ -60,6 +60,8 @@ class Repository:
         self._replaced, self._has_sent = set[str](), False
         self.token = find_token(token)
         self._api = HfApi(token=self.token)
+        disable_progress_bars()
+        logging.set_verbosity_error()  # its warnings contain signed URLs
 
     def problems(self) -> list[str]:
         """Everything that prevents a commit there, in sentences; changes nothing on the Hub."""
@@ -116,8 +118,6 @@ class Repository:
 
     def upload(self, additions: Sequence[CommitOperationAdd]) -> None:
         """Uploads large files, for a later commit."""
-        disable_progress_bars()
-        logging.set_verbosity_error()  # its warnings contain signed URLs
         size = sum(map(nbytes, additions))
         self._persistently(partial(self._api.preupload_lfs_files, self.name, additions), size)
         for addition in additions:
