@@ -61,8 +61,8 @@ FP8_NAME = "float8_e4m3fn"
 FP8 = ["qwen3.5-35b-a3b-fp8.scan", "qwen3.5-35b-a3b-fp8.unscan"]
 
 
-# Of models that differ in sizes alone, all but the smallest of more than so many tensors are left to
-# a run that asks for them; the others of more, or of another dtype, are slow.
+# Of models that differ in sizes alone, those of more tensors than this are left to a run that asks
+# for them, but for the smallest; what is of another dtype is slow, too.
 MANY = 5000
 ALL = "MAXCONV_ALL_TREES" in os.environ
 
