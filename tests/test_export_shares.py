@@ -249,7 +249,7 @@ def test_memory_is_within_the_estimates(
     )
     assert done.returncode == 0, done.stderr
     grown, host, device, stored, largest, read = json.loads(done.stdout.splitlines()[-1])
-    assert read == stored and (largest > 8 << 20) == scan
+    assert read == stored and largest > 8 << 20
     bound = host + device + LIBRARIES  # simulated devices have their memory in the host's
     assert grown <= bound < stored, [n >> 20 for n in (grown, host, device, stored, largest)]
 

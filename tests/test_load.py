@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+import yaml
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -22,7 +23,7 @@ import maxconv
 from maxconv.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-SIZES = ("use_multimodal", "use_audio")  # of the arguments of a conversion
+SIZES = ("use_multimodal", "use_audio", "vocab_size")  # of the arguments of a conversion
 MESH = {"fsdp": 4, "tensor": 2}
 
 
@@ -39,7 +40,7 @@ def restored(out: Path) -> Any:
 
 def arguments(case: str) -> dict[str, Any]:
     words = dict(word.split("=", 1) for word in tiny.maxtext_words(case, True))
-    return {key: words[key].lower() == "true" for key in SIZES if key in words}
+    return {key: yaml.safe_load(words[key]) for key in SIZES if key in words}
 
 
 def assert_same(loaded: Any, want: Any) -> None:

@@ -88,7 +88,7 @@ def _compared(
         if name in export.back.rules:
             made = evaluated(expr, box, export.tree.tensors, export.tree.plain)
         else:
-            made = plainly_read(export.published, export.published.tensors[name], box)
+            made = plainly_read(export.published, export.copied(name), box)
         with np.errstate(all="ignore"):
             made = made.astype(info.dtype)
         found = plainly_read(written, info, box)
@@ -100,8 +100,7 @@ def _compared(
 
 def _expression(export: "Export", name: str) -> Expr:
     """How a tensor is made; one that was copied is just itself."""
-    copied = export.published.tensors.get(name)
-    return export.back.rules.get(name) or Tensor(name, copied.shape if copied else ())
+    return export.back.rules.get(name) or Tensor(name, export.copied(name).shape)
 
 
 def _share(export: "Export", names: Sequence[str]) -> Iterator[tuple[str, list[Box]]]:

@@ -145,7 +145,7 @@ def _copy(export: Export, kept: Set[str], progress: Progress) -> None:
     for name in filter(writer.has, export.back.copied):
         if name in kept:
             continue
-        info, written = export.published.tensors[export.back.origins[name]], 0
+        info, written = export.copied(name), 0
         for box in blocks(full(info.shape), info.dtype.itemsize, _BLOCK):
             data = np.empty(dims(box), info.dtype)
             with span("read", name, data.nbytes):

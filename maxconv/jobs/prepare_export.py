@@ -36,7 +36,7 @@ from maxconv.models.way_back import WayBack, stacked, way_back
 from maxconv.planning.overread import calls
 from maxconv.planning.plan import Plan
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
-from maxconv.sources import FileSource, Source
+from maxconv.sources import FileSource, Source, TensorInfo
 from maxconv.sources.index import ADAPTER, STATED
 from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
@@ -94,7 +94,11 @@ class Export:
         names = {t.name for file in self.files_of(process) for t in file.tensors}
         copied = names.intersection(self.back.copied)
         chunks = self.tree.decoded(calls(self.plan, process))
-        return chunks + sum(self.published.tensors[name].nbytes for name in copied)
+        return chunks + sum(self.copied(name).nbytes for name in copied)
+
+    def copied(self, name: str) -> TensorInfo:
+        """The published tensor that one which is only copied is."""
+        return self.published.tensors[self.back.origins[name]]
 
 
 @contextmanager
