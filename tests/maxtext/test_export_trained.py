@@ -97,20 +97,9 @@ def test_a_run_of_maxtext(scan: bool, tmp_path: Path) -> None:
     seen = []
     for step in (None, 0) if scan else (None,):
         back = tmp_path / f"back{step}"
-        which = () if step is None else (f"--step={step}",)
-        run(
-            *(
-                "-m",
-                "maxconv.cli",
-                "export",
-                steps.parent,
-                f"--hf_model_path={model}",
-                "hardware=cpu",
-            ),
-            *(f"base_output_directory={back}", "--save_dtype=float32", "--verify=full", *which),
-        )
+        exported(steps.parent, model, back, *([] if step is None else [f"--step={step}"]))
         after = load_files(back)
-        want = dict(expected(restored(steps / f"{step or 2}/items"), scan, 3))
+        want = dict(expected(restored(steps / f"{2 if step is None else step}/items"), scan, 3))
         assert after.keys() == want.keys() == before.keys()
         for name, tensor in want.items():
             assert after[name].dtype == np.float32
