@@ -260,6 +260,23 @@ def test_from_a_bucket_to_a_bucket(bucket: Bucket, made: tuple[Path, Path], tmp_
     assert left(bucket.names("back/")) == []
 
 
+def test_a_finished_export_is_only_verified_again(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host may be preempted after the last rename; the same command is then run again."""
+    back = tmp_path / "back"
+    assert export(made, back, SMALL_FILES, "--resume") == 0
+    times = {path: path.stat().st_mtime_ns for path in back.iterdir()}
+    assert export(made, back, SMALL_FILES, "--resume", "--verify=full") == 0
+    assert "an earlier attempt has written everything" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in back.iterdir()} == times
+    for words in ([SMALL_FILES], ["--resume"]):  # not told to; or another export
+        assert export(made, back, *words) == 2
+        assert "add --overwrite to replace it" in capsys.readouterr().err
+    (back / "config.json").unlink()
+    assert export(made, back, SMALL_FILES, "--resume") == 2
+
+
 def test_a_place_has_one_owner(
     made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

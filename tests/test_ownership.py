@@ -95,7 +95,7 @@ def test_an_owner_elsewhere_is_followed_when_it_is_silent(
     first.acquire()
     monkeypatch.setattr(ownership, "_machine", lambda: "this one")
     second = Ownership(lock, "out")
-    with pytest.raises(UserError, match="is being written to by another conversion"):
+    with pytest.raises(UserError, match="is being written to by another job"):
         second.acquire()
     first._released.set()  # is silent from now on
     second.acquire()
@@ -129,7 +129,7 @@ def test_a_lock_that_is_being_written_has_an_owner(
     path.write_text("")
     mended = threading.Timer(0.5, path.write_text, [json.dumps(first._owner)])
     mended.start()
-    with pytest.raises(UserError, match="is being written to by another conversion"):
+    with pytest.raises(UserError, match="is being written to by another job"):
         second.acquire()
     path.unlink()
     taken = json.dumps(second._owner)

@@ -49,11 +49,14 @@ def run(export: Export, reporter: Reporter) -> None:
     started, target = time.monotonic(), export.target
     for notice in export.notices:
         reporter.note(notice)
+    if export.finished:
+        reporter.note("an earlier attempt has written everything")
     with closing(target):
         with liveness.all_or_none(), liveness.unsaved(), traced(export.config, reporter):
-            _save(export, reporter)
-            wait_for_all("written", PATIENCE)
-            target.commit()
+            if not export.finished:
+                _save(export, reporter)
+                wait_for_all("written", PATIENCE)
+                target.commit()
             liveness.saved()
         tensors = [tensor for file in export.files for tensor in file.tensors]
         nbytes, seconds = sum(tensor.nbytes for tensor in tensors), time.monotonic() - started

@@ -66,6 +66,7 @@ class Export:
         files: that will be written, by all processes.
         others: the contents of the small files beside them.
         target: where they go.
+        finished: whether an earlier attempt has put everything there, if it is to be resumed.
     """
 
     config: Config
@@ -80,6 +81,7 @@ class Export:
     notices: tuple[str, ...]
     window: int
     target: ExportTarget
+    finished: bool = False
 
     @property
     def mine(self) -> list[File]:
@@ -126,9 +128,8 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
             if writes:
                 check_outputs(config)
                 _check_place(export)
-        if writes:
-            export.target.check()
-        yield export
+        finished = writes and export.target.check(config.resume)
+        yield replace(export, finished=finished)
 
 
 def _opened(config: Config, checkpoint: str) -> Tree:

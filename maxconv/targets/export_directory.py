@@ -15,6 +15,7 @@ from maxconv.processes.agreement import gathered, once, same_error_everywhere
 from maxconv.sources import FileSource, LocalSource
 from maxconv.targets.export_journal import Journal, recorded, sync_directory, write_durably
 from maxconv.targets.export_target import Differs, ExportTarget, check_disks
+from maxconv.targets.place import WORDS
 from maxconv.targets.shards import Contents, Writer, is_weights
 
 UNFINISHED = "maxconv.unfinished"  # the directory in which files are made
@@ -46,6 +47,15 @@ class DirectoryExport(ExportTarget):
         if (self.directory / _COMMIT).exists():  # what is there is ours, or was to be replaced
             return []
         return self.there_problems(self._there(), "directory")
+
+    def is_finished(self) -> bool:
+        small = self.contents.small
+        sizes = {file.name: file.nbytes for file in self.contents.files}
+        sizes |= {name: len(content) for name, content in small.items()}
+        there = {name: self._final / name for name in sizes}
+        if not all(p.is_file() and p.stat().st_size == sizes[name] for name, p in there.items()):
+            return False
+        return there[WORDS].read_bytes() == small[WORDS]
 
     def check_room(self) -> None:
         check_disks(self.directory, sum(file.nbytes for file in self.mine), is_shared=True)

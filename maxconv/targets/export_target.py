@@ -66,12 +66,23 @@ class ExportTarget(ABC):
     def check_room(self) -> None:
         """Raises UserError, on all processes, if there is not enough room on their disks."""
 
-    def check(self) -> None:
-        """Raises UserError, on all processes, if nothing can be exported to there."""
+    def is_finished(self) -> bool:
+        """Whether an earlier attempt of the same export has put everything there."""
+        return False
+
+    def check(self, resume: bool = False) -> bool:
+        """Checks the place; returns whether there is nothing left to do, if that may be resumed.
+
+        Raises:
+            UserError: nothing can be exported to there; on all processes.
+        """
+        if gathered(resume and jax.process_index() == 0 and self.is_finished())[0]:
+            return True
         with same_error_everywhere():
             if jax.process_index() == 0 and (found := self.problems()):
                 raise UserError(found)
         self.check_room()
+        return False
 
     def begin(
         self, record: Mapping[str, Any], differs: Differs | None

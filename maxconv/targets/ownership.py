@@ -101,7 +101,7 @@ class Ownership:
             alive = True if now.version != seen.version else None
         if alive:
             raise UserError(
-                f"{self.place} is being written to by another conversion ({_said(seen.owner)}); "
+                f"{self.place} is being written to by another job ({_said(seen.owner)}); "
                 "wait for it to end, or name another directory."
             )
 
@@ -117,7 +117,7 @@ class Ownership:
                     self._version = ""
                     liveness.fail(
                         ConversionError(
-                            f"{self.place} was taken over by another conversion "
+                            f"{self.place} was taken over by another job "
                             f"({_said(now.owner)}), as this one did not renew its lock in time."
                         )
                     )
