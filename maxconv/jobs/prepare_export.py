@@ -3,22 +3,19 @@
 import copy
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from maxconv.algebra.together import Stack
 from maxconv.config import Config, model_facts
 from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
-from maxconv.jobs.export_record import record
+from maxconv.jobs.export_place import check_place, target_of
 from maxconv.jobs.export_shares import Shares, planned, shares
 from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import (
@@ -42,12 +39,8 @@ from maxconv.sources.narrow import narrow
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import AdaptedTree, Tree, TreeSource, is_factor
 from maxconv.targets import place, shards
-from maxconv.targets.export_bucket import BucketExport
-from maxconv.targets.export_directory import DirectoryExport
-from maxconv.targets.export_hub import HubExport
 from maxconv.targets.export_target import ExportTarget
-from maxconv.targets.repository import is_repository
-from maxconv.targets.shards import Contents, File, Tensor
+from maxconv.targets.shards import File, Tensor
 
 _DTYPE_ENTRIES = ("dtype", "torch_dtype")
 _SHARD = 5 * 10**9  # bytes of a file, as of transformers
@@ -127,7 +120,7 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
         with same_error_everywhere():
             if writes:
                 check_outputs(config)
-                _check_place(export)
+                check_place(export.target, export.published.root)
         finished = writes and export.target.check(config.resume)
         yield replace(export, finished=finished)
 
@@ -156,67 +149,59 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
         name: _dtype(published.stored[back.origins[name]].dtype, made, to)
         for name, made in back.dtypes.items()
     }
-    tensors = [
-        Tensor(name, dtypes[name], stack.shape) for stack in back.stacks for name in stack.names
-    ]
-    stored = {name: published.stored[back.origins[name]] for name in back.copied}
-    copied = [Tensor(name, of.dtype, of.shape) for name, of in stored.items()]
+    others, changes = _others(published, back, to)
+    told = (*_absent(published, back), *changes)
+    notices = (*tree.notices, *published.notices, *back.notices, *told)
+    files = _as_published(config, published, back, dtypes) if config.layout == "source" else []
+    return _export(config, tree, published, back, dtypes, files, others, notices, window)
+
+
+def _export(
+    config: Config,
+    tree: Tree,
+    published: FileSource,
+    back: WayBack,
+    dtypes: Mapping[str, np.dtype],
+    files: Sequence[File],
+    others: Mapping[str, bytes],
+    notices: tuple[str, ...],
+    window: int,
+) -> Export:
+    """The export of tensors to files; if these are not settled, to those that divide them best."""
+    made, copied = _tensors(published, back, dtypes)
     nbytes = {tensor.name: tensor.nbytes for tensor in copied}
     devices = devices_of(config) or jax.devices()
-    files = _as_published(config, devices, [*tensors, *copied], published, back)
-    shared = shares(back.stacks, dtypes, nbytes, tree.tensors, devices, owners_of(files))
+    owners = {tensor.name: file.process for file in files for tensor in file.tensors}
+    shared = shares(back.stacks, dtypes, nbytes, tree.tensors, devices, owners)
     plan = _plan(tree, shared, window)
-    files = files or shards.by_size(
-        [*tensors, *copied], config.max_shard_size or _SHARD, shared.owners
-    )
-    others, changes = _others(published, back, to)
-    notices = (
-        *tree.notices,
-        *published.notices,
-        *back.notices,
-        *_absent(published, back),
-        *changes,
-    )
+    most = config.max_shard_size or _SHARD
+    files = files or shards.by_size([*made, *copied], most, shared.owners)
     stacks = {stack.names[0]: stack for stack in back.stacks}
-    target = _target(config, tree, files, others)
+    target = target_of(config, tree.root, files, others)
     return Export(
         *(config, tree, published, back, plan, stacks, shared.made),
         *(files, others, notices, window, target),
     )
 
 
-def _target(
-    config: Config, tree: Tree, files: Sequence[File], others: Mapping[str, bytes]
-) -> ExportTarget:
-    """Where the export goes."""
-    where, overwrite, retries = config.base_output_directory, config.overwrite, config.max_retries
-    if is_repository(where):
-        token, public = config.hf_access_token, config.public
-        return HubExport(where, Contents(files, others), overwrite, token, retries, public)
-    made_of = json.dumps(record(config.words, tree.root), indent=2) + "\n"
-    contents = Contents(files, {**others, place.WORDS: made_of.encode()})
-    if where.startswith("gs://"):
-        return BucketExport(where, contents, overwrite, retries)
-    if "://" in where:
-        raise UserError(
-            f"{where} is not supported; give a directory, gs://bucket/path or hf://org/name."
-        )
-    return DirectoryExport(where, contents, overwrite)
+def _tensors(
+    published: FileSource, back: WayBack, dtypes: Mapping[str, np.dtype]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that are made, and those that are copied."""
+    made = [Tensor(name, dtypes[name], of.shape) for of in back.stacks for name in of.names]
+    stored = {name: published.stored[back.origins[name]] for name in back.copied}
+    return made, [Tensor(name, of.dtype, of.shape) for name, of in stored.items()]
 
 
 def _as_published(
-    config: Config,
-    devices: Sequence[Any],
-    tensors: Sequence[Tensor],
-    published: FileSource,
-    back: WayBack,
+    config: Config, published: FileSource, back: WayBack, dtypes: Mapping[str, np.dtype]
 ) -> list[File]:
-    """The files of the published model, if they are to be written as they are there."""
-    if config.layout == "size":
-        return []
-    stored = {tensor.name: published.stored[back.origins[tensor.name]] for tensor in tensors}
+    """The files of the published model, with the tensors that are written instead."""
+    made, copied = _tensors(published, back, dtypes)
+    stored = {tensor.name: published.stored[back.origins[tensor.name]] for tensor in made + copied}
     where = {name: (origin.file, origin.offset) for name, origin in stored.items()}
-    return shards.as_stored(tensors, where, sorted({device.process_index for device in devices}))
+    processes = {device.process_index for device in devices_of(config) or jax.devices()}
+    return shards.as_stored(made + copied, where, sorted(processes))
 
 
 def _adapter(
@@ -242,21 +227,8 @@ def _adapter(
     shapes = {name: expr.shape for name, expr in made.rules.items()}
     tensors = tuple(Tensor(name, dtypes[name], shapes[name]) for name in sorted(shapes))
     files = [File(shards.ADAPTER, 0, tensors)]
-    devices = devices_of(config) or jax.devices()
-    shared = shares(of_all, dtypes, {}, tree.tensors, devices, owners_of(files))
-    plan = _plan(tree, shared, window)
     others = {ADAPTER: (json.dumps(made.config, indent=2) + "\n").encode()}
-    stacks = {stack.names[0]: stack for stack in of_all}
-    target = _target(config, tree, files, others)
-    return Export(
-        *(config, tree, published, back, plan, stacks, shared.made),
-        *(files, others, made.notices, window, target),
-    )
-
-
-def owners_of(files: Sequence[File]) -> dict[str, int]:
-    """The process that writes each tensor."""
-    return {tensor.name: file.process for file in files for tensor in file.tensors}
+    return _export(config, tree, published, back, dtypes, files, others, made.notices, window)
 
 
 def _plan(tree: Tree, shared: Shares, window: int) -> Plan:
@@ -330,17 +302,3 @@ def _others(
     if changes:
         contents["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return contents, changes
-
-
-def _check_place(export: Export) -> None:
-    """Raises UserError if the export would replace the model that its names are taken from, or go
-    into a checkpoint of MaxText."""
-    where, model = export.target.place, export.published.root
-    if where == model or (
-        "://" not in where and os.path.realpath(where) == os.path.realpath(model)
-    ):
-        raise UserError(f"{where} is the model that names are taken from; name another place.")
-    if is_repository(where):
-        return
-    if any((epath.Path(where) / name).exists() for name in (place.STEP, place.UNFINISHED_WORDS)):
-        raise UserError(f"{where} is for a MaxText checkpoint; name another base_output_directory.")
