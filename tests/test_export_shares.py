@@ -88,10 +88,10 @@ EXPERTS = ("ici_expert_parallelism=4", "ici_fsdp_parallelism=2")
 @pytest.mark.parametrize(
     ("n", "runs"),
     [
-        (2, [("llama3.1-8b", True, "fsdp4_tp2", "--use_compression=true")]),
         pytest.param(
             2,
             [
+                ("llama3.1-8b", True, "fsdp4_tp2", "--use_compression=true"),
                 ("llama3.1-8b", False, "fsdp4_tp2", "--use_compression=true"),
                 ("llama3.1-8b", True, "fsdp8", "--save_dtype=float32"),
                 ("qwen3-30b-a3b", True, "experts", "--use_compression=true"),

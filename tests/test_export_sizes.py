@@ -22,10 +22,8 @@ def shortened(case: str, scan: bool, directory: Path, layers: int) -> tuple[Path
 
 
 SLOW = (
-    *(("deepseek3-671b", False, 3), ("deepseek4-284b", True, 5), ("deepseek4-284b", False, 2)),
-    *(("gemma2-2b", True, 2), ("gemma4-26b+vision", True, 2), ("olmo3-7b", True, 2)),
-    *(("qwen3-next-80b-a3b", False, 2), ("qwen3.5-35b-a3b", True, 2)),
-    *(("qwen3-omni-30b-a3b", False, 2), ("weaver-mini", False, 2)),
+    *(("deepseek3-671b", False, 3), ("gemma2-2b", True, 2), ("olmo3-7b", True, 2)),
+    *(("qwen3-next-80b-a3b", False, 2), ("weaver-mini", False, 2)),
 )
 CASES = [
     *(("qwen3-0.6b", True, 2), ("gemma3-4b", False, 2)),

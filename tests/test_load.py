@@ -21,6 +21,7 @@ from test_processes import processes, said
 
 import maxconv
 from maxconv.errors import UserError
+from maxconv.planning import placement
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 SIZES = ("use_multimodal", "use_audio", "vocab_size")  # of the arguments of a conversion
@@ -179,6 +180,7 @@ def test_arrays_come_one_by_one_and_replace_others(qwen: tuple[Path, Path]) -> N
     assert seen == len(jax.tree.leaves(want)) == len(told)
     total = sum(x.nbytes for x in jax.tree.leaves(want))
     assert told[-1] == (total, total)
+    assert placement.local_boxes.cache_info().currsize == 0  # which would hold the caller's mesh
 
 
 def test_the_example_of_the_guide_runs(qwen: tuple[Path, Path]) -> None:

@@ -175,6 +175,7 @@ def test_of_many_one_takes_over(lock: str) -> None:
     held[0].release()
 
 
+@pytest.mark.slow
 def test_a_second_conversion_does_not_begin(tmp_path: Path) -> None:
     """Nor does it touch what the first has; the first ends well."""
     where = Place(tmp_path)

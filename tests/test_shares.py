@@ -137,7 +137,6 @@ for name, mesh in json.loads(meshes).items():
 @pytest.mark.parametrize(
     ("n", "case", "scan", "meshes"),
     [
-        (2, "llama3.1-8b", True, {"mixed": MESHES["mixed"]}),
         pytest.param(2, "llama3.1-8b", True, MESHES, marks=pytest.mark.slow),
         pytest.param(4, "llama3.1-8b", False, {"mixed": MESHES["mixed"]}, marks=pytest.mark.slow),
         pytest.param(

@@ -133,6 +133,7 @@ def test_the_checkpoint_is_the_same(n, tmp_path, monkeypatch, capsys):
     assert shapeless[0] == shapeless[1] and metadata[0] != metadata[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param("gpt-oss-20b", marks=pytest.mark.slow), "gpt-oss-20b+mxfp4"]
 )

@@ -35,6 +35,7 @@ from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import resolve
 from maxconv.models.tree_sizes import ROOT
 from maxconv.planning.plan import Leaf, Plan, make_plan
+from maxconv.planning.remembered import forgetting
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import Source, open_source
 from maxconv.sources.runs import has_tree
@@ -155,7 +156,8 @@ def stream(
         The path of each leaf of `abstract`, such as `("params", "decoder", ...)`, and its array.
     """
     leaves = [(_plain(path), leaf) for path, leaf in _flat(abstract)]
-    with opened_by_all(partial(_open, read_path(source), token, revision)) as opened:
+    open_at = partial(_open, read_path(source), token, revision)
+    with forgetting(), opened_by_all(open_at) as opened:
         check_same_everywhere(opened)
         most = min(gathered(window or usual_window()))
         with same_error_everywhere():

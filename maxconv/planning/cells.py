@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -43,6 +43,7 @@ from maxconv.planning.lanes import (
 )
 from maxconv.planning.placement import local_devices, mesh_axes, shard_nbytes, shards
 from maxconv.planning.redistribution import CellRead, Chunks, cell_read
+from maxconv.planning.remembered import remembered
 from maxconv.planning.slicing import Cell, even_cuts, reads_of, slices_of
 
 
@@ -225,7 +226,7 @@ def _step(
     return Step(recipe, offset, tuple(zip(*reads, strict=True)))
 
 
-@cache
+@remembered
 def _at_once(cell: Cell, axis: int, most: int, budget: int) -> int:
     """How many adjacent cells of a shard one step should make: as few as give long runs, or whole
     tensors, to each process."""
@@ -241,7 +242,7 @@ def _at_once(cell: Cell, axis: int, most: int, budget: int) -> int:
     return best
 
 
-@cache
+@remembered
 def _recipe(cell: Cell, box: Box, lanes: int | None, in_shard: int = 1) -> Recipe:
     reads = []
     pulled = _pulled_back(cell, box, lanes)

@@ -1,13 +1,13 @@
 """Which device, and which process, holds which box of an array."""
 
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxconv.algebra import Box, Shape
+from maxconv.planning.remembered import remembered
 
 Device = Any  # jax.Device, which type checkers do not accept as a type
 
@@ -24,7 +24,7 @@ def shards(sharding: NamedSharding, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in mesh_axes(sharding, axis))
 
 
-@cache
+@remembered
 def crossing(sharding: NamedSharding) -> tuple[str, ...]:
     """The axes of a mesh along which devices belong to different processes."""
     mesh = sharding.mesh
@@ -42,14 +42,14 @@ def shard_nbytes(sharding: NamedSharding, shape: Shape, dtype: np.dtype) -> int:
     return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
 
 
-@cache
+@remembered
 def local_devices(sharding: NamedSharding) -> int:
     """Number of devices per process in the mesh; equal for all processes."""
     processes = {device.process_index for device in sharding.device_set}
     return len(sharding.device_set) // len(processes)
 
 
-@cache
+@remembered
 def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
     """The box of an array that each device holds."""
     return {
@@ -58,14 +58,14 @@ def device_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
     }
 
 
-@cache
+@remembered
 def local_boxes(sharding: NamedSharding, shape: Shape) -> dict[Device, Box]:
     """`device_boxes` of this process' devices."""
     mine = sharding.addressable_devices
     return {device: box for device, box in device_boxes(sharding, shape).items() if device in mine}
 
 
-@cache
+@remembered
 def boxes_by_process(sharding: NamedSharding, shape: Shape) -> dict[int, frozenset[Box]]:
     """The distinct boxes of an array that the devices of each process hold."""
     boxes: dict[int, set[Box]] = {}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from jax.sharding import NamedSharding
 from maxconv.algebra import Box, Expr, Read, Shape, full, trace, with_axis
 from maxconv.planning.lanes import Stored
 from maxconv.planning.placement import crossing, shards
+from maxconv.planning.remembered import remembered
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cut(NamedTuple):
             yield with_axis(box, self.axis, (at + lo, at + hi))
 
 
-@cache
+@remembered
 def slices_of(cell: Cell, excess: float, lanes: int | None) -> tuple[Cut, ...]:
     """How to slice a cell that is `excess` times too large.
 
@@ -161,6 +161,6 @@ def _cut(read: Read, i: int, parts: Sequence[Sequence[Read]]) -> int | None:
     return axis if not left and [box[axis] for box in boxes] == even else None
 
 
-@cache
+@remembered
 def reads_of(expr: Expr, box: Box) -> tuple[Read, ...]:
     return trace(expr, box).reads

@@ -148,6 +148,7 @@ except (ConversionError, OSError) as error:
 ONE = "*/model-00001-of-*"  # of the files
 
 
+@pytest.mark.slow
 def test_the_api_is_asked_again_like_files(hub):
     """Whatever asks the Hub waits as long as it is told, but not for ever, and tries again."""
     well = hub.run("-c", IMPATIENT, MODEL)
