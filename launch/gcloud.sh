@@ -87,7 +87,7 @@ if [[ -n $type ]] && { $dry_run || ! state >/dev/null; }; then
 fi
 
 archive=$scratch/maxconv.tar.gz
-tar -czf "$archive" -C "$root" pyproject.toml README.md LICENSE configs maxconv
+tar -czf "$archive" --exclude=__pycache__ -C "$root" pyproject.toml README.md LICENSE configs maxconv
 send "$archive" maxconv.tar.gz
 # The workers' own Python may be too old: uv brings one.
 on_all "rm -rf maxconv-source && mkdir maxconv-source && tar -xzf maxconv.tar.gz -C maxconv-source \

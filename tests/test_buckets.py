@@ -95,6 +95,7 @@ sys.exit(cli.run(command))
 """
 
 
+@pytest.mark.slow
 def test_bytes_that_are_served_are_those_that_were_planned(bucket: Bucket, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     mesh = ("ici_fsdp_parallelism=2", "ici_tensor_parallelism=4")  # both read parts of all rows

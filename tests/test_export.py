@@ -276,6 +276,7 @@ def test_the_arguments_of_maxtext(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read(tmp_path / "back") == after
 
 
+@pytest.mark.slow
 def test_fp8_that_was_kept_is_not_cast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = "qwen3.5-35b-a3b-fp8"
     model, out = converted(case, True, tmp_path)

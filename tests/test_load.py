@@ -195,7 +195,9 @@ def test_the_example_of_the_guide_runs(qwen: tuple[Path, Path]) -> None:
     assert len(replaced) == len(jax.tree.leaves(restored(out)))
 
 
-@pytest.mark.parametrize("change", ["shape", "name", "no parameter", "sharding", "no source"])
+@pytest.mark.parametrize(
+    "change", ["shape", "name", "no parameter", "sharding", "integers", "no source"]
+)
 def test_what_does_not_fit_is_named(change: str, qwen: tuple[Path, Path]) -> None:
     model, out = qwen
     source: Any = str(model)
@@ -210,6 +212,10 @@ def test_what_does_not_fit_is_named(change: str, qwen: tuple[Path, Path]) -> Non
     elif change == "no parameter":
         abstract["step"] = norm["scale"]
         sentence = "abstract has 'step', which are no parameters of MaxText"
+    elif change == "integers":
+        sharding = norm["scale"].sharding
+        norm["scale"] = jax.ShapeDtypeStruct(norm["scale"].shape, np.int32, sharding=sharding)
+        sentence = "decoder.decoder_norm.scale is to be int32: tensor model.norm.weight is"
     elif change == "sharding":
         on = NamedSharding(mesh({"x": 8}).abstract_mesh, PartitionSpec())
         norm["scale"] = jax.ShapeDtypeStruct(norm["scale"].shape, np.float32, sharding=on)
@@ -250,6 +256,7 @@ except ConversionError as error:
 """
 
 
+@pytest.mark.slow
 def test_processes_load_together(tmp_path: Path) -> None:
     model, out = converted("qwen3-30b-a3b", True, tmp_path)
     here = tmp_path / "here"

@@ -181,6 +181,7 @@ def test_maxtext_is_told_rank_and_alpha(base, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_model_has_the_sizes_that_maxtext_says():
     models = reversed([*known_models().items()])
     kinds = {(m["architecture"], m["decoder_block"]): name for name, m in models}

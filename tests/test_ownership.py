@@ -86,6 +86,7 @@ def test_a_killed_owner_of_this_machine_is_followed_at_once(lock: str) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_an_owner_elsewhere_is_followed_when_it_is_silent(
     lock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_processes_and_a_bucket(tmp_path: Path, fails: bool) -> None:
     """An error of the commit, which is in the background of one of them, ends both."""

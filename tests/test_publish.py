@@ -120,6 +120,7 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_share_no_disk_are_told_so(hub, tmp_path):
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}"]
     environ = hub.environ(HF_TOKEN=TOKEN)
@@ -189,6 +190,7 @@ def test_the_disk_holds_no_more_than_its_bound(hub, tmp_path):
     assert on_disk <= claimed < total / 4, (on_disk, claimed, total)
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_leaves_nothing_in_the_repository(hub, alone):
     words = [*FROM_THE_HUB, f"base_output_directory={OUT}", "--max_retries=0", "--verify=none"]
     hub.settings(faults=[["/blobs/*", "400", 1]])

@@ -76,7 +76,7 @@ CASES = [
     Case("renaming", 0, None, (1, 1), "No space left on device"),
     Case("renaming", 1, signal.SIGKILL, (42, -9), f"process 1 {GONE}"),
 ]
-USUAL = CASES[3:4]
+USUAL = CASES[1:2]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from maxconv.jobs.prepare import (
     usual_window,
 )
 from maxconv.models import tree_sizes
-from maxconv.models.canonical_names import FP8
+from maxconv.models.canonical_names import FP8, misfit
 from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import resolve
 from maxconv.models.tree_sizes import ROOT
@@ -308,10 +308,11 @@ def _plans(
     """A plan for each mesh.
 
     Raises:
-        UserError: with every leaf that has another shape.
+        UserError: with every leaf that has another shape, or a dtype that does not fit.
     """
     problems: list[str] = []
     meshes: dict[Mesh, list[Leaf]] = {}
+    dtypes = {name: info.dtype for name, info in source.tensors.items()}
     for name, one in wanted.items():
         expr, (mesh, sharding) = made(name, one.dtype), _named(one.sharding)
         if expr.shape != tuple(one.leaf.shape):
@@ -319,6 +320,8 @@ def _plans(
                 f"{name} has shape {tuple(one.leaf.shape)} in abstract, but {expr.shape} in "
                 f"{source.root}."
             )
+        if (problem := misfit(expr, dtypes, one.dtype)) is not None:
+            problems.append(f"{name} is to be {one.dtype}: {problem}.")
         meshes.setdefault(mesh, []).append(Leaf(name, expr, one.dtype, sharding))
     if problems:
         raise UserError(problems)

@@ -1,24 +1,21 @@
 """What is found out about shardings once, and kept until a job forgets it: it holds meshes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
+
+_empty: list[Callable[[], None]] = []  # the caches
 
 if TYPE_CHECKING:
-    from functools import _lru_cache_wrapper
+    remembered = cache
+else:
 
-_Result = TypeVar("_Result")
-_caches: list[_lru_cache_wrapper[Any]] = []
-
-
-def remembered(function: Callable[..., _Result]) -> _lru_cache_wrapper[_Result]:
-    """`functools.cache`, emptied by `forget`."""
-    cached = cache(function)
-    _caches.append(cached)
-    return cached
+    def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+        """`functools.cache`, emptied by `forgetting`."""
+        cached = cache(function)
+        _empty.append(cached.cache_clear)
+        return cached
 
 
 @contextmanager
@@ -27,5 +24,5 @@ def forgetting() -> Iterator[None]:
     try:
         yield
     finally:
-        for cached in _caches:
-            cached.cache_clear()
+        for empty in _empty:
+            empty()
