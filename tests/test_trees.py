@@ -61,8 +61,8 @@ FP8_NAME = "float8_e4m3fn"
 FP8 = ["qwen3.5-35b-a3b-fp8.scan", "qwen3.5-35b-a3b-fp8.unscan"]
 
 
-# Of models that differ in sizes alone, those of more tensors than this are left to a run that asks
-# for them, but for the smallest; what is of another dtype is slow, too.
+# Trees of more tensors than this are slow. Of models that differ in sizes alone only the smallest
+# is compared then, its layers stacked if MaxText can; a run may ask for all.
 MANY = 5000
 ALL = "MAXCONV_ALL_TREES" in os.environ
 
@@ -77,7 +77,9 @@ def trees():
             tied = facts.get("logits_via_embedding", False)
             kind = facts["architecture"], facts["decoder_block"], tied, layers
             is_slow = kind in seen or dtype != "bfloat16" or tensors_of(of) > MANY
-            if ALL or kind not in seen or tensors_of(of) <= MANY or dtype != "bfloat16":
+            stacks = layers.startswith(".scan") or f"{model_of(name)}.scan" not in TREES
+            is_new = kind not in seen and stacks
+            if ALL or tensors_of(of) <= MANY or is_new or dtype != "bfloat16":
                 yield pytest.param(name, of, dtype, marks=pytest.mark.slow if is_slow else [])
             seen.add(kind)
 
