@@ -5,6 +5,7 @@ with Orbax from numpy arrays.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,38 @@ def test_processes_write_files_of_their_own(tmp_path: Path) -> None:
     assert read(back) == read(model)
     sizes = [path.stat().st_size for path in sorted(back.glob("*.safetensors"))]
     assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes)
+
+
+OTHER_COPY = """
+import sys
+if sys.argv[-1] == "--process_id=1":
+    from maxconv.sources import local
+    init = local.LocalSource.__init__
+    local.LocalSource.__init__ = lambda self, path, *more: (
+        init(self, sys.argv[1] if str(path) == sys.argv[2] else path, *more)
+    )
+from maxconv import cli
+sys.exit(cli.main(["export", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.slow
+def test_another_copy_of_the_model_is_not_mixed_in(tmp_path: Path) -> None:
+    """A tensor that is only copied would be of one copy or the other, by the process."""
+    model, out = converted("qwen3-0.6b", True, tmp_path)
+    other = shutil.copytree(model, tmp_path / "other")
+    file = sorted(other.glob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    back, logs = tmp_path / "back", tmp_path / "logs"
+    words = [str(other), str(model), str(out), f"--hf_model_path={model}", "hardware=cpu"]
+    words += [f"base_output_directory={back}", "--simulated_cpu_devices_count=4"]
+    with processes(2, words, logs, OTHER_COPY) as running:
+        assert [process.wait(300) for process in running] == [2, 2], said(logs)
+    for log in logs.iterdir():
+        assert f"the content of {file.name} is" in log.read_text(), log.read_text()
+    assert not back.exists()
 
 
 def test_the_arguments_of_maxtext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from maxconv.jobs.prepare import (
     STEP_MOST,
     check_outputs,
     check_planning,
+    check_same_everywhere,
     devices_of,
     opened,
     opened_by_all,
@@ -117,6 +118,8 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[E
         if jax.process_count() > 1:
             facts = {"the checkpoint": tree.root, "the plan": export.plan.digest}
             agree(facts, "start them in the same environment")
+            for source in (tree, published):
+                check_same_everywhere(source)
         with same_error_everywhere():
             if writes:
                 check_outputs(config)

@@ -46,7 +46,7 @@ class TreeSource(Source):
         directory, within = tree_at(path, step)
         self.item = open_item(directory)
         self.root, self.revision, self.config = str(self.item.directory), None, {}
-        self.is_shared = True
+        self.is_shared = "://" in self.root
         names, others = parameters(self.item.arrays, within, self.root)
         if not names:
             raise UserError(
