@@ -61,7 +61,7 @@ SLOW = (
 
 
 def layouts() -> Iterator[Any]:
-    """One layout of some cases; the fast one has experts, and two meshes' worth of axes."""
+    """One layout of some cases; the one that is not slow has experts."""
     for case, scan in dict(reversed(tiny.LAYERS)).items():
         marks = () if case == "qwen3-30b-a3b" else pytest.mark.slow
         if case in (*SLOW, "qwen3-30b-a3b"):

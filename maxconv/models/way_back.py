@@ -116,12 +116,8 @@ def way_back(
     constants = sorted(p.name.removeprefix(ROOT) for p in bound if not p.tensors)
     back = _inverted(model, bound, published.root)
     dtypes = {tensor: plain.tensors[tensor].dtype for tensor in back}
-    stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
-    left = sorted(
-        n for n in plain.tensors.keys() - back.keys() if not _is_beyond(stored.get(n, n), model)
-    )
     whole = {n for n, x in plain.weights.items() if isinstance(x, Tensor) and not plain.codecs}
-    copied = tuple(n for n in left if n in whole and stored.get(n, n) != HEAD)
+    copied, left_out = _absent(model, plain.tensors.keys() - back.keys(), whole)
     origins = {name: next(tensors(weight)).name for name, weight in plain.weights.items()}
     cut = {tensor: expr for tensor, expr in back.items() if _is_longer(expr)}
     told = [*plain.notices, *_notices(model, constants, cut, whole, bool(plain.codecs))]
@@ -138,10 +134,20 @@ def way_back(
         copied=copied,
         origins=origins,
         completed=tuple(origins[n] for n in cut if n in whole),
-        left_out=tuple(sorted({*left} - {*copied})),
+        left_out=left_out,
         scan_axis=axis,
         notices=tuple(told),
     )
+
+
+def _absent(
+    model: Model, names: Iterable[str], whole: Container[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of published tensors that the tree has nothing for: those to copy, and those left out."""
+    stored = {next(tensors(weight)).name: name for name, weight in model.tensors.items()}
+    left = sorted(name for name in names if not _is_beyond(stored.get(name, name), model))
+    copied = tuple(name for name in left if name in whole and stored.get(name, name) != HEAD)
+    return copied, tuple(sorted({*left} - {*copied}))
 
 
 def _inverted(model: Model, bound: Iterable[Parameter], root: str) -> dict[str, Expr]:

@@ -121,15 +121,21 @@ def checkpoint(model: str, directory: Path) -> float:
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) / GIB
 
 
-def main() -> None:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of every comparison with MaxText."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--model", nargs="+", default=["qwen3-0.6b"])
     parser.add_argument("--maxtext", help="python of MaxText's environment")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--settle", type=float, default=12, help="seconds of rest before each run")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     args = parser.parse_args()
     traces = args.directory / "traces"
     traces.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ With `--trained` the checkpoint is as a trainer saves it: float32 and compressed
 bfloat16.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from beside_maxtext import ENVIRON, checkpoint, sides
+from beside_maxtext import ENVIRON, arguments, checkpoint, sides
 from runs import measured, settled
 from targets import COPY, HEAD, LARGE, MAXTEXT, OURS, VERIFIED, Target, rows, table
 
@@ -108,14 +107,7 @@ def converted(model: str, source: Path, saved: Path, trained: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--model", nargs="+", default=["qwen3-0.6b"])
-    parser.add_argument("--maxtext", help="python of MaxText's environment")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--settle", type=float, default=12, help="seconds of rest before each run")
+    parser = arguments(__doc__)
     parser.add_argument("--trained", action="store_true", help="float32, compressed")
     args = parser.parse_args()
     directory = args.directory.resolve()
