@@ -29,7 +29,7 @@ def export_plan(job: Export, on: Slice | None = None) -> str:
     lines = [
         f"source   {source_text(job.tree)}",
         *(f"         not read: {text}" for text in _not_read(job.tree)),
-        f"model    {job.published.root}: names, dtypes and {len(job.others)} small files",
+        f"model    {job.published.root}: names, dtypes and {len(job.others)} small file(s)",
         f"mesh     {processes_text(hosts)} of {plan.mesh.size // hosts} devices",
         f"output   {_output(job)}",
         "",
