@@ -107,7 +107,7 @@ def test_the_parameters_are_found(
             found = theirs.tensors[name]
             assert (found.dtype, found.shape) == (info.dtype, info.shape)
             np.testing.assert_array_equal(theirs.tensor(name), ours.tensor(name), name)
-        said = "inner_state.params.params in the checkpoint is not exported"
+        said = "inner_state.params.params in the checkpoint is not read"
         assert theirs.notices == ((said,) if save is diloco else ())
 
 

@@ -87,6 +87,25 @@ def _stacked(found: Sequence[tuple[str, tuple[int, ...], Expr]]) -> Iterator[Sta
     yield Stack(tuple(found[i][0] for i in order), found[order[0]][2], leading, tuple(places))
 
 
+def joined(expr: Expr) -> Expr:
+    """The same, with consecutive places of an array, one after another, as one part of it.
+
+    A stack of all that was taken out of another stack is that stack, its axes in another order.
+    """
+    match expr:
+        case Concat(axis, parts):
+            parts = tuple(map(joined, parts))
+            found = stacks({str(i): part for i, part in enumerate(parts)})
+            if len(found) > 1 or found[0].names != tuple(map(str, range(len(parts)))):
+                return Concat(axis, parts)
+            names = [f"x{i}" for i in range(len(parts[0].shape))]
+            after = [*names[:axis], f"(n {names[axis]})", *names[axis + 1 :]]
+            return apply(rearrange(f"n {' '.join(names)} -> {' '.join(after)}"), found[0].expr)
+        case Apply(op, x):
+            return apply(op, joined(x))
+    return expr
+
+
 def _unplaced(expr: Expr, starts: list[int]) -> Expr:
     """The expression with all single places at 0; theirs are appended to `starts`."""
     match expr:

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,6 +17,7 @@ from maxconv.text import note, say
 
 if TYPE_CHECKING:  # takes longer to import than some commands to run
     from maxconv.config import Config
+    from maxconv.jobs.prepare import Job
     from maxconv.planning.tpus import Slice
 
 
@@ -122,7 +125,7 @@ def convert(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    from maxconv.cli.export_arguments import exported
+    from maxconv.cli.checkpoint_arguments import exported
     from maxconv.jobs import export, prepare_export
 
     given = exported(arguments)
@@ -135,13 +138,26 @@ def export(arguments: Sequence[str]) -> None:
         export.run(job, TerminalReporter())
 
 
+def relayout(arguments: Sequence[str]) -> None:
+    from maxconv.cli.checkpoint_arguments import exported
+    from maxconv.jobs import convert, prepare_relayout
+
+    given = exported(arguments, "relayout")
+    config = start(given.arguments, "relayout")
+    if not config.has_output:  # MaxText has a default
+        raise UserError("Say where the new checkpoint goes: base_output_directory=DIR.")
+    from maxconv.cli.reports import TerminalReporter
+
+    preparing = partial(prepare_relayout.prepared, checkpoint=given.checkpoint)
+    convert.run(config, TerminalReporter(), preparing)
+
+
 def plan(arguments: Sequence[str]) -> None:
     import jax
 
-    from maxconv.cli.export_arguments import planned
+    from maxconv.cli.checkpoint_arguments import planned
     from maxconv.cli.plan_page import plan_page
     from maxconv.cli.plan_text import compiled_text, network_text, plan_text
-    from maxconv.jobs.prepare import prepared
     from maxconv.planning.tpus import slice_of
 
     config = start(planned(arguments), "plan")
@@ -149,12 +165,21 @@ def plan(arguments: Sequence[str]) -> None:
     if config.export:
         _plan_export(config, config.export, on)
         return
-    with prepared(config, writes=False) as job:
+    with _planning(config, config.relayout) as job:
         say(plan_text(job, on) + network_text(job.plan, job.source))
         if job.config.compile:
             say(f"\n{compiled_text(job.plan)}")
         if (page := job.config.report) and jax.process_index() == 0:
             Path(page).write_text(plan_page(job, on), encoding="utf-8")
+
+
+def _planning(config: "Config", checkpoint: str | None) -> AbstractContextManager["Job"]:
+    """Plans a conversion, or another layout of a checkpoint."""
+    from maxconv.jobs import prepare, prepare_relayout
+
+    if checkpoint is None:
+        return prepare.prepared(config, writes=False)
+    return prepare_relayout.prepared(config, checkpoint, writes=False)
 
 
 def _plan_export(config: "Config", checkpoint: str, on: "Slice | None") -> None:
@@ -171,12 +196,12 @@ def _plan_export(config: "Config", checkpoint: str, on: "Slice | None") -> None:
 
 
 def verify(arguments: Sequence[str]) -> None:
+    from maxconv.cli.checkpoint_arguments import exported
     from maxconv.cli.reports import TerminalReporter
     from maxconv.config.paths import checked_path
     from maxconv.jobs import convert
     from maxconv.jobs.export_record import recorded_export
-    from maxconv.jobs.prepare import prepared
-    from maxconv.jobs.verify import recorded_arguments, saved_items
+    from maxconv.jobs.verify import recorded_arguments, recorded_job, saved_items
 
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")
@@ -185,13 +210,16 @@ def verify(arguments: Sequence[str]) -> None:
         _verify_export(path, [*made_with, *arguments[1:]])
         return
     saved = saved_items(path)
-    config = start([*recorded_arguments(saved), *arguments[1:], "--verify=full"], "verify")
-    with prepared(config, writes=False) as job:
+    words, checkpoint = [*recorded_arguments(saved), *arguments[1:]], None
+    if recorded_job(saved) == "relayout":
+        checkpoint, words, _ = exported(words, "relayout")
+    config = start([*words, "--verify=full"], "verify")
+    with _planning(config, checkpoint) as job:
         convert.check(job, str(saved), "full", TerminalReporter())
 
 
 def _verify_export(directory: str, arguments: Sequence[str]) -> None:
-    from maxconv.cli.export_arguments import exported
+    from maxconv.cli.checkpoint_arguments import exported
     from maxconv.cli.reports import TerminalReporter
     from maxconv.jobs.check_export import check
     from maxconv.jobs.prepare_export import prepared
@@ -240,12 +268,14 @@ def show_help(arguments: Sequence[str]) -> None:
 _TOGETHER = (
     "convert",
     "export",
+    "relayout",
     "plan",
     "verify",
 )  # the commands that several processes run together
 COMMANDS = {
     "convert": convert,
     "export": export,
+    "relayout": relayout,
     "plan": plan,
     "verify": verify,
     "inspect": inspect,

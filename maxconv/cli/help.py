@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from maxconv.config.options import EXPORT, EXPORTED, KEYS, OPTIONS, Option
+from maxconv.config.options import KEYS, MEANINGS, OPTIONS, Option
 from maxconv.errors import UserError
 
 _GUIDE = Path(__file__).parents[1] / "guide"
@@ -19,13 +19,17 @@ COMMANDS = {
         "CHECKPOINT --hf_model_path=MODEL base_output_directory=DIR [key=value ...]",
         "Write a MaxText checkpoint as a Hugging Face checkpoint.",
     ),
+    "relayout": (
+        "CHECKPOINT base_output_directory=DIR [key=value ...] [--flag=value ...]",
+        "Write a MaxText checkpoint in another layout.",
+    ),
     "plan": (
         "[base.yml] key=value ... [--flag=value ...]",
-        "Show what a conversion, or with --export an export, would do, without reading any tensor.",
+        "Show what a conversion, an export or a new layout would do, without reading any tensor.",
     ),
     "verify": (
         "CHECKPOINT [key=value ...] [--flag=value ...]",
-        "Read a converted or exported checkpoint back and compare every bit with its source.",
+        "Read back what maxconv wrote and compare every bit with its source.",
     ),
     "inspect": ("PATH", "List the tensors of a Hugging Face or Orbax checkpoint."),
     "families": ("[--markdown]", "List the supported models and their Hub repositories."),
@@ -40,13 +44,17 @@ _MORE = {
     "names, shapes, dtypes, config.json and tokenizer are taken from there, and what MaxText does "
     "not train. A LoRA adapter becomes files of PEFT, or is merged. On several hosts DIR must be "
     "shared by all of them.",
+    "relayout": "CHECKPOINT is what was converted or trained, as for export. Layers are stacked or "
+    "taken apart (scan_layers, param_scan_axis), and arrays cut for another mesh, in another "
+    "storage format or dtype; what no argument names stays as it is. The result is written to "
+    "DIR/0/items. With --train_state a run of MaxText goes on from it.",
     "plan": "Takes the same arguments as convert, and reads only the headers of the checkpoint. "
-    "With --tpu_type it plans for a slice that you do not have. With --export CHECKPOINT it takes "
-    "the arguments of export instead.",
+    "With --tpu_type it plans for a slice that you do not have. With --export CHECKPOINT or "
+    "--relayout CHECKPOINT it takes the arguments of that command instead.",
     "verify": "CHECKPOINT is DIR, DIR/0 or DIR/0/items, where DIR was the base_output_directory of "
-    "the conversion or the export. Its other arguments are read from DIR/maxconv.json; arguments "
-    "given here override them, for instance if the source has moved. The source of an export is "
-    "load_parameters_path.",
+    "the job. Its other arguments are read from DIR/maxconv.json; arguments "
+    "given here override them, for instance if the source has moved. The source of an export "
+    "or of a new layout is load_parameters_path.",
     "inspect": "PATH is a directory, gs://bucket/path or hf://org/name. Only metadata is read.",
     "families": "--markdown prints the table of models in the README.",
     "demo": "The files are written to DIR, by default ./maxconv_demo.",
@@ -83,7 +91,7 @@ def command_help(name: str) -> str:
     lines = [f"maxconv {name} {arguments}", "", what]
     if name in _MORE:
         lines += textwrap.wrap(_MORE[name], _WIDTH)
-    meanings = EXPORTED if name == EXPORT else {}
+    meanings = MEANINGS.get(name, {})
     options = {key: o for key, o in OPTIONS.items() if name in o.commands}
     if options:
         lines += ["", "MaxText config keys:"]

@@ -21,8 +21,9 @@ def training_command(job: Job) -> str | None:
         argument(key, value) for key, value in {**job.training.arguments, **parallelism}.items()
     ]
     directory = job.config.base_output_directory
+    key = "load_full_state_path" if job.config.train_state else "load_parameters_path"
     if not is_repository(directory):
-        return " ".join([PROGRAM, *told, argument("load_parameters_path", job.items)])
+        return " ".join([PROGRAM, *told, argument(key, job.items)])
     download = f"hf download {repository_name(directory)} --local-dir DIR"
-    loaded = f'load_parameters_path="$PWD"/{place.items("DIR")}'
+    loaded = f'{key}="$PWD"/{place.items("DIR")}'
     return " ".join([f"{download} &&", PROGRAM, *told, loaded])

@@ -122,7 +122,11 @@ class Config:
     layout: str
     """Whether an export divides tensors among files by "size", or as its "source" does."""
     step: int | None
-    """Of a training run, to be exported."""
+    """Of a training run, to be exported or laid out anew."""
+    train_state: bool
+    """Whether a new layout has the whole state of a training run."""
+    relayout: str | None
+    """The MaxText checkpoint that `plan` plans another layout of."""
     export: str | None
     """The MaxText checkpoint that `plan` plans the export of."""
     tpu_type: str | None

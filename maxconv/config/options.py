@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 
 from maxconv.config.argv import Size
 
-CONVERT, EXPORT, PLAN, VERIFY = "convert", "export", "plan", "verify"
-CONVERSIONS = CONVERT, PLAN, VERIFY
+CONVERT, EXPORT, RELAYOUT = "convert", "export", "relayout"
+PLAN, VERIFY = "plan", "verify"
+WRITE = CONVERT, EXPORT, RELAYOUT
+CONVERSIONS = CONVERT, RELAYOUT, PLAN, VERIFY
 ALL = *CONVERSIONS, EXPORT
+FROM_HUGGING_FACE = CONVERT, PLAN, VERIFY
 
 
 class Option(NamedTuple):
@@ -52,6 +55,22 @@ EXPORTED: Mapping[str, str] = {
     "or full. Default: sample",
 }
 
+# The same for a new layout.
+LAID_OUT: Mapping[str, str] = {
+    "base_num_decoder_layers": "take only the first N layers. Default: all",
+    "hf_model_path": "a checkpoint of the same model at Hugging Face, of which config.json and "
+    "headers are read: a directory, gs://bucket/path, or org/name on the Hub. Default: what "
+    "CHECKPOINT was converted from, or the Hub repository of model_name",
+    "param_scan_axis": "axis along which layers are to be stacked. Default: as in CHECKPOINT",
+    "save_dtype": "dtype of the weights: bfloat16 or float32. Default: as in CHECKPOINT",
+    "scan_layers": "whether layers are to be stacked into one leaf (true) or to be separate leaves "
+    "(false). Default: as in CHECKPOINT",
+    "trace": "file to write a timeline to; open it with ui.perfetto.dev",
+    "verify": "how much of the result to read back and compare with CHECKPOINT: none, sample or "
+    "full. Default: sample",
+}
+MEANINGS = {EXPORT: EXPORTED, RELAYOUT: LAID_OUT}
+
 OPTIONS: Mapping[str, Option] = {
     "hf_model_path": Option(
         str,
@@ -79,25 +98,25 @@ OPTIONS: Mapping[str, Option] = {
         bool,
         False,
         "replace an existing checkpoint instead of refusing",
-        commands=(CONVERT, EXPORT),
+        commands=WRITE,
     ),
     "resume": Option(
         bool,
         False,
         "continue an interrupted conversion, or start if there is none to continue",
-        commands=(CONVERT, EXPORT),
+        commands=WRITE,
     ),
     "verify": Option(
         str,
         "sample",
         "how much of the result to read back and compare with the source: none, sample or full",
-        commands=(CONVERT, EXPORT),
+        commands=WRITE,
     ),
     "public": Option(
         bool,
         False,
         "if a Hub repository has to be created, make it public instead of private",
-        commands=(CONVERT, EXPORT),
+        commands=WRITE,
     ),
     "max_host_memory_gb": Option(
         float,
@@ -144,6 +163,7 @@ OPTIONS: Mapping[str, Option] = {
         "safetensors, or transformers: load the whole model in RAM with transformers and convert "
         "that; needs --lazy_load_tensors=False and pip install 'maxconv[transformers]'",
         shapes=True,
+        commands=FROM_HUGGING_FACE,
     ),
     "max_shard_size": Option(
         Size,
@@ -194,8 +214,22 @@ OPTIONS: Mapping[str, Option] = {
     "step": Option(
         int,
         None,
-        "step of a training run to export. Default: its last",
-        commands=(EXPORT, PLAN),
+        "step of a training run to take. Default: its last",
+        commands=(EXPORT, RELAYOUT, PLAN),
+    ),
+    "train_state": Option(
+        bool,
+        False,
+        "take the whole state of a training run, moments of the optimizer and step included, "
+        "instead of the weights alone",
+        shapes=True,
+        commands=(RELAYOUT, PLAN),
+    ),
+    "relayout": Option(
+        str,
+        None,
+        "plan another layout of this MaxText checkpoint, with the arguments of maxconv relayout",
+        commands=(PLAN,),
     ),
     "export": Option(
         str,
@@ -207,7 +241,7 @@ OPTIONS: Mapping[str, Option] = {
         str,
         None,
         "file to write a timeline of the conversion to; open it with ui.perfetto.dev",
-        commands=(CONVERT, EXPORT),
+        commands=WRITE,
     ),
     "tpu_type": Option(
         str,
@@ -236,11 +270,12 @@ KEYS: Mapping[str, Key] = {
     "base_output_directory": Key(
         "where the checkpoint goes, in DIR/0/items: a directory, "
         "gs://bucket/path, or hf://org/name. Default: ./mt_output",
-        commands=(CONVERT, EXPORT, PLAN),
+        commands=(*WRITE, PLAN),
     ),
     "hf_lora_adapter_path": Key(
         "a LoRA adapter to merge into --hf_model_path; if that is not given, the "
-        "adapter is converted alone"
+        "adapter is converted alone",
+        commands=FROM_HUGGING_FACE,
     ),
     "scan_layers": Key(
         "whether layers are stacked into one leaf (true) or are separate leaves (false). "
@@ -259,9 +294,13 @@ KEYS: Mapping[str, Key] = {
         "cpu: use simulated devices. Default: the TPU, or the CPU if there is none", commands=ALL
     ),
     "use_multimodal": Key(
-        "include the vision encoder. Default: as in MaxText's config of the model"
+        "include the vision encoder. Default: as in MaxText's config of the model",
+        commands=FROM_HUGGING_FACE,
     ),
-    "use_audio": Key("include the audio encoder. Default: as in MaxText's config of the model"),
+    "use_audio": Key(
+        "include the audio encoder. Default: as in MaxText's config of the model",
+        commands=FROM_HUGGING_FACE,
+    ),
     "base_num_decoder_layers": Key("convert only the first N layers. Default: all"),
     "override_model_config": Key(
         "accept sizes on the command line (base_emb_dim, ..., vocab_size) that "

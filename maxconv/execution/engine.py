@@ -72,13 +72,25 @@ class Engine:
 
     def make_slabs(self, slabs: Sequence[Slab]) -> list[jax.Array]:
         """Computes a slab, or all slabs of a group, as global arrays in their leaves' shardings."""
-        arrays: list[Any] = [None] * len(slabs)
-        for steps in zip(*(slab.steps for slab in slabs), strict=True):
+        wholes = list({id(slab.made): slab.made for slab in slabs}.values())
+        arrays: list[Any] = [None] * len(wholes)
+        for steps in zip(*(slab.steps for slab in wholes), strict=True):
             malloc.trim(self._most)
             with self._ahead.take(steps[0]) as reads:
                 for i, step in enumerate(steps):
                     arrays[i] = self._run(step, arrays[i], reads)
-        return arrays
+        made: dict[int, jax.Array] = {}
+        for whole in wholes:
+            places = [i for i, slab in enumerate(slabs) if slab.made is whole]
+            made |= zip(places, self._taken([slabs[i] for i in places], arrays.pop(0)), strict=True)
+        return [made[i] for i in range(len(slabs))]
+
+    def _taken(self, slabs: Sequence[Slab], whole: jax.Array) -> Sequence[jax.Array]:
+        """The places of a stack that slabs are."""
+        if slabs[0].stack is None:
+            return [whole]
+        places = tuple(slab.place for slab in slabs)
+        return self.programs.places(whole, slabs[0].sharding, places)(whole)
 
     def _run(self, step: Step, into: jax.Array | None, reads: Sequence[jax.Array]) -> jax.Array:
         """Runs a step; returns the slab with its output written into it."""

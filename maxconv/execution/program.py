@@ -96,6 +96,23 @@ def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any
     return jax.jit(blank, out_shardings=sharding).lower().compile()
 
 
+def compile_places(
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    to: NamedSharding,
+    places: Sequence[tuple[int, ...]],
+) -> Any:
+    """Compiles a function of a stack that returns some of its places, each in the sharding `to`."""
+
+    def taken(stack: jax.Array) -> list[jax.Array]:
+        raw = _retype(stack, bits(dtype))
+        return [_retype(raw[place], dtype) for place in places]
+
+    stack = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.jit(taken, out_shardings=to).lower(stack).compile()
+
+
 class Programs:
     """Compiled programs; each is compiled once, in the background, before it is used."""
 
@@ -117,6 +134,16 @@ class Programs:
     def cell(self, recipe: Recipe) -> Any:
         """The compiled function of a recipe."""
         return self._submit(compile_cell, recipe).result()
+
+    def places(
+        self,
+        stack: jax.Array,
+        to: NamedSharding,
+        places: tuple[tuple[int, ...], ...],
+    ) -> Any:
+        """The compiled function that takes places from a stack, see `compile_places`."""
+        key = stack.shape, stack.dtype, stack.sharding, to, places
+        return self._submit(compile_places, *key).result()
 
     def blank(self, recipe: Recipe) -> Any:
         """The compiled function that makes zeros for the cells of a recipe to be written into."""

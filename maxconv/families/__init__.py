@@ -16,6 +16,7 @@ from maxconv.families.qwen_next import QWEN3_NEXT
 from maxconv.families.qwen_vl import QWEN3_OMNI_MOE, QWEN3_VL, QWEN3_VL_MOE, WEAVER
 from maxconv.families.table import (
     Family,
+    Layers,
     Parameter,
     Row,
     bind_rows,
@@ -60,6 +61,7 @@ __all__ = [
     "FAMILIES",
     "Dims",
     "Family",
+    "Layers",
     "Parameter",
     "Row",
     "bind_rows",

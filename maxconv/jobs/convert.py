@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 
@@ -24,8 +24,17 @@ from maxconv.targets.base import Progress
 from maxconv.targets.lazy import LazyTensor, Part
 
 
-def run(config: Config, reporter: Reporter | None = None) -> Job:
+def run(
+    config: Config,
+    reporter: Reporter | None = None,
+    preparing: Callable[[Config], AbstractContextManager[Job]] = prepared,
+) -> Job:
     """Converts a checkpoint, and verifies it as configured.
+
+    Args:
+        config: of the job.
+        reporter: is given notices, progress and results.
+        preparing: plans the job: a conversion, or a new layout.
 
     Raises:
         UserError: the arguments or the input are invalid; nothing was written.
@@ -33,7 +42,7 @@ def run(config: Config, reporter: Reporter | None = None) -> Job:
     """
     started, reporter = time.monotonic(), reporter or Reporter()
     with (
-        prepared(config) as job,
+        preparing(config) as job,
         Programs(job.plan.recipes) as programs,
         closing(job.target),
     ):

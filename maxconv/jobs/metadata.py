@@ -34,7 +34,7 @@ from maxconv.targets.journal import ATTEMPT
 ARRAYS = "array_metadatas"
 COMMITTED = "commit_success.txt"
 _HANDLER = f"{PyTreeHandler.__module__}.{PyTreeHandler.__qualname__}"
-_DICT_KEY = 2  # Orbax' KeyType.DICT
+_LIST_KEY, _DICT_KEY = 1, 2  # Orbax' KeyType.SEQUENCE and DICT
 _MISSING = "nothing"
 
 Problems = Mapping[str, str]
@@ -129,7 +129,8 @@ def _tree(item: Item, leaves: list[LeafPlan], is_numpy: bool) -> Iterator[str]:
 
 def _entry(name: str, value: Mapping[str, Any]) -> tuple[str, Any]:
     keys = name.split(".")
-    path = [{"key": key, "key_type": _DICT_KEY} for key in keys]
+    kinds = (_LIST_KEY if orbax.is_place(key) else _DICT_KEY for key in keys)
+    path = [{"key": key, "key_type": kind} for key, kind in zip(keys, kinds, strict=True)]
     return str(tuple(keys)), {"key_metadata": path, "value_metadata": value}
 
 
@@ -261,11 +262,12 @@ def _load_problems(item: Item, leaves: list[LeafPlan]) -> dict[str, str]:
         trees.append(ocp_v0.PyTreeCheckpointHandler().metadata(item.directory).tree)
     except Exception as error:  # Orbax raises many kinds
         return {"step": f"Orbax cannot read step: {reason(error)}."}
-    problems = {} if step == 0 else {"step": f"step is {step}, but should be 0."}
+    of_a_run = any(leaf.name == "step" for leaf in leaves)  # then it is compared as a leaf
+    problems = {} if step == 0 or of_a_run else {"step": f"step is {step}, but should be 0."}
     for leaf in leaves:
         for node in trees:
             for key in leaf.name.split("."):
-                node = node[key]
+                node = node[int(key)] if isinstance(node, list | tuple) else node[key]
             if (tuple(node.shape), node.dtype) != (leaf.shape, leaf.dtype):
                 problems[leaf.name] = f"{leaf.name} loads as {node.shape} {node.dtype}."
     return problems

@@ -10,11 +10,13 @@ from maxconv.jobs.verify import recorded_arguments
 from maxconv.sources.trees import Tree
 
 
-def with_model(config: Config, tree: Tree) -> tuple[Config, tuple[str, ...]]:
+def with_model(
+    config: Config, tree: Tree, taken: str = "names and small files are those"
+) -> tuple[Config, tuple[str, ...]]:
     """The config with a published model, and sentences about where it is from.
 
     It is the one that the tree was converted from, as maxconv.json beside it says; if that is not
-    known, or not here any more, the one of model_name.
+    known, or not here any more, the one of model_name. `taken`: what is taken from it, in words.
 
     Raises:
         UserError: there is none.
@@ -28,12 +30,12 @@ def with_model(config: Config, tree: Tree) -> tuple[Config, tuple[str, ...]]:
         found = replace(
             config, hf_model_path=path, revision=config.revision or said.get("revision")
         )
-        return found, (f"names and small files are those of {path}, which it was converted from",)
+        return found, (f"{taken} of {path}, which it was converted from",)
     gone = f"it was converted from {path}, which is not here"
     if facts := model_facts(config.model_name):
-        notice = f"names and small files are those of {facts['hf_id']}"
+        notice = f"{taken} of {facts['hf_id']}"
         return config, (f"{notice}; {gone}" if path else notice,)
     raise UserError(
-        "Name the model that tensor names, config.json and tokenizer are taken from, with "
+        "Name the model at Hugging Face that it is, or was trained from, with "
         f"--hf_model_path= or model_name={f': {gone}' if path else ''}."
     )

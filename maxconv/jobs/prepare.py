@@ -60,6 +60,8 @@ class Job:
     """What MaxText is told to train it; None for an adapter alone."""
     there: Literal["nothing", "unfinished", "finished"] = "nothing"
     """How far an earlier attempt of this conversion got, if it is to be resumed."""
+    name: str = "convert"
+    """Of the job, as recorded in maxconv.json."""
 
     @property
     def items(self) -> str:
@@ -76,6 +78,7 @@ class Job:
         """How the checkpoint is made, as recorded in maxconv.json."""
         return {
             "maxconv": __version__,
+            "job": self.name,
             "words": list(self.config.words),
             "identity": self.identity,
         }
@@ -100,19 +103,36 @@ def prepared(config: Config, writes: bool = True) -> Iterator[Job]:
         differs = not config.adapter_alone and head_differs(source, config.model_name)
         with same_error_everywhere():
             model, plan, notices = _planned(config, source, window, differs)
-            train = None if config.adapter_alone else _training(config, source, model)
+            train = None if config.adapter_alone else training_of(config, source, model)
             notices = (*notices, *(train.notices if train else ()))
-        mine = resume.identity(config, source, plan, window)
-        if jax.process_count() > 1:
-            agree({"the plan": plan.digest}, "start them in the same environment")
-        same = gathered(mine)[0]  # local copies differ in their modification times
-        form = _format(config, model, window)
-        target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
-        job = Job(config, source, model, plan, notices, window, same, target, train)
-        with same_error_everywhere():
-            if writes:
-                job = _with_target(job, form)
-        yield job
+        yield agreed("convert", config, source, model, plan, notices, window, train, writes)
+
+
+def agreed(
+    name: str,
+    config: Config,
+    source: Source,
+    model: Model,
+    plan: Plan,
+    notices: tuple[str, ...],
+    window: int,
+    train: Training | None,
+    writes: bool,
+) -> Job:
+    """The job, once all processes have the same plan, and its target is checked if it `writes`.
+
+    Raises:
+        UserError: the plans differ, or the target cannot be written to.
+    """
+    mine = resume.identity(config, source, plan, window)
+    if jax.process_count() > 1:
+        agree({"the plan": plan.digest}, "start them in the same environment")
+    same = gathered(mine)[0]  # local copies differ in their modification times
+    form = _format(config, model, window)
+    target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
+    job = Job(config, source, model, plan, notices, window, same, target, train, name=name)
+    with same_error_everywhere():
+        return _with_target(job, form) if writes else job
 
 
 def check_planning(config: Config, writes: bool) -> None:
@@ -159,7 +179,7 @@ def _planned(
     return model, plan, (*source.notices, *model.notices, *replicated)
 
 
-def _training(config: Config, source: Source, model: Model) -> Training:
+def training_of(config: Config, source: Source, model: Model) -> Training:
     """The arguments with which MaxText trains what is converted."""
     layout: dict[str, Any] = {"scan_layers": config.scan_layers}
     if config.scan_layers:
@@ -178,6 +198,7 @@ def _format(config: Config, model: Model, window: int) -> Format:
         config.use_compression,
         orbax.FILE_BYTES if to_hub else window // 32,
         model.metadata,
+        config.train_state,
     )
 
 

@@ -308,9 +308,18 @@ def saved_items(path: str) -> epath.Path:
 
 
 def recorded_arguments(items: epath.Path) -> list[str]:
-    """The arguments of the conversion, from the maxconv.json next to a checkpoint, if any."""
+    """The arguments of the job, from the maxconv.json next to a checkpoint, if any."""
+    return recorded(_record(items).get("words", []))
+
+
+def recorded_job(items: epath.Path) -> str:
+    """The job that wrote a checkpoint, "convert" or "relayout"."""
+    return str(_record(items).get("job", "convert"))
+
+
+def _record(items: epath.Path) -> dict[str, Any]:
     try:
-        record = json.loads((items.parent.parent / place.WORDS).read_text())
+        found = json.loads((items.parent.parent / place.WORDS).read_text())
     except (OSError, ValueError):
-        return []
-    return recorded(record.get("words", [])) if isinstance(record, dict) else []
+        return {}
+    return found if isinstance(found, dict) else {}

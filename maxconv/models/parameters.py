@@ -25,9 +25,7 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
         UserError: with every row that does not match, and every tensor that is not used.
     """
     family = model.family
-    architecture = model.architecture or family.architectures[0]
-    if scan_axis is not None and not family.scans:
-        raise UserError(f"MaxText cannot scan the layers of {architecture}; add scan_layers=False.")
+    check_scans(model, scan_axis)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     bound, problems = bind_rows(model.rows, shapes, scan_axis)
     expressions = {parameter.name: parameter.expr for parameter in bound}
@@ -41,6 +39,13 @@ def parameters(model: Model, root: str, scan_axis: int | None) -> list[Parameter
     if problems:
         raise UserError([f"{root}: {p}." for p in problems])
     return bound
+
+
+def check_scans(model: Model, scan_axis: int | None) -> None:
+    """Raises UserError if layers are to be stacked that MaxText cannot scan."""
+    if scan_axis is not None and not model.family.scans:
+        architecture = model.architecture or model.family.architectures[0]
+        raise UserError(f"MaxText cannot scan the layers of {architecture}; add scan_layers=False.")
 
 
 class Expressions:

@@ -5,7 +5,6 @@ Hugging Face: the model as it was published, or the one that was converted.
 """
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,17 +32,14 @@ from maxconv.models import tree_sizes
 from maxconv.models.architecture import family_of
 from maxconv.models.factors import merged_kernels, scaling_of
 from maxconv.models.parameters import parameters
-from maxconv.models.resolve import Model, resolve
+from maxconv.models.resolve import Model
 from maxconv.models.stored_names import HEAD
-from maxconv.models.tree_sizes import ROOT, Leaves
+from maxconv.models.tree_model import tree_model
+from maxconv.models.tree_sizes import ROOT
 from maxconv.models.views import as_stored, in_memory, unpacked
 from maxconv.sources import Source
 from maxconv.sources.safetensors import some
 from maxconv.sources.trees import Tree, is_factor
-
-_LAYERS = "base_num_decoder_layers"
-_SIZES = (_LAYERS, "vocab_size")  # those that may differ from the published model's
-_HEAD = "decoder.logits_dense.kernel"
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def way_back(
     if names == "transformers":
         plain = in_memory(plain, published, family_of(published, facts))
     leaves = {leaf: info for leaf, info in tree.tensors.items() if not is_factor(leaf)}
-    model, axis = _model(
+    model, axis = tree_model(
         leaves, tree.root, plain, keeps_fp8, name, facts or {}, sizes or {}, scan_axis
     )
     bound = parameters(model, published.root, axis)
@@ -159,48 +155,6 @@ def _inverted(model: Model, bound: Iterable[Parameter], root: str) -> dict[str, 
         return invert(rules)
     except AlgebraError as error:
         raise UserError([f"{root}: {line}." for line in str(error).splitlines()]) from None
-
-
-def _model(
-    leaves: Leaves,
-    root: str,
-    plain: Source,
-    keeps_fp8: bool,
-    name: str | None,
-    facts: Mapping[str, Any],
-    sizes: Mapping[str, Any],
-    scan_axis: int,
-) -> tuple[Model, int | None]:
-    """The model of a tree, and the axis along which its layers are stacked.
-
-    Raises:
-        UserError: with all that the tree, the published model and the arguments contradict.
-    """
-    shown = {**tree_sizes.parts(leaves), **sizes}
-
-    def resolved(name: str | None, facts: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
-        return resolve(plain, name, facts, given, keeps_fp8, head_differs=_HEAD in leaves)
-
-    try:
-        model = resolved(name, facts, shown)
-        count, axis = tree_sizes.layout(leaves, model, scan_axis)
-        if count < model.dims.layers and _LAYERS not in sizes:
-            shown[_LAYERS] = count // model.family.layers_per_block
-            model = resolved(name, facts, shown)
-        return model, axis
-    except UserError as error:
-        found = error.problems
-    contradictions: list[str] = []
-    try:  # without the tree, then without the arguments: each contradiction by itself
-        resolved(name, facts, sizes)
-    except UserError as error:
-        contradictions += error.problems
-    with suppress(UserError):
-        model = resolved(None, {}, {key: shown[key] for key in shown if key not in _SIZES})
-        _, axis = tree_sizes.layout(leaves, model, scan_axis)
-        bound = parameters(model, plain.root, axis)
-        contradictions += tree_sizes.differences(leaves, bound, root, plain.root)
-    raise UserError(contradictions or found)
 
 
 def _is_beyond(name: str, model: Model) -> bool:

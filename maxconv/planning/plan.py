@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxconv.algebra import Expr, Shape, clip, tensors, volume
+from maxconv.algebra import Concat, Expr, Shape, clip, tensors, together, volume
 from maxconv.planning.cells import Recipe, Step, nbytes_by_process, steps
 from maxconv.planning.lanes import Stored
 from maxconv.planning.placement import local_devices, shard_nbytes
@@ -111,7 +111,8 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        return [step for leaf in self.leaves for step in leaf.steps]
+        made = {id(slab.made): slab.made for leaf in self.leaves for slab in leaf.slabs}
+        return [step for slab in made.values() for step in slab.steps]
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -147,6 +148,7 @@ class Plan:
             digest.update(repr(recipe).encode())
         for leaf, slab in itertools.chain.from_iterable(self.groups):
             digest.update(repr((leaf.name, leaf.shape, slab.shape, slab.offset)).encode())
+            digest.update(repr(slab.place).encode() if slab.stack else b"")
             for step in slab.steps:
                 digest.update(repr((numbers[step.recipe], step.offset, step.sources)).encode())
         return digest.hexdigest()[:12]
@@ -217,11 +219,70 @@ def make_plan(
         slab: maximum size of a slab, in bytes per process.
     """
     stored = {name: Stored(info.dtype, info.chunk) for name, info in tensors.items()}
-    sharing = Counter(leaf.tensors for leaf in leaves)
-    planned = []
-    for leaf in leaves:
+    stacks = list(_stacks(leaves, tensors))
+    sharing = Counter(stack.whole.tensors for stack in stacks)
+    planned: dict[str, LeafPlan] = {}
+    for stack in stacks:
+        leaf = stack.whole
         made = steps(leaf.expr, stored, leaf.dtype, leaf.sharding, budget, leaf.apart)
         limit = slab / sharing[leaf.tensors]
-        parts = slabs(made, leaf.shape, leaf.dtype, leaf.sharding, limit)
-        planned.append(LeafPlan(leaf, parts))
-    return Plan(mesh, tuple(planned), tensors)
+        if stack.leading:
+            limit /= 2  # it is there while places are taken from it
+        in_chunks = any(tensors[name].chunk for name in leaf.tensors)
+        first = leaf.expr.axis if in_chunks and isinstance(leaf.expr, Concat) else None
+        parts = slabs(made, leaf.shape, leaf.dtype, leaf.sharding, limit, first)
+        planned |= {one.leaf.name: one for one in stack.taken(parts)}
+    return Plan(mesh, tuple(planned[leaf.name] for leaf in leaves), tensors)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Leaves that are made together.
+
+    Attributes:
+        leaves: in C order of the leading axes.
+        leading: lengths of the leading axes; empty for a leaf by itself.
+        whole: all of them as one leaf, (*leading, *shape).
+    """
+
+    leaves: Sequence[Leaf]
+    leading: Shape
+    whole: Leaf
+
+    def taken(self, slabs: Sequence[Slab]) -> Iterator[LeafPlan]:
+        """The plan of each leaf, for the slabs of the whole."""
+        for at, leaf in zip(np.ndindex(*self.leading), self.leaves, strict=True):
+            yield LeafPlan(leaf, tuple(self._taken(slabs, at, leaf)) if at else tuple(slabs))
+
+    def _taken(self, slabs: Sequence[Slab], at: tuple[int, ...], leaf: Leaf) -> Iterator[Slab]:
+        rank = len(self.leading)
+        for slab in slabs:
+            place = tuple(i - start for i, start in zip(at, slab.offset, strict=False))
+            if all(0 <= i < n for i, n in zip(place, slab.shape, strict=False)):
+                shape, offset = slab.shape[rank:], slab.offset[rank:]
+                yield Slab(
+                    *(shape, leaf.dtype, leaf.sharding, offset, leaf.shape, slab.steps),
+                    *(slab, place),
+                )
+
+
+def _stacks(leaves: Sequence[Leaf], tensors: Mapping[str, TensorInfo]) -> Iterator[_Stack]:
+    """The leaves; those that are places of one array in chunks, which are read for all, together.
+
+    For example layers, of which each chunk has all.
+    """
+    alike: dict[object, dict[str, Leaf]] = {}
+    for leaf in leaves:
+        in_chunks = leaf.tensors and all(tensors[name].chunk for name in leaf.tensors)
+        kind = (leaf.dtype, leaf.sharding) if in_chunks and not leaf.apart else leaf.name
+        alike.setdefault(kind, {})[leaf.name] = leaf
+    for of in alike.values():
+        for found in together.stacks({name: leaf.expr for name, leaf in of.items()}):
+            first = of[found.names[0]]
+            if len(found.names) == 1:
+                yield _Stack([first], (), first)
+                continue
+            spec = PartitionSpec(*(None for _ in found.leading), *first.sharding.spec)
+            sharding = NamedSharding(first.sharding.mesh, spec)
+            whole = Leaf(first.name, found.expr, first.dtype, sharding)
+            yield _Stack([of[name] for name in found.names], found.leading, whole)

@@ -24,7 +24,9 @@ class Slab:
         shape, dtype, sharding: of the slab, as an array over the mesh.
         offset: of the slab within each shard of the leaf.
         leaf: shape of the leaf.
-        steps: the steps that make it.
+        steps: the steps that make it, or the stack that it is a place of.
+        stack: the slab of several leaves at once that it is taken from, if it is not made alone.
+        place: of it in the stack, along the leading axes.
     """
 
     shape: Shape
@@ -33,6 +35,13 @@ class Slab:
     offset: Offset
     leaf: Shape
     steps: tuple[Step, ...]
+    stack: "Slab | None" = None
+    place: tuple[int, ...] = ()
+
+    @property
+    def made(self) -> "Slab":
+        """What the steps make: the slab itself, or the stack."""
+        return self.stack or self
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +68,12 @@ class Slab:
 
 
 def slabs(
-    steps: Sequence[Step], shape: Shape, dtype: np.dtype, to: NamedSharding, limit: float
+    steps: Sequence[Step],
+    shape: Shape,
+    dtype: np.dtype,
+    to: NamedSharding,
+    limit: float,
+    first: int | None = None,
 ) -> tuple[Slab, ...]:
     """Splits a leaf into slabs of at most `limit` bytes per process, as far as its steps allow.
 
@@ -69,9 +83,10 @@ def slabs(
         dtype: of the leaf.
         to: sharding of the leaf.
         limit: bytes per process.
+        first: the axis to cut before any other, as far as that helps.
     """
     whole = Slab(shape, dtype, to, (0,) * len(shape), shape, tuple(steps))
-    parts = _parts(_grid(whole), whole.local_nbytes / limit)
+    parts = _parts(_grid(whole), whole.local_nbytes / limit, first)
     if math.prod(parts) == 1:
         return (whole,)
     cut = tuple(n // p for n, p in zip(shape, parts, strict=True))
@@ -115,12 +130,13 @@ def _interval(step: Step, axis: int, leaf: Slab) -> tuple[int, int]:
     return 0, n // pieces
 
 
-def _parts(grid: Sequence[int], excess: float) -> list[int]:
+def _parts(grid: Sequence[int], excess: float, first: int | None) -> list[int]:
     """The number of parts along each axis; their product is at least `excess` if possible."""
     parts = [1] * len(grid)
     while excess > 1 and (left := [a for a, n in enumerate(grid) if n > 1 and parts[a] == 1]):
-        enough = [(p, a) for a in left for p in _divisors(grid[a]) if p >= excess]
-        most = [(grid[a], a) for a in left]
+        tried = [first] if first in left else left
+        enough = [(p, a) for a in tried for p in _divisors(grid[a]) if p >= excess]
+        most = [(grid[a], a) for a in tried]
         n, axis = min(enough) if enough else max(most)
         parts[axis] = n
         excess /= n

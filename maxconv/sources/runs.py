@@ -22,6 +22,7 @@ from maxconv.sources.orbax import METADATA, find_items
 # Where MaxText's tree begins in the name of a leaf (layers/models.py, layers/decoders.py).
 _ROOTS = {"audio_encoder", "decoder", "mtp_block", "token_embedder", "vision_encoder"}
 _NOT_WEIGHTS = {"optimizer", "mu", "nu", "rngs", "dropout", "cache", "batch_stats"}
+_LEAVES = ("value", "raw_value")  # the arrays of variables of NNX
 _OPTIMIZER = "opt_state"  # at the end of a part
 _RUNS = ("", "checkpoints", "actor", "checkpoints/actor")  # where steps are, in a run's directory
 _WEIGHTS = ("items", "model_params")  # the trees of weights, among those of a step
@@ -102,7 +103,7 @@ def parameters(arrays: Iterable[str], within: Parts, root: str) -> Parameters:
         parts = tuple(stored.split("."))
         at = next((i for i, part in enumerate(parts) if part in _ROOTS), None)
         if at is not None and parts[: len(within)] == within and _is_weight(parts):
-            inner = parts[at:-1] if parts[-1] in ("value", "raw_value") else parts[at:]
+            inner = parts[at:-1] if parts[-1] in _LEAVES else parts[at:]
             groups.setdefault(parts[:at], {})[".".join(_joined(inner))] = stored
     if not groups:
         return Parameters({}, ())
@@ -117,6 +118,26 @@ def parameters(arrays: Iterable[str], within: Parts, root: str) -> Parameters:
     for group in (first, *(g for g in rest if g not in others)):
         found = groups[group] | found
     return Parameters(found, tuple(".".join(group) for group in others))
+
+
+class Located(NamedTuple):
+    """A stored name: what is before the path in MaxText's tree, the path, and what is after it.
+
+    `path` is empty for what has none, such as the number of steps.
+    """
+
+    before: str
+    path: str
+    after: str
+
+
+def located(stored: str) -> Located:
+    """The parts of a stored name."""
+    parts = stored.split(".")
+    at = next((i for i, part in enumerate(parts) if part in _ROOTS), len(parts))
+    end = len(parts) - (at < len(parts) and parts[-1] in _LEAVES)
+    before, path, after = (".".join(of) for of in (parts[:at], parts[at:end], parts[end:]))
+    return Located(before, path, after)
 
 
 def _is_weight(parts: Parts) -> bool:

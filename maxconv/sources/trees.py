@@ -33,6 +33,7 @@ class TreeSource(Source):
     Attributes:
         item: the checkpoint.
         stored: the name of each of `tensors` in it.
+        beside: those of `tensors` that are no parameters, but the rest of a training state.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or it has no parameters of MaxText.
@@ -40,8 +41,13 @@ class TreeSource(Source):
 
     item: Item
     stored: Mapping[str, str]
+    beside: Sequence[str]
 
-    def __init__(self, path: str, step: int | None = None):
+    def __init__(self, path: str, step: int | None = None, whole: bool = False):
+        """Opens the checkpoint at a path, or the one of a training run at a step.
+
+        `whole`: with what is no parameter, under the names that it has there.
+        """
         super().__init__()
         directory, within = tree_at(path, step)
         self.item = open_item(directory)
@@ -53,9 +59,11 @@ class TreeSource(Source):
                 f"{self.root} holds no parameters of MaxText, whose names begin with decoder or "
                 "token_embedder; give the checkpoint of a model."
             )
-        self.stored = names
+        taken = {*names.values()}
+        self.beside = [name for name in self.item.arrays if name not in taken] if whole else []
+        self.stored = names = names | {name: name for name in self.beside}
         self.tensors = {ours: self._info(ours, theirs) for ours, theirs in sorted(names.items())}
-        self.notices = tuple(f"{other} in the checkpoint is not exported" for other in others)
+        self.notices = tuple(f"{other} in the checkpoint is not read" for other in others)
         self._arrays: dict[str, ts.TensorStore] = {}
         self._beside: Mapping[str, Source] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -78,6 +86,11 @@ class TreeSource(Source):
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": nbytes}})
         self._arrays.clear()
         self._keeps = nbytes
+
+    def keep_chunks(self, budget: int) -> None:
+        """Keeps decoded chunks that are too large to be read in one step of `budget` bytes."""
+        largest = max((info.chunk_nbytes for info in self.tensors.values()), default=0)
+        self.keep(2 * largest if largest > budget else 0)
 
     def put_beside(self, other: Source, names: Iterable[str]) -> None:
         """Adds tensors of another source, which are read from it."""

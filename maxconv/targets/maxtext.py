@@ -28,6 +28,7 @@ class Format:
         use_ocdbt, use_zarr3, compression: the storage format.
         window: maximum bytes per process that wait to be written.
         file_bytes: target size of an OCDBT data file.
+        whole: whether the arrays are a training state, not its parameters alone.
     """
 
     scan_layers: bool
@@ -37,6 +38,7 @@ class Format:
     compression: bool = False
     file_bytes: int = orbax.FILE_BYTES
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
 
 class MaxTextTarget(Target):
@@ -98,7 +100,7 @@ class MaxTextTarget(Target):
         form = self._form
         orbax.save(
             self.directory,
-            orbax.train_state(arrays),
+            orbax.whole_state(arrays) if form.whole else orbax.train_state(arrays),
             form.scan_layers,
             form.window,
             progress,

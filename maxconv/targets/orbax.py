@@ -65,9 +65,44 @@ def train_state(leaves: Mapping[str, Any]) -> TrainState:
     return TrainState(0, params, {})
 
 
+def whole_state(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A training state as MaxText's trainer saves it (common/train_state_nnx.py).
+
+    `leaves`: by name, such as `opt_state.0.mu.params.decoder...`; a number is a place in a list.
+    """
+    state: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *path, last = name.split(".")
+        node = state
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return {key: _with_lists(node) for key, node in state.items()}
+
+
+def _with_lists(node: Any) -> Any:
+    """A tree with lists for dictionaries of numbers; None where there is nothing."""
+    if not isinstance(node, dict):
+        return node
+    found = {key: _with_lists(inner) for key, inner in node.items()}
+    if not all(map(is_place, found)):
+        return found
+    return [found.get(str(i)) for i in range(max(map(int, found)) + 1)]
+
+
+def order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the leaves of a state by name as JAX does, and so as Orbax saves them."""
+    return [(int(key), "") if is_place(key) else (0, key) for key in name.split(".")]
+
+
+def is_place(key: str) -> bool:
+    """Whether a part of a name is the number of a place in a list."""
+    return key.isdecimal()
+
+
 def save(
     directory: str,
-    state: TrainState,
+    state: TrainState | dict[str, Any],
     scan_layers: bool,
     window: int,
     progress: Progress,
@@ -82,7 +117,7 @@ def save(
 
     Args:
         directory: of the checkpoint.
-        state: to save.
+        state: to save, of `train_state` or `whole_state`.
         scan_layers: recorded for MaxText.
         window: maximum bytes per process that wait to be written.
         progress: is updated.
@@ -96,6 +131,7 @@ def save(
     else:
         from maxconv.targets.partial_save import save as chosen
     custom = {"scan_layers": scan_layers, **metadata}
+    chosen: Any
     chosen(directory, state, window, progress, ctx or context(), kept, custom, ready)
 
 

@@ -35,7 +35,7 @@ _IN_STEP = re.compile(
 )
 _IN_ITEMS = re.compile(
     r"_|array_metadatas|commit_success\.txt|descriptor|manifest\.ocdbt|ocdbt\.process_|d$|step|"
-    r"params\.|opt_state"
+    r"params\.|opt_state|nnx_aux"
 )
 
 

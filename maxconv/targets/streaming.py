@@ -285,7 +285,7 @@ def _tree_handler(**own: Any) -> type:
 
 def save(
     directory: str,
-    state: TrainState,
+    state: TrainState | dict[str, Any],
     window: int,
     progress: Progress,
     ctx: ocp.Context,

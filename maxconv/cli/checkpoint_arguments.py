@@ -1,4 +1,4 @@
-"""The command line of an export: ours, and that of MaxText's to_huggingface."""
+"""Command lines of jobs that read a MaxText checkpoint, and that of MaxText's to_huggingface."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from maxconv.config.paths import read_path
 from maxconv.errors import UserError
 
 _CHECKPOINT = "load_parameters_path"
-_PLANNED = "--export"
+_PLANNED = ("--export", "--relayout")
 # MaxText's names of what has another one here.
 _OURS = {
     "weight_dtype": "--save_dtype",
@@ -33,9 +33,9 @@ class Exported(NamedTuple):
     is_first: bool
 
 
-def exported(arguments: Sequence[str]) -> Exported:
-    """Reads the command line of an export, which names the checkpoint first or as
-    load_parameters_path.
+def exported(arguments: Sequence[str], command: str = "export") -> Exported:
+    """Reads the command line of an export, or of another command that reads a MaxText checkpoint,
+    which it names first or as load_parameters_path.
 
     If there is only an adapter, that is what is exported.
 
@@ -48,9 +48,9 @@ def exported(arguments: Sequence[str]) -> Exported:
     if checkpoint := first or named.get(_CHECKPOINT):
         return Exported(read_path(checkpoint), [*_translated(rest)], first is not None)
     adapter = next((named[name] for name in _ADAPTER if named.get(name)), None)
-    if adapter is None:
+    if adapter is None or command != "export":
         raise UserError(
-            "Give the checkpoint first, maxconv export CHECKPOINT or maxconv plan --export "
+            f"Give the checkpoint first, maxconv {command} CHECKPOINT or maxconv plan --{command} "
             "CHECKPOINT, or as load_parameters_path=."
         )
     others = [argument for argument in rest if _split(argument)[0] not in _ADAPTER]
@@ -58,21 +58,22 @@ def exported(arguments: Sequence[str]) -> Exported:
 
 
 def planned(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `maxconv plan`; with --export, those of an export under our names, and the
-    checkpoint as the value of --export, which it may follow.
+    """The arguments of `maxconv plan`; with --export or --relayout, those of that command under our
+    names, and the checkpoint as the value of --export or --relayout, which it may follow.
 
     Raises:
         UserError: as `exported`.
     """
     rest = list(arguments)
-    at = next((i for i, text in enumerate(rest) if text.partition("=")[0] == _PLANNED), None)
+    at = next((i for i, text in enumerate(rest) if text.partition("=")[0] in _PLANNED), None)
     if at is None:
         return rest
-    checkpoint = rest.pop(at).partition("=")[2]
+    flag, _, checkpoint = rest.pop(at).partition("=")
     if not checkpoint and at < len(rest) and _is_path(rest[at]):
         checkpoint = rest.pop(at)
-    given = exported([*[f"{_CHECKPOINT}={checkpoint}"] * bool(checkpoint), *rest])
-    return [*given.arguments, f"{_PLANNED}={given.checkpoint}"]
+    named = [f"{_CHECKPOINT}={checkpoint}"] * bool(checkpoint)
+    given = exported([*named, *rest], flag.removeprefix("--"))
+    return [*given.arguments, f"{flag}={given.checkpoint}"]
 
 
 def _is_path(argument: str) -> bool:

@@ -1,0 +1,286 @@
+"""Plans a new layout of a MaxText checkpoint: the same parameters, as other leaves."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from maxconv.algebra import Tensor, map_tensors, tensors
+from maxconv.config import Config, model_facts
+from maxconv.config.mesh import make_mesh, partition_spec
+from maxconv.errors import UserError
+from maxconv.jobs.model_of_export import with_model
+from maxconv.jobs.prepare import (
+    STEP_MOST,
+    Job,
+    agreed,
+    check_outputs,
+    check_planning,
+    check_same_everywhere,
+    devices_of,
+    opened,
+    opened_by_all,
+    training_of,
+    window_of,
+)
+from maxconv.jobs.verify import recorded_arguments
+from maxconv.models import relayout, tree_sizes
+from maxconv.models.parameters import check_scans, parameters
+from maxconv.models.resolve import Model, resolve
+from maxconv.models.tree_model import HEAD_LEAF, LAYERS, tree_model
+from maxconv.models.tree_sizes import ROOT
+from maxconv.models.views import as_stored, unpacked
+from maxconv.planning.plan import Leaf, Plan, make_plan
+from maxconv.processes.agreement import gathered, same_error_everywhere
+from maxconv.sources import Source, TensorInfo
+from maxconv.sources.runs import located
+from maxconv.sources.safetensors import some
+from maxconv.sources.trees import TreeSource, is_factor
+from maxconv.targets import orbax, place
+from maxconv.text import size
+
+_AXES = (1, 0, 2, 3)  # that layers may be stacked along, the usual one first
+
+
+@contextmanager
+def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[Job]:
+    """Plans a new layout, without reading any tensor; JAX must be initialized.
+
+    The target is only checked if the job `writes` to it.
+
+    Raises:
+        UserError: with every problem that was found, the same on all processes.
+    """
+    check_planning(config, writes)
+    with same_error_everywhere():
+        check_outputs(config)
+        tree = TreeSource(checkpoint, config.step, whole=config.train_state)
+        _check_place(config, tree)
+        config, found = with_model(config, tree, "its sizes are compared with those")
+    with tree, opened_by_all(partial(opened, config)) as published:
+        for source in (tree, published):
+            check_same_everywhere(source)
+        window = min(gathered(window_of(config)))
+        with same_error_everywhere():
+            config, model, plan, notices = _planned(config, tree, published, window)
+            train = training_of(config, published, model)
+        notices = (*found, *tree.notices, *notices, *train.notices)
+        words = (*config.words, f"load_parameters_path={tree.root}")
+        config = replace(config, words=words)
+        yield agreed("relayout", config, tree, model, plan, notices, window, train, writes)
+
+
+def _check_place(config: Config, tree: TreeSource) -> None:
+    """Raises UserError if the new layout would replace the checkpoint."""
+    theirs, ours = tree.root.rstrip("/"), place.items(config.base_output_directory)
+    if theirs == ours or ("://" not in ours and os.path.realpath(theirs) == os.path.realpath(ours)):
+        raise UserError(f"{theirs} is the checkpoint itself; name another base_output_directory.")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Leaves that have paths in MaxText's tree, and the rest of their names in common.
+
+    Attributes:
+        before, after: the rest of their names in the new checkpoint.
+        names: in the source, by path.
+        is_weights: whether they are the weights, not something of each weight.
+    """
+
+    before: str
+    after: str
+    names: dict[str, str]
+    is_weights: bool
+
+    def name(self, path: str) -> str:
+        """Of the leaf at a path, in the new checkpoint."""
+        return ".".join(filter(None, (self.before, path, self.after)))
+
+
+def _planned(
+    config: Config, tree: TreeSource, published: Source, window: int
+) -> tuple[Config, Model, Plan, tuple[str, ...]]:
+    """The config with what no argument names as the tree has it, the model, the plan, and notices
+    for the user."""
+    said = dict(word.split("=", 1) for word in config.words)
+    known = _Known(config, tree, published)
+    was, old_axis = known.model()
+    becomes = known.shorter(was)
+    config = replace(
+        config,
+        scan_layers=config.scan_layers if "scan_layers" in said else old_axis is not None,
+        param_scan_axis=config.param_scan_axis if "param_scan_axis" in said else old_axis or 1,
+    )
+    check_scans(becomes, config.scan_axis)
+    mesh, made, replicated = make_mesh(config, devices_of(config)), list[Leaf](), list[str]()
+    wanted = _checked_dtype(config, tree) if "save_dtype" in said else None
+    lost: list[str] = []
+    for group in _groups(config, tree):
+        shapes = {path: tree.tensors[name].shape for path, name in group.names.items()}
+        found = relayout.moved(was.rows, becomes.rows, shapes, old_axis, config.scan_axis)
+        lost += (group.names[path] for path in found.lost)
+        for one in found.leaves:
+            leaf, whys = _leaf(config, tree, mesh, group, one, wanted)
+            made.append(leaf)
+            replicated += (f"{why}, so this axis is replicated there" for why in whys)
+    made.sort(key=lambda leaf: orbax.order(leaf.name))
+    budget = min(window // 8, STEP_MOST)
+    tree.keep_chunks(budget)
+    plan = make_plan(made, tree.tensors, mesh, budget, window // 4)
+    metadata = {key: value for key, value in tree.custom.items() if key != "scan_layers"}
+    notices = (*_notices(tree, was, becomes, lost), *dict.fromkeys(replicated))
+    return config, replace(becomes, metadata=metadata), plan, notices
+
+
+class _Known:
+    """What tells the model of a tree: the tree, the published model, and the arguments."""
+
+    def __init__(self, config: Config, tree: TreeSource, published: Source):
+        self._tree, self._published = tree, published
+        self._name, self._facts = config.model_name, model_facts(config.model_name) or {}
+        self._sizes = config.overrides
+        self._leaves = {n: info for n, info in tree.tensors.items() if n not in tree.beside}
+        self._keeps_fp8 = any(map(_is_fp8, self._leaves.values()))
+        self._plain = as_stored(published) if self._keeps_fp8 else unpacked(published)
+        if any(map(is_factor, self._leaves)):
+            raise UserError(
+                f"{tree.root} has a LoRA adapter, which is not laid out anew; convert the adapter "
+                "again with the other arguments."
+            )
+
+    def model(self) -> tuple[Model, int | None]:
+        """The model, and the axis along which its layers are stacked, if they are.
+
+        Raises:
+            UserError: with everything in which the tree differs from it.
+        """
+        sizes = {key: value for key, value in self._sizes.items() if key != LAYERS}
+        root, published, problems = self._tree.root, self._published.root, list[str]()
+        arguments = self._name, self._facts, sizes
+        for axis in dict.fromkeys((*_recorded_axes(self._tree), *_AXES)):
+            try:
+                model, found = tree_model(
+                    *(self._leaves, root, self._plain, self._keeps_fp8, *arguments), axis
+                )
+                bound = parameters(model, published, found)
+            except UserError as error:
+                problems = problems or error.problems
+                continue
+            seen = [*tree_sizes.differences(self._leaves, bound, root, published)]
+            if not seen:
+                return model, found
+            problems = problems or seen
+        raise UserError(problems)
+
+    def shorter(self, model: Model) -> Model:
+        """The model with as many layers as the arguments ask for.
+
+        Raises:
+            UserError: it has fewer.
+        """
+        wanted = self._sizes.get(LAYERS)
+        if wanted is None:
+            return model
+        there = model.dims.layers // model.family.layers_per_block
+        if wanted > there:
+            raise UserError(f"{LAYERS}={wanted}, but {self._tree.root} has {there}; ask for fewer.")
+        sizes, differs = (
+            {**tree_sizes.parts(self._leaves), **self._sizes},
+            HEAD_LEAF in self._leaves,
+        )
+        return resolve(self._plain, self._name, self._facts, sizes, self._keeps_fp8, differs)
+
+
+def _recorded_axes(tree: TreeSource) -> Iterator[int]:
+    """The axis that is recorded beside the checkpoint, if any."""
+    for argument in recorded_arguments(tree.item.directory):
+        name, _, value = argument.partition("=")
+        if name == "param_scan_axis":
+            yield int(value)
+
+
+def _is_fp8(info: TensorInfo) -> bool:
+    return info.dtype.name.startswith("float8")
+
+
+def _checked_dtype(config: Config, tree: TreeSource) -> np.dtype:
+    """The dtype that was asked for; UserError if weights cannot have it."""
+    if config.save_dtype.startswith("float8"):
+        raise UserError(f"--save_dtype={config.save_dtype}: nothing is quantised; remove it.")
+    if any(map(_is_fp8, tree.tensors.values())):
+        raise UserError(
+            f"--save_dtype={config.save_dtype}: {tree.root} has fp8 weights with their scales, "
+            "which stay as they are; remove it."
+        )
+    return np.dtype(config.save_dtype)
+
+
+def _groups(config: Config, tree: TreeSource) -> Iterable[_Group]:
+    """The leaves of the tree: its weights; and of a training state also what belongs to each
+    weight, and what does not.
+
+    Raises:
+        UserError: there is no training state, or one that MaxText's trainer does not write.
+    """
+    weights = {name: name for name in tree.tensors if name not in tree.beside}
+    if not config.train_state:
+        return [_Group(ROOT.rstrip("."), "", weights, True)]
+    if not any(name.startswith("opt_state.") for name in tree.beside):
+        raise UserError(f"{tree.root} has no state of an optimizer; remove --train_state.")
+    if not orbax.streams():
+        raise UserError(f"--train_state is not supported here; {orbax.notices()[0]}")
+    found: dict[tuple[str, str, bool], _Group] = {}
+    for name in tree.tensors:
+        at = located(tree.stored[name])
+        is_weight = name in weights
+        shape = tree.tensors[name].shape
+        if at.path in weights and (shape != tree.tensors[at.path].shape):
+            raise UserError(
+                f"{name} in {tree.root} has shape {shape}, not that of its weight, so it cannot be "
+                "laid out anew; remove --train_state."
+            )
+        if is_weight and at.path != name:
+            raise UserError(
+                f"{tree.root} was not saved by MaxText's trainer, which would have saved {name} as "
+                f"params.params.{name}; remove --train_state."
+            )
+        key = (at.before, at.after, is_weight)
+        found.setdefault(key, _Group(at.before, at.after, {}, is_weight)).names[at.path] = name
+    return found.values()
+
+
+def _leaf(
+    config: Config,
+    tree: TreeSource,
+    mesh: Mesh,
+    group: _Group,
+    new: relayout.Leaf,
+    wanted: np.dtype | None,
+) -> tuple[Leaf, Sequence[str]]:
+    """A leaf of the new checkpoint, and why axes of it are not sharded."""
+    expr = map_tensors(new.expr, lambda of: Tensor(group.names[of.name], of.dims))
+    (dtype,) = {tree.tensors[of.name].dtype for of in tensors(expr)}
+    if wanted is not None and group.is_weights and dtype.kind not in "iub":
+        dtype = np.dtype(new.dtype or wanted)
+    spec, whys = partition_spec(
+        new.logical, expr.shape, dict(mesh.shape), config.logical_axis_rules
+    )
+    return Leaf(group.name(new.path), expr, dtype, NamedSharding(mesh, spec)), whys
+
+
+def _notices(tree: TreeSource, was: Model, becomes: Model, lost: Sequence[str]) -> Iterator[str]:
+    if becomes.dims.layers < was.dims.layers:
+        yield f"only the first {becomes.dims.layers} of {was.dims.layers} layers are taken"
+    if lost:
+        yield f"left out, as not every layer has it: {some(sorted(lost))}"
+    left = [array for array in tree.unread if array.name != "step"]
+    if left:
+        roots = sorted({array.name.partition(".")[0] for array in left})
+        yield (
+            f"{', '.join(roots)} ({size(sum(array.nbytes for array in left))}) are left out; to "
+            "take them along, add --train_state"
+        )
