@@ -7,95 +7,30 @@ processes.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from maxconv.algebra import Expr, Tensor
-from maxconv.config import model_facts, parse
 from maxconv.config.paths import read_path
-from maxconv.config.tables import known_models
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
-from maxconv.jobs.leaves import conversion_leaves
+from maxconv.jobs.loadable import Layout, Maker, Path, Wanted, maker, model_of, open_at
 from maxconv.jobs.prepare import (
     STEP_MOST,
     check_same_everywhere,
-    head_differs,
     opened_by_all,
     usual_window,
 )
-from maxconv.models import tree_sizes
-from maxconv.models.canonical_names import FP8, misfit
-from maxconv.models.parameters import Expressions, parameters
-from maxconv.models.resolve import resolve
-from maxconv.models.tree_sizes import ROOT
+from maxconv.models.canonical_names import misfit
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.remembered import forgetting
 from maxconv.processes.agreement import agree, gathered, same_error_everywhere
-from maxconv.sources import Source, open_source
-from maxconv.sources.runs import has_tree
+from maxconv.sources import Source
 from maxconv.sources.runs import parameters as parameters_among
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource
-
-Layout = Literal["maxtext", "hf"]
-Path = tuple[str | int, ...]
-
-
-def abstract(
-    model: str,
-    *,
-    mesh: Mesh,
-    scan_layers: bool = True,
-    param_scan_axis: int = 1,
-    dtype: Any = "bfloat16",
-    rules: Sequence[Any] | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    **sizes: Any,
-) -> dict[str, Any]:
-    """MaxText's parameters of a model as shapes, dtypes and shardings; no weights are read.
-
-    Args:
-        model: MaxText's model_name, such as "qwen3-4b", or a checkpoint of Hugging Face: a
-            directory, gs://bucket/path, or org/name on the Hub. Only its headers are read.
-        mesh: over which the parameters are sharded.
-        scan_layers, param_scan_axis: as in MaxText: whether layers are stacked, and where.
-        dtype: of weights; some parameters have one of their own.
-        rules: MaxText's logical_axis_rules; default: those of its base.yml. Mesh axes that the
-            mesh does not have are left out.
-        token, revision: for the Hub.
-        sizes: MaxText's arguments that change the model, such as use_multimodal=True.
-
-    Returns:
-        The tree `{"params": {"decoder": ...}}` of `jax.ShapeDtypeStruct`.
-
-    Raises:
-        UserError: with everything that does not match.
-    """
-    name = model if model in known_models() else None
-    facts = model_facts(name)
-    path = facts["hf_id"] if facts else read_path(model)
-    with opened_by_all(partial(_open, path, token, revision)) as source:
-        differs = head_differs(source, name)
-        with same_error_everywhere():
-            resolved = resolve(source, name, facts, sizes, np.dtype(dtype) == FP8, differs)
-            rules = parse(()).logical_axis_rules if rules is None else rules
-            axis = param_scan_axis if scan_layers else None
-            leaves, _ = conversion_leaves(source, resolved, mesh, rules, axis, dtype)
-    tree: dict[str, Any] = {}
-    for leaf in leaves:
-        *above, last = leaf.name.split(".")[1:]
-        inner = tree
-        for part in above:
-            inner = inner.setdefault(part, {})
-        inner[last] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return tree
 
 
 def load(source: str, abstract: Any, **options: Any) -> Any:
@@ -129,6 +64,7 @@ def stream(
     abstract: Any,
     *,
     layout: Layout = "maxtext",
+    hf_model_path: str | None = None,
     param_scan_axis: int = 1,
     donate: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -145,7 +81,9 @@ def stream(
         source, abstract: see `load`.
         layout: "maxtext", or "hf" for tensors under the names and with the shapes that they have
             in the checkpoint of Hugging Face.
-        param_scan_axis: as in MaxText: where layers are stacked, if they are.
+        hf_model_path: for a checkpoint of MaxText in another layout than `abstract`, the same model
+            at Hugging Face, of which headers are read. Default: what it was converted from.
+        param_scan_axis: as in MaxText: where layers are stacked in `abstract`, if they are.
         donate: `abstract` holds arrays to be replaced; each is deleted before its successor is
             made.
         progress: is called with the bytes that were made so far and those of all.
@@ -156,13 +94,14 @@ def stream(
         The path of each leaf of `abstract`, such as `("params", "decoder", ...)`, and its array.
     """
     leaves = [(_plain(path), leaf) for path, leaf in _flat(abstract)]
-    open_at = partial(_open, read_path(source), token, revision)
-    with forgetting(), opened_by_all(open_at) as opened:
+    opening = partial(open_at, read_path(source), token, revision)
+    with forgetting(), opened_by_all(opening) as opened:
         check_same_everywhere(opened)
         most = min(gathered(window or usual_window()))
         with same_error_everywhere():
             wanted = _wanted(leaves, layout)
-        made = _maker(opened, wanted, layout, param_scan_axis)
+        at = partial(model_of, path=hf_model_path, token=token, revision=revision)
+        made = maker(opened, wanted, layout, param_scan_axis, at)
         with same_error_everywhere():
             plans = [*_plans(opened, wanted, made, most)]
         agree({"the plan": [plan.digest for plan in plans]}, "load the same on all of them")
@@ -175,7 +114,7 @@ def stream(
 
 
 def _made(
-    plans: Iterable[Plan], source: Source, window: int, replaced: Mapping[str, "_Wanted"]
+    plans: Iterable[Plan], source: Source, window: int, replaced: Mapping[str, "Wanted"]
 ) -> Iterator[tuple[str, jax.Array]]:
     """The leaves of plans with their names; those that they replace are deleted before."""
     together = same_error_everywhere if jax.process_count() > 1 else nullcontext
@@ -191,19 +130,6 @@ def _made(
                     yield names.pop(0), arrays.pop(0)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A leaf to load: its place in the caller's tree, what is there, and the sharding it gets."""
-
-    path: Path
-    leaf: Any
-    sharding: NamedSharding | SingleDeviceSharding
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.leaf.dtype)
-
-
 def _flat(abstract: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(abstract)[0]
 
@@ -215,13 +141,7 @@ def _plain(path: Iterable[Any]) -> Path:
     )
 
 
-def _open(path: str, token: str | None, revision: str | None, commit: str | None = None) -> Source:
-    if has_tree(path):
-        return TreeSource(path)
-    return open_source(path, revision, token, commit=commit)
-
-
-def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, _Wanted]:
+def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, Wanted]:
     """What is to be loaded, by its name in the checkpoint.
 
     Raises:
@@ -238,7 +158,7 @@ def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, _Wa
             f"abstract has {some(lost)}, which are no parameters of MaxText; give its parameters "
             "alone."
         )
-    found: dict[str, _Wanted] = {}
+    found: dict[str, Wanted] = {}
     problems: list[str] = []
     for name, at in names.items():
         path, leaf = dotted[at]
@@ -246,7 +166,7 @@ def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, _Wa
         if sharding is None and jax.process_count() == 1:
             sharding = SingleDeviceSharding(jax.devices()[0])
         if _has_devices(sharding):
-            found[name] = _Wanted(path, leaf, sharding)
+            found[name] = Wanted(path, leaf, sharding)
         else:
             problems.append(
                 f"{at} has the sharding {sharding}; give it a NamedSharding over devices."
@@ -262,47 +182,10 @@ def _has_devices(sharding: Any) -> TypeGuard[NamedSharding | SingleDeviceShardin
     return isinstance(sharding, SingleDeviceSharding)
 
 
-def _maker(
-    source: Source, wanted: Mapping[str, _Wanted], layout: Layout, scan_axis: int
-) -> Callable[[str, np.dtype], Expr]:
-    """What each array is over the tensors of a checkpoint, given its name and its dtype.
-
-    Raises:
-        UserError: the checkpoint has not what is wanted.
-    """
-    differs = False
-    if layout == "maxtext" and not isinstance(source, TreeSource):
-        differs = head_differs(source, None)
-    with same_error_everywhere():
-        if layout == "hf" and isinstance(source, TreeSource):
-            raise UserError(
-                f'{source.root} is a checkpoint of MaxText, which layout="hf" does not read; '
-                "export it first."
-            )
-        if layout == "hf" or isinstance(source, TreeSource):
-            _check_names(source.root, wanted, source.tensors)
-            tensors = {name: Tensor(name, info.shape) for name, info in source.tensors.items()}
-            return lambda name, dtype: tensors[name]
-        leaves = {name: one.leaf for name, one in wanted.items()}
-        keeps_fp8 = any(one.dtype == FP8 for one in wanted.values())
-        sizes = tree_sizes.parts(leaves)
-        model = resolve(source, None, None, sizes, keeps_fp8, head_differs=differs)
-        _, axis = tree_sizes.layout(leaves, model, scan_axis)
-        bound = {p.name.removeprefix(ROOT): p for p in parameters(model, source.root, axis)}
-        _check_names(source.root, wanted, bound)
-        expressions = Expressions(model, source)
-        return lambda name, dtype: expressions.of(bound[name], FP8 if keeps_fp8 else dtype)
-
-
-def _check_names(root: str, wanted: Iterable[str], there: Iterable[str]) -> None:
-    if lost := sorted({*wanted} - {*there}):
-        raise UserError(f"{root} has no {some(lost)}; leave them out of abstract.")
-
-
 def _plans(
     source: Source,
-    wanted: Mapping[str, _Wanted],
-    made: Callable[[str, np.dtype], Expr],
+    wanted: Mapping[str, Wanted],
+    made: Maker,
     window: int,
 ) -> Iterator[Plan]:
     """A plan for each mesh.

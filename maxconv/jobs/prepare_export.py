@@ -17,7 +17,6 @@ from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_place import check_place, target_of
 from maxconv.jobs.export_shares import Shares, planned, shares
-from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import (
     STEP_MOST,
     check_outputs,
@@ -28,6 +27,7 @@ from maxconv.jobs.prepare import (
     opened_by_all,
     window_of,
 )
+from maxconv.jobs.recorded_model import with_model
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back

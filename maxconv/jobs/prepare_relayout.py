@@ -13,7 +13,6 @@ from maxconv.algebra import Tensor, map_tensors, tensors
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.errors import UserError
-from maxconv.jobs.model_of_export import with_model
 from maxconv.jobs.prepare import (
     STEP_MOST,
     Job,
@@ -27,23 +26,20 @@ from maxconv.jobs.prepare import (
     training_of,
     window_of,
 )
-from maxconv.jobs.verify import recorded_arguments
-from maxconv.models import relayout, tree_sizes
-from maxconv.models.parameters import check_scans, parameters
-from maxconv.models.resolve import Model, resolve
-from maxconv.models.tree_model import HEAD_LEAF, LAYERS, tree_model
+from maxconv.jobs.recorded_model import recorded_axes, with_model
+from maxconv.models import relayout
+from maxconv.models.parameters import check_scans
+from maxconv.models.resolve import Model
+from maxconv.models.tree_model import TreeModel
 from maxconv.models.tree_sizes import ROOT
-from maxconv.models.views import as_stored, unpacked
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.processes.agreement import gathered, same_error_everywhere
-from maxconv.sources import Source, TensorInfo
+from maxconv.sources import Source
 from maxconv.sources.runs import located
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource, is_factor
+from maxconv.sources.trees import TreeSource, is_fp8
 from maxconv.targets import orbax, place
 from maxconv.text import size
-
-_AXES = (1, 0, 2, 3)  # that layers may be stacked along, the usual one first
 
 
 @contextmanager
@@ -107,21 +103,23 @@ def _planned(
     """The config with what no argument names as the tree has it, the model, the plan, and notices
     for the user."""
     said = dict(word.split("=", 1) for word in config.words)
-    known = _Known(config, tree, published)
-    was, old_axis = known.model()
+    name, facts, sizes = config.model_name, model_facts(config.model_name), config.overrides
+    known = TreeModel(tree, published, name, facts, sizes)
+    was, old_axis = known.model(recorded_axes(tree))
     becomes = known.shorter(was)
-    config = replace(
-        config,
-        scan_layers=config.scan_layers if "scan_layers" in said else old_axis is not None,
-        param_scan_axis=config.param_scan_axis if "param_scan_axis" in said else old_axis or 1,
+    scans, along = (
+        getattr(config, key) if key in said else None for key in ("scan_layers", "param_scan_axis")
     )
-    check_scans(becomes, config.scan_axis)
+    axis = relayout.scan_axis(scans, along, old_axis)
+    check_scans(becomes, axis)
+    config = replace(config, scan_layers=axis is not None)
+    config = config if axis is None else replace(config, param_scan_axis=axis)
     mesh, made, replicated = make_mesh(config, devices_of(config)), list[Leaf](), list[str]()
     wanted = _checked_dtype(config, tree) if "save_dtype" in said else None
     lost: list[str] = []
     for group in _groups(config, tree):
         shapes = {path: tree.tensors[name].shape for path, name in group.names.items()}
-        found = relayout.moved(was.rows, becomes.rows, shapes, old_axis, config.scan_axis)
+        found = relayout.moved(was.rows, becomes.rows, shapes, old_axis, axis)
         lost += (group.names[path] for path in found.lost)
         for one in found.leaves:
             leaf, whys = _leaf(config, tree, mesh, group, one, wanted)
@@ -136,82 +134,11 @@ def _planned(
     return config, replace(becomes, metadata=metadata), plan, notices
 
 
-class _Known:
-    """What tells the model of a tree: the tree, the published model, and the arguments."""
-
-    def __init__(self, config: Config, tree: TreeSource, published: Source):
-        self._tree, self._published = tree, published
-        self._name, self._facts = config.model_name, model_facts(config.model_name) or {}
-        self._sizes = config.overrides
-        self._leaves = {n: info for n, info in tree.tensors.items() if n not in tree.beside}
-        self._keeps_fp8 = any(map(_is_fp8, self._leaves.values()))
-        self._plain = as_stored(published) if self._keeps_fp8 else unpacked(published)
-        if any(map(is_factor, self._leaves)):
-            raise UserError(
-                f"{tree.root} has a LoRA adapter, which is not laid out anew; convert the adapter "
-                "again with the other arguments."
-            )
-
-    def model(self) -> tuple[Model, int | None]:
-        """The model, and the axis along which its layers are stacked, if they are.
-
-        Raises:
-            UserError: with everything in which the tree differs from it.
-        """
-        sizes = {key: value for key, value in self._sizes.items() if key != LAYERS}
-        root, published, problems = self._tree.root, self._published.root, list[str]()
-        arguments = self._name, self._facts, sizes
-        for axis in dict.fromkeys((*_recorded_axes(self._tree), *_AXES)):
-            try:
-                model, found = tree_model(
-                    *(self._leaves, root, self._plain, self._keeps_fp8, *arguments), axis
-                )
-                bound = parameters(model, published, found)
-            except UserError as error:
-                problems = problems or error.problems
-                continue
-            seen = [*tree_sizes.differences(self._leaves, bound, root, published)]
-            if not seen:
-                return model, found
-            problems = problems or seen
-        raise UserError(problems)
-
-    def shorter(self, model: Model) -> Model:
-        """The model with as many layers as the arguments ask for.
-
-        Raises:
-            UserError: it has fewer.
-        """
-        wanted = self._sizes.get(LAYERS)
-        if wanted is None:
-            return model
-        there = model.dims.layers // model.family.layers_per_block
-        if wanted > there:
-            raise UserError(f"{LAYERS}={wanted}, but {self._tree.root} has {there}; ask for fewer.")
-        sizes, differs = (
-            {**tree_sizes.parts(self._leaves), **self._sizes},
-            HEAD_LEAF in self._leaves,
-        )
-        return resolve(self._plain, self._name, self._facts, sizes, self._keeps_fp8, differs)
-
-
-def _recorded_axes(tree: TreeSource) -> Iterator[int]:
-    """The axis that is recorded beside the checkpoint, if any."""
-    for argument in recorded_arguments(tree.item.directory):
-        name, _, value = argument.partition("=")
-        if name == "param_scan_axis":
-            yield int(value)
-
-
-def _is_fp8(info: TensorInfo) -> bool:
-    return info.dtype.name.startswith("float8")
-
-
 def _checked_dtype(config: Config, tree: TreeSource) -> np.dtype:
     """The dtype that was asked for; UserError if weights cannot have it."""
     if config.save_dtype.startswith("float8"):
         raise UserError(f"--save_dtype={config.save_dtype}: nothing is quantised; remove it.")
-    if any(map(_is_fp8, tree.tensors.values())):
+    if any(map(is_fp8, tree.tensors.values())):
         raise UserError(
             f"--save_dtype={config.save_dtype}: {tree.root} has fp8 weights with their scales, "
             "which stay as they are; remove it."

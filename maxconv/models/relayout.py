@@ -18,6 +18,18 @@ from maxconv.models.tree_sizes import ROOT
 _LAYERS, _LAYER = "{layers}", "{l}"  # in the path of a row, and in the name of a tensor
 
 
+def scan_axis(scans: bool | None, along: int | None, was: int | None) -> int | None:
+    """The axis along which layers are to be stacked; None if they are not.
+
+    Args:
+        scans, along: MaxText's scan_layers and param_scan_axis, if they are given.
+        was: the axis so far, if layers are stacked.
+    """
+    if not (was is not None if scans is None else scans):
+        return None
+    return along if along is not None else 1 if was is None else was
+
+
 class Leaf(NamedTuple):
     """A leaf in the new layout: its path, the names of its axes, and what it is over old leaves.
 

@@ -1,6 +1,6 @@
 """The model that a tree of MaxText is of, found from its leaves and the same model as published."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -9,11 +9,82 @@ from maxconv.models import tree_sizes
 from maxconv.models.parameters import parameters
 from maxconv.models.resolve import Model, resolve
 from maxconv.models.tree_sizes import Leaves
+from maxconv.models.views import as_stored, unpacked
 from maxconv.sources import Source
+from maxconv.sources.trees import TreeSource, is_factor, is_fp8
 
-LAYERS = "base_num_decoder_layers"
-HEAD_LEAF = "decoder.logits_dense.kernel"
-_SIZES = (LAYERS, "vocab_size")  # those that may differ from the published model's
+_LAYERS = "base_num_decoder_layers"
+_HEAD = "decoder.logits_dense.kernel"
+_AXES = (1, 0, 2, 3)  # that layers may be stacked along, the usual one first
+_SIZES = (_LAYERS, "vocab_size")  # those that may differ from the published model's
+
+
+class TreeModel:
+    """What tells the model of a tree: its leaves, the published model, and the arguments."""
+
+    def __init__(
+        self,
+        tree: TreeSource,
+        published: Source,
+        name: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, Any] | None = None,
+    ):
+        """`name`, `facts`, `sizes`: see `resolve`; the layers in `sizes` are those of `shorter`.
+
+        Raises:
+            UserError: the tree has an adapter.
+        """
+        self._root, self._published = tree.root, published
+        self._name, self._facts, self._sizes = name, facts or {}, sizes or {}
+        self._leaves = {n: info for n, info in tree.tensors.items() if n not in tree.beside}
+        self._keeps_fp8 = any(map(is_fp8, self._leaves.values()))
+        self._plain = as_stored(published) if self._keeps_fp8 else unpacked(published)
+        if any(map(is_factor, self._leaves)):
+            raise UserError(
+                f"{tree.root} has a LoRA adapter, which is not laid out anew; convert the adapter "
+                "again with the other arguments."
+            )
+
+    def model(self, axes: Iterable[int] = ()) -> tuple[Model, int | None]:
+        """The model, and the axis along which its layers are stacked, if they are.
+
+        `axes`: where layers may be stacked, the likeliest first; the usual ones are tried as well.
+
+        Raises:
+            UserError: with everything in which the tree differs from the model.
+        """
+        sizes = {key: value for key, value in self._sizes.items() if key != _LAYERS}
+        arguments, problems = (self._name, self._facts, sizes), list[str]()
+        for axis in dict.fromkeys((*axes, *_AXES)):
+            try:
+                model, found = tree_model(
+                    *(self._leaves, self._root, self._plain, self._keeps_fp8, *arguments), axis
+                )
+                bound = parameters(model, self._published.root, found)
+            except UserError as error:
+                problems = problems or error.problems
+                continue
+            of_both = self._root, self._published.root
+            if not (seen := [*tree_sizes.differences(self._leaves, bound, *of_both)]):
+                return model, found
+            problems = problems or seen
+        raise UserError(problems)
+
+    def shorter(self, model: Model) -> Model:
+        """The model with as many layers as the arguments ask for.
+
+        Raises:
+            UserError: it has fewer.
+        """
+        wanted = self._sizes.get(_LAYERS)
+        if wanted is None:
+            return model
+        there = model.dims.layers // model.family.layers_per_block
+        if wanted > there:
+            raise UserError(f"{_LAYERS}={wanted}, but {self._root} has {there}; ask for fewer.")
+        sizes, differs = {**tree_sizes.parts(self._leaves), **self._sizes}, _HEAD in self._leaves
+        return resolve(self._plain, self._name, self._facts, sizes, self._keeps_fp8, differs)
 
 
 def tree_model(
@@ -43,13 +114,13 @@ def tree_model(
     shown = {**tree_sizes.parts(leaves), **sizes}
 
     def resolved(name: str | None, facts: Mapping[str, Any], given: Mapping[str, Any]) -> Model:
-        return resolve(plain, name, facts, given, keeps_fp8, head_differs=HEAD_LEAF in leaves)
+        return resolve(plain, name, facts, given, keeps_fp8, head_differs=_HEAD in leaves)
 
     try:
         model = resolved(name, facts, shown)
         count, axis = tree_sizes.layout(leaves, model, scan_axis)
-        if count < model.dims.layers and LAYERS not in sizes:
-            shown[LAYERS] = count // model.family.layers_per_block
+        if count < model.dims.layers and _LAYERS not in sizes:
+            shown[_LAYERS] = count // model.family.layers_per_block
             model = resolved(name, facts, shown)
         return model, axis
     except UserError as error:

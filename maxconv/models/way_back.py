@@ -39,7 +39,7 @@ from maxconv.models.tree_sizes import ROOT
 from maxconv.models.views import as_stored, in_memory, unpacked
 from maxconv.sources import Source
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import Tree, is_factor
+from maxconv.sources.trees import Tree, is_factor, is_fp8
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def way_back(
     Raises:
         UserError: with everything in which the tree, the published model and the arguments differ.
     """
-    keeps_fp8 = any(info.dtype.name.startswith("float8") for info in tree.tensors.values())
+    keeps_fp8 = any(map(is_fp8, tree.tensors.values()))
     plain = as_stored(published) if keeps_fp8 else unpacked(published)
     if names == "transformers":
         plain = in_memory(plain, published, family_of(published, facts))

@@ -230,6 +230,11 @@ class AdaptedTree(AdaptedSource):
 Tree = TreeSource | AdaptedTree
 
 
+def is_fp8(info: TensorInfo) -> bool:
+    """Whether a parameter is stored in fp8, with its scales beside it."""
+    return info.dtype.name.startswith("float8")
+
+
 def is_factor(name: str) -> bool:
     """Whether a parameter is one of the two factors of a LoRA adapter."""
     return _FACTOR.fullmatch(name) is not None

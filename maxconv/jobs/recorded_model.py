@@ -1,0 +1,58 @@
+"""What is recorded beside a MaxText checkpoint of the model at Hugging Face that it is of."""
+
+import os
+from dataclasses import replace
+
+from maxconv.config import Config, model_facts
+from maxconv.config.tables import known_models
+from maxconv.errors import UserError
+from maxconv.jobs.verify import recorded_arguments
+from maxconv.sources.trees import Tree
+
+
+def with_model(
+    config: Config, tree: Tree, taken: str = "names and small files are those"
+) -> tuple[Config, tuple[str, ...]]:
+    """The config with a published model, and sentences about where it is from.
+
+    It is the one that the tree was converted from; if that is not known, or not here any more, the
+    one of model_name. `taken`: what is taken from it, in words.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.hf_model_path is not None:
+        return config, ()
+    path, revision = recorded_model(tree)
+    if path is not None and _may_be_there(path):
+        found = replace(config, hf_model_path=path, revision=config.revision or revision)
+        return found, (f"{taken} of {path}, which it was converted from",)
+    gone = f"it was converted from {path}, which is not here"
+    if facts := model_facts(config.model_name):
+        notice = f"{taken} of {facts['hf_id']}"
+        return config, (f"{notice}; {gone}" if path else notice,)
+    raise UserError(
+        "Name the model at Hugging Face that it is, or was trained from, with --hf_model_path= or "
+        f"model_name={f': {gone}' if path else ''}."
+    )
+
+
+def recorded_model(tree: Tree) -> tuple[str | None, str | None]:
+    """The model that a tree was converted from, and its revision; None where it is not known."""
+    said = _said(tree)
+    named = known_models().get(said.get("model_name", ""), {})
+    return said.get("hf_model_path", named.get("hf_id")), said.get("revision")
+
+
+def _may_be_there(path: str) -> bool:
+    return not os.path.isabs(path) or os.path.exists(path)
+
+
+def recorded_axes(tree: Tree) -> list[int]:
+    """The axis along which the layers of a tree are stacked, if it is known."""
+    said = _said(tree)
+    return [int(said["param_scan_axis"])] if "param_scan_axis" in said else []
+
+
+def _said(tree: Tree) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in recorded_arguments(tree.item.directory))
