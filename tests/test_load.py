@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -80,6 +81,35 @@ def test_what_is_loaded_is_what_is_converted(case: str, scan: bool, tmp_path: Pa
     assert_same(loaded, want)
     jax.tree.map(lambda array, to: array.sharding == to.sharding or pytest.fail(), loaded, abstract)
     assert_same(maxconv.load(str(out), abstract), want)
+
+
+OTHERS = [
+    pytest.param("qwen3-0.6b", True, 1),
+    pytest.param("qwen3-30b-a3b", False, 0, marks=pytest.mark.slow),
+    pytest.param("gemma3-4b+vision", True, 1, marks=pytest.mark.slow),
+    pytest.param("qwen3-next-80b-a3b", False, 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("case", "scan", "axis"), OTHERS)
+def test_a_checkpoint_in_another_layout(case: str, scan: bool, axis: int, tmp_path: Path) -> None:
+    """It is loaded as what is converted in the wanted layout; and described as that."""
+    model, out = converted(case, scan, tmp_path)
+    words = {**arguments(case), "scan_layers": not scan, "param_scan_axis": axis}
+    abstract = maxconv.abstract(str(model), mesh=mesh(MESH), **words)
+    want = maxconv.load(str(model), abstract, param_scan_axis=axis)
+    assert_same(maxconv.load(str(out), abstract, param_scan_axis=axis), want)
+    layout = {key: words[key] for key in ("scan_layers", "param_scan_axis")}
+    described = maxconv.abstract(str(out), mesh=mesh(MESH), **layout)
+    assert described == abstract
+    as_it_is = maxconv.abstract(str(out), mesh=mesh(MESH))
+    assert_same(maxconv.load(str(out), as_it_is), restored(out))
+    if case == "qwen3-0.6b":
+        moved = out.rename(tmp_path / "moved")
+        (moved / "maxconv.json").unlink()
+        with pytest.raises(UserError, match="has another layout than abstract, or is of another"):
+            maxconv.load(str(moved), abstract)
+        assert_same(maxconv.load(str(moved), abstract, hf_model_path=str(model)), want)
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +216,27 @@ def test_arrays_come_one_by_one_and_replace_others(qwen: tuple[Path, Path]) -> N
 def test_the_example_of_the_guide_runs(qwen: tuple[Path, Path]) -> None:
     model, out = qwen
     page = (Path(maxconv.__file__).parent / "guide/process.md").read_text()
-    first, second, _ = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    first, training, module, sync, _ = (block.replace("org/name", str(model)) for block in blocks)
     replaced: dict[Any, Any] = {}
-    names: dict[str, Any] = {"replace": replaced.__setitem__}
-    exec(first.replace("org/name", str(model)), names)
-    assert_same(names["params"], restored(out))
-    exec(second.replace("org/name", str(model)), names)
-    assert len(replaced) == len(jax.tree.leaves(restored(out)))
+    tokens = np.random.default_rng(0).integers(0, 100, (4, 16), np.int32)
+    names: dict[str, Any] = {"replace": replaced.__setitem__, "batches": [tokens] * 4}
+    exec(first, names)
+    want = jax.device_get(restored(out))
+    assert_same(names["params"], want)
+    exec(training, names)
+    assert names["value"] < names["loss"](want, tokens)  # it learns what it is shown
+    exec(module, names)
+    table = want["params"]["token_embedder"]["embedding"]
+    assert_same(jnp.asarray(names["model"].token_embedder.embedding), table)
+    wide = table.astype(np.float32)
+    np.testing.assert_allclose(names["model"](tokens), wide[tokens] @ wide.T, rtol=2e-2, atol=2e-2)
+    exec(sync, names)
+    assert len(replaced) == len(jax.tree.leaves(want))
 
 
 @pytest.mark.parametrize(
-    "change", ["shape", "name", "no parameter", "sharding", "integers", "no source"]
+    "change", ["shape", "name", "no parameter", "sharding", "uneven", "integers", "no source"]
 )
 def test_what_does_not_fit_is_named(change: str, qwen: tuple[Path, Path]) -> None:
     model, out = qwen
@@ -220,6 +260,10 @@ def test_what_does_not_fit_is_named(change: str, qwen: tuple[Path, Path]) -> Non
         on = NamedSharding(mesh({"x": 8}).abstract_mesh, PartitionSpec())
         norm["scale"] = jax.ShapeDtypeStruct(norm["scale"].shape, np.float32, sharding=on)
         sentence = "decoder.decoder_norm.scale has the sharding .*; give it a NamedSharding over"
+    elif change == "uneven":
+        on = NamedSharding(mesh({"x": 8}), PartitionSpec("x"))
+        norm["scale"] = jax.ShapeDtypeStruct((42,), np.float32, sharding=on)
+        sentence = r"decoder.decoder_norm.scale of shape \(42,\) cannot be divided evenly"
     else:
         source, sentence = str(model / "none"), "does not exist"
     with pytest.raises(UserError, match=sentence):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from maxconv.algebra import Shape
 from maxconv.config.paths import read_path
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
@@ -165,15 +166,28 @@ def _wanted(leaves: Sequence[tuple[Path, Any]], layout: Layout) -> dict[str, Wan
         sharding = getattr(leaf, "sharding", None)
         if sharding is None and jax.process_count() == 1:
             sharding = SingleDeviceSharding(jax.devices()[0])
-        if _has_devices(sharding):
-            found[name] = Wanted(path, leaf, sharding)
-        else:
+        if not _has_devices(sharding):
             problems.append(
                 f"{at} has the sharding {sharding}; give it a NamedSharding over devices."
             )
+        elif not _divides(sharding, leaf.shape):
+            problems.append(
+                f"{at} of shape {tuple(leaf.shape)} cannot be divided evenly as its sharding "
+                f"{sharding} says; give it another one."
+            )
+        else:
+            found[name] = Wanted(path, leaf, sharding)
     if problems:
         raise UserError(problems)
     return found
+
+
+def _divides(sharding: jax.sharding.Sharding, shape: Shape) -> bool:
+    try:
+        sharding.shard_shape(tuple(shape))
+    except ValueError:
+        return False
+    return True
 
 
 def _has_devices(sharding: Any) -> TypeGuard[NamedSharding | SingleDeviceSharding]:
