@@ -15,7 +15,7 @@ from maxconv.config.paths import read_path
 from maxconv.config.tables import known_models
 from maxconv.jobs.leaves import conversion_leaves
 from maxconv.jobs.loadable import identified, model_of, open_at
-from maxconv.jobs.prepare import head_differs, opened_by_all
+from maxconv.jobs.opening import head_differs, opened_by_all
 from maxconv.models import relayout
 from maxconv.models.canonical_names import FP8
 from maxconv.models.resolve import resolve

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from maxconv.algebra import Expr, Tensor
 from maxconv.config.paths import read_path
 from maxconv.errors import UserError
-from maxconv.jobs.prepare import head_differs, opened_by_all
-from maxconv.jobs.recorded_model import recorded_axes, recorded_model
+from maxconv.jobs.opening import head_differs, opened_by_all
+from maxconv.jobs.recorded import recorded_axes, recorded_model
 from maxconv.models import relayout, tree_sizes
 from maxconv.models.canonical_names import FP8
 from maxconv.models.parameters import Expressions, parameters

@@ -13,20 +13,18 @@ from maxconv.algebra import Tensor, map_tensors, tensors
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.errors import UserError
+from maxconv.jobs.memory import STEP_MOST, window_of
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.jobs.prepare import (
-    STEP_MOST,
     Job,
     agreed,
     check_outputs,
     check_planning,
-    check_same_everywhere,
     devices_of,
     opened,
-    opened_by_all,
     training_of,
-    window_of,
 )
-from maxconv.jobs.recorded_model import recorded_axes, with_model
+from maxconv.jobs.recorded import recorded_axes, with_model
 from maxconv.models import relayout
 from maxconv.models.parameters import check_scans
 from maxconv.models.resolve import Model
