@@ -47,7 +47,7 @@ def loaded(side: str, directory: Path) -> Any:
 
     layout = ocp.options.CheckpointLayout.SAFETENSORS
     with ocp.Context(checkpoint_layout=layout):
-        return ocp.load(directory, wanted)
+        return ocp.load(str(directory), wanted)
 
 
 if __name__ == "__main__":

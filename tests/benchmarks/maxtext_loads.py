@@ -2,7 +2,7 @@
 
     python maxtext_loads.py maxconv|maxtext KEY=VALUE ...
 
-Run by load_beside.py, with the python that has MaxText; `maxconv` puts its loader in MaxText's place.
+Run by load_beside.py, with the python that has MaxText; with `maxconv`, its loader is used.
 """
 
 import sys
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def main(side: str, *words: str) -> None:
-    import maxtext
-    from maxtext.configs import pyconfig
-    from maxtext.utils import train_utils
+    import maxtext  # pyright: ignore[reportMissingImports]
+    from maxtext.configs import pyconfig  # pyright: ignore[reportMissingImports]
+    from maxtext.utils import train_utils  # pyright: ignore[reportMissingImports]
 
     if side == "maxconv":
         from maxconv.maxtext import install
