@@ -42,7 +42,8 @@ def abstract(
 
     Args:
         model: MaxText's model_name, such as "qwen3-4b", or a checkpoint of Hugging Face or of
-            MaxText: a directory, gs://bucket/path, or org/name on the Hub. Only headers are read.
+            MaxText: a directory, gs://bucket/path, or org/name on the Hub, of which only headers
+            are read; or the path of a config.json.
         mesh: over which the parameters are sharded.
         scan_layers, param_scan_axis: as in MaxText: whether layers are stacked, and where.
             Default: as in a checkpoint of MaxText, else True and 1.

@@ -26,6 +26,7 @@ from maxconv.jobs.prepare import (
 )
 from maxconv.jobs.recorded import recorded_axes, with_model
 from maxconv.models import relayout
+from maxconv.models.described import DescribedModel, is_description
 from maxconv.models.parameters import check_scans
 from maxconv.models.resolve import Model
 from maxconv.models.tree_model import TreeModel
@@ -55,7 +56,7 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
         tree = TreeSource(checkpoint, config.step, whole=config.train_state)
         _check_place(config, tree)
         config, found = with_model(config, tree, "its sizes are compared with those")
-    with tree, opened_by_all(partial(opened, config)) as published:
+    with tree, opened_by_all(partial(_published, config)) as published:
         for source in (tree, published):
             check_same_everywhere(source)
         window = min(gathered(window_of(config)))
@@ -66,6 +67,14 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
         words = (*config.words, f"load_parameters_path={tree.root}")
         config = replace(config, words=words)
         yield agreed("relayout", config, tree, model, plan, notices, window, train, writes)
+
+
+def _published(config: Config, commit: str | None) -> Source:
+    """Opens the model at Hugging Face, or what a config.json says of it."""
+    path = config.hf_model_path
+    if path is not None and is_description(path):
+        return DescribedModel(path)
+    return opened(config, commit)
 
 
 def _check_place(config: Config, tree: TreeSource) -> None:
