@@ -65,9 +65,23 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
             config, model, plan, notices = _planned(config, tree, published, window)
             train = training_of(config, published, model)
         notices = (*found, *tree.notices, *notices, *train.notices)
-        words = (*config.words, f"load_parameters_path={tree.root}")
-        config = replace(config, words=words)
+        config = replace(config, words=_settled(config, tree))
         yield agreed("relayout", config, tree, model, plan, notices, window, train, writes)
+
+
+def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
+    """The arguments, with what was found out instead of given: they say how to make the checkpoint
+    again, and to a job that reads it which model it is of."""
+    found = {
+        "hf_model_path": config.hf_model_path,
+        "revision": config.revision,
+        "scan_layers": config.scan_layers,
+        "param_scan_axis": config.scan_axis,
+        "load_parameters_path": tree.root,
+    }
+    said = dict(word.split("=", 1) for word in config.words)
+    said |= {key: str(value) for key, value in found.items() if value is not None}
+    return tuple(f"{key}={value}" for key, value in said.items())
 
 
 def _check_place(config: Config, tree: TreeSource) -> None:
