@@ -37,7 +37,7 @@ from maxconv.processes.agreement import gathered, same_error_everywhere
 from maxconv.sources import Source
 from maxconv.sources.runs import located
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource, is_fp8
+from maxconv.sources.trees import OPTIMIZER, TreeSource, is_fp8
 from maxconv.targets import orbax, place
 from maxconv.text import size
 
@@ -66,7 +66,8 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
             train = training_of(config, published, model)
         notices = (*found, *tree.notices, *notices, *train.notices)
         config = replace(config, words=_settled(config, tree))
-        yield agreed("relayout", config, tree, model, plan, notices, window, train, writes)
+        empty = tree.empty if config.train_state else None
+        yield agreed("relayout", config, tree, model, plan, notices, window, train, writes, empty)
 
 
 def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
@@ -170,7 +171,7 @@ def _groups(config: Config, tree: TreeSource) -> Iterable[_Group]:
     weights = {name: name for name in tree.tensors if name not in tree.beside}
     if not config.train_state:
         return [_Group(ROOT.rstrip("."), "", weights, True)]
-    if not any(name.startswith("opt_state.") for name in tree.beside):
+    if not any(name.startswith(OPTIMIZER) for name in tree.beside):
         raise UserError(f"{tree.root} has no state of an optimizer; remove --train_state.")
     if not orbax.streams():
         raise UserError(f"--train_state is not supported here; {orbax.notices()[0]}")
@@ -204,9 +205,16 @@ def _leaf(
 ) -> tuple[Leaf, Sequence[str]]:
     """A leaf of the new checkpoint, and why axes of it are not sharded."""
     expr = map_tensors(new.expr, lambda of: Tensor(group.names[of.name], of.dims))
-    (dtype,) = {tree.tensors[of.name].dtype for of in tensors(expr)}
+    (dtype, name), *others = {tree.tensors[of.name].dtype: of.name for of in tensors(expr)}.items()
     if wanted is not None and group.is_weights and dtype.kind not in "iub":
         dtype = np.dtype(new.dtype or wanted)
+    elif others:
+        other, of = others[0]
+        mend = "give all a --save_dtype=" if group.is_weights else "remove --train_state"
+        raise UserError(
+            f"{name} in {tree.root} is {dtype}, but {of} is {other}, so they cannot be stacked; "
+            f"{mend}."
+        )
     spec, whys = partition_spec(
         new.logical, expr.shape, dict(mesh.shape), config.logical_axis_rules
     )
@@ -219,7 +227,7 @@ def _notices(tree: TreeSource, was: Model, becomes: Model, lost: Sequence[str]) 
     if lost:
         yield f"left out, as not every layer has it: {some(sorted(lost))}"
     left = [array for array in tree.unread if array.name != "step"]
-    if left:
+    if any(array.name.startswith(OPTIMIZER) for array in left):
         roots = sorted({array.name.partition(".")[0] for array in left})
         yield (
             f"{', '.join(roots)} ({size(sum(array.nbytes for array in left))}) are left out; to "

@@ -24,6 +24,7 @@ from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, Item, Stored, o
 from maxconv.sources.runs import parameters, tree_at
 
 _FACTOR = re.compile(r"(.+?)(?:\.kernel)?_lora_([ab])")  # utils/lora_utils.py
+OPTIMIZER = "opt_state."  # before the names of the state of MaxText's optimizer
 _MANIFEST = "manifest.ocdbt"  # of a database; changes with whatever is written into it
 
 
@@ -149,6 +150,17 @@ class TreeSource(Source):
             total += _nbytes(self.tensors[name], found)
             kept |= found if self._keeps else set()
         return total
+
+    @property
+    def empty(self) -> dict[str, Any]:
+        """What the state of the optimizer has where there are no arrays, by name."""
+        kinds: dict[str, Any] = {"None": None, "NamedTuple": None}  # as Orbax restores them
+        kinds |= {"Dict": {}, "List": [], "Tuple": ()}
+        return {
+            name: kinds[kind]
+            for name, kind in self.item.others.items()
+            if name.startswith(OPTIMIZER) and kind in kinds
+        }
 
     @property
     def unread(self) -> list[Stored]:
