@@ -14,13 +14,14 @@ import pytest
 import tiny
 from etils import epath
 from jobs import CPU, MESHES
-from test_export import converted
+from test_export import bytes_read, converted
 
 from maxconv import cli
 from maxconv.config import parse
-from maxconv.jobs import convert
+from maxconv.execution.engine import Engine
+from maxconv.jobs import convert, prepare_relayout
 from maxconv.jobs.prepare import Job
-from maxconv.jobs.prepare_relayout import prepared
+from maxconv.sources.trees import TreeSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info")
 
@@ -56,7 +57,9 @@ def assert_same(got: Leaves, want: Leaves) -> None:
 def relayout(checkpoint: Path, to: Path, *words: str) -> Job:
     """Runs the job on eight devices."""
     given = [*CPU, f"base_output_directory={to}", "--verify=none", *words]
-    return convert.run(parse(given), None, partial(prepared, checkpoint=str(checkpoint)))
+    return convert.run(
+        parse(given), None, partial(prepare_relayout.prepared, checkpoint=str(checkpoint))
+    )
 
 
 def stored_nbytes(directory: Path) -> int:
@@ -174,3 +177,50 @@ def test_a_training_state(
 
     relayout(tmp_path / "apart", tmp_path / "back", "scan_layers=true", *given)
     assert_same(restored(tmp_path / "back"), restored(run))
+
+
+@pytest.mark.parametrize(
+    ("case", "scan"),
+    [
+        ("llama3.1-8b", True),
+        pytest.param("llama3.1-8b", False, marks=pytest.mark.slow),
+        pytest.param("gemma3-4b", True, marks=pytest.mark.slow),
+        pytest.param("mixtral-8x7b", True, marks=pytest.mark.slow),
+        pytest.param("mixtral-8x7b", False, marks=pytest.mark.slow),
+    ],
+)
+def test_in_slabs_and_steps(
+    case: str, scan: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks are larger than a step, and yet TensorStore reads each once."""
+    model, out = converted(case, scan, tmp_path / "out")
+    given = [f"--hf_model_path={model}", *tiny.maxtext_words(case, not scan), *MESHES["fsdp8"]]
+    relayout(out, tmp_path / "whole", *given)
+    monkeypatch.setattr(prepare_relayout, "window_of", lambda config: 1 << 17)
+    config, stored = parse([*given, *CPU, f"base_output_directory={tmp_path}"]), stored_nbytes(out)
+    with prepare_relayout.prepared(config, str(out), writes=False) as job:
+        before = bytes_read()
+        with Engine(job.plan, job.source, job.window) as engine:
+            for group in job.plan.groups:
+                engine.make_slabs([slab for _, slab in group])
+        assert bytes_read() - before < 1.1 * stored  # small ones are there with the index
+    job = relayout(out, tmp_path / "parts", *given)
+    assert job.source.stats.bytes_read == stored
+    assert len(job.plan.steps) > len(job.source.tensors)
+    assert max(len(leaf.slabs) for leaf in job.plan.leaves) > 1
+    assert_same(restored(tmp_path / "parts"), restored(tmp_path / "whole"))
+
+
+def test_what_is_kept_is_what_calls_share(tmp_path: Path) -> None:
+    _, out = converted("llama3.1-8b", True, tmp_path)
+    with TreeSource(str(out)) as tree:
+        name, other = "decoder.layers.mlp.wi_0.kernel", "decoder.logits_dense.kernel"
+        info, beside = tree.tensors[name], tree.tensors[other]
+        assert info.chunk == (42, 3, 26) and info.shape == (42, 3, 52)
+        rows = [(name, [((i, i + 21), (0, 3), (0, 52))]) for i in (0, 21)]
+        columns = [(name, [((0, 42), (0, 3), (i, i + 26))]) for i in (0, 26)]
+        assert tree.shared(columns) == 0  # each chunk is read by one call
+        assert tree.shared(rows) == info.nbytes  # both by each
+        whole = (other, [((0, 42), (0, 259))])
+        assert tree.shared([whole, *rows, *columns[:1]]) == info.nbytes
+        assert tree.shared([rows[0], whole, rows[1]]) == info.nbytes + beside.nbytes
