@@ -3,6 +3,10 @@
 Checkpoints are restored by Orbax, and compared with numpy.
 """
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import pytest
 import tiny
 from etils import epath
 from jobs import CPU, MESHES
-from test_export import bytes_read, converted
+from test_export import BF16, bytes_read, converted
 
 from maxconv import cli
 from maxconv.config import parse
@@ -224,3 +228,192 @@ def test_what_is_kept_is_what_calls_share(tmp_path: Path) -> None:
         whole = (other, [((0, 42), (0, 259))])
         assert tree.shared([whole, *rows, *columns[:1]]) == info.nbytes
         assert tree.shared([rows[0], whole, rows[1]]) == info.nbytes + beside.nbytes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of Hugging Face, and its conversion with stacked layers."""
+    return converted("llama3.1-8b", True, tmp_path_factory.mktemp("plain"))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """What is in a directory, and not behind its links."""
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is said of a command line that cannot be right: one sentence."""
+    capsys.readouterr()
+    assert cli.main(["relayout", *words, *CPU, *MESHES["fsdp8"]]) == 2
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if not x.startswith("note: "))
+    return line.removeprefix("maxconv: ")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["{out}", "{out}/", "{out}/../out", "{link}", "{to_step}", "{out}/0", "{out}/0/items"],
+)
+def test_the_checkpoint_itself_is_never_replaced(
+    target: str, plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, made = plain
+    out, link, to_step = (tmp_path / name for name in ("out", "link", "to_step"))
+    shutil.copytree(made, out)
+    link.symlink_to(out)
+    to_step.mkdir()
+    (to_step / "0").symlink_to(out / "0")
+    before = files(tmp_path)
+    to = target.format(out=out, link=link, to_step=to_step)
+    for given in ([str(out)], [str(link)], [f"{out}/0/items"], [f"{to_step}"]):
+        words = [f"base_output_directory={to}", "scan_layers=false", f"--hf_model_path={model}"]
+        line = refused(capsys, *given, *words, "--overwrite")
+        assert "which is read, or lie in it; name another directory." in line
+    assert files(tmp_path) == before
+
+
+def adapter(weights: Leaves) -> Leaves:
+    shapes = {"kernel_lora_a": (42, 3, 4), "kernel_lora_b": (4, 3, 6, 10)}
+    factors = {
+        f"params.params.decoder.layers.self_attention.query.{name}": np.ones(shape, np.float32)
+        for name, shape in shapes.items()
+    }
+    return weights | factors
+
+
+def of_no_table(weights: Leaves) -> Leaves:
+    return weights | {"params.params.decoder.layers.mlp.more": np.ones((42, 3), np.float32)}
+
+
+def cut(weights: Leaves) -> Leaves:
+    name = "params.params.decoder.layers.mlp.wo.kernel"
+    return weights | {name: weights[name][:-1]}
+
+
+def without(weights: Leaves) -> Leaves:
+    return {name: leaf for name, leaf in weights.items() if "mlp.wo" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "said"),
+    [
+        (adapter, [], "has a LoRA adapter, which is not laid out anew; convert the adapter again"),
+        (of_no_table, [], "has 'decoder.layers.mlp.more', which this model has not."),
+        (cut, [], "has 51 where .*hf has 52: in 'decoder.layers.mlp.wo.kernel'."),
+        (without, [], "lacks 'decoder.layers.mlp.wo.kernel'."),
+        (None, ["base_num_decoder_layers=4"], "=4, but .* has 3; ask for fewer."),
+        (None, ["--train_state"], "has no state of an optimizer; remove --train_state."),
+        (None, ["--step=3"], "is not step 3 of a checkpoint"),
+        (dict, ["--hf_model_path="], "Name the model at Hugging Face"),
+        (None, ["base_output_directory="], "base_output_directory"),
+    ],
+)
+def test_bad_input_is_named(
+    change: Callable[[Leaves], Leaves] | None,
+    words: list[str],
+    said: str,
+    plain: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, out = plain
+    if change is not None:
+        weights = {name: leaf for name, leaf in restored(out).items() if name != "step"}
+        out = save({"params": {"params": nested(change(weights))}}, tmp_path / "changed")
+    given = [f"--hf_model_path={model}", f"base_output_directory={tmp_path / 'new'}"]
+    line = refused(capsys, str(out), "scan_layers=false", *given, *words)
+    assert re.search(said, line) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_layers_of_several_dtypes(
+    train: bool, plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = plain
+    weights = {name: leaf for name, leaf in restored(out).items() if name != "step"}
+    apart = layers_of(3, 1, weights)
+    name = "params.params.decoder.layers_1.mlp.wo.kernel"
+    apart[name] = apart[name].astype(np.float32) / np.float32(3)
+    tree = {"params": {"params": nested(apart)}}
+    if train:
+        moments = {"params": tree["params"]["params"]}
+        tree = state({n: x.astype(BF16) for n, x in apart.items()}, {})
+        tree["opt_state"][0]["mu"] = moments
+    mixed = save(tree, tmp_path / "mixed")
+    given = [f"--hf_model_path={model}", "scan_layers=true", *["--train_state"] * train]
+    line = refused(capsys, str(mixed), *given, f"base_output_directory={tmp_path / 'new'}")
+    mend = "remove --train_state." if train else "give all a --save_dtype=."
+    assert "is bfloat16, but" in line and f"is float32, so they cannot be stacked; {mend}" in line
+    assert not (tmp_path / "new").exists()
+    if not train:
+        relayout(mixed, tmp_path / "new", *given, "--save_dtype=float32")
+        got = restored(tmp_path / "new")["params.params.decoder.layers.mlp.wo.kernel"]
+        layers = [apart[name.replace("_1", f"_{i}")].astype(np.float32) for i in range(3)]
+        np.testing.assert_array_equal(got, np.stack(layers, 1))
+
+
+def test_an_axis_that_is_not_recorded_is_found(tmp_path: Path) -> None:
+    """And is kept where no argument names another."""
+    model, out = converted("llama3.1-8b", True, tmp_path / "out", "param_scan_axis=0")
+    apart = converted("llama3.1-8b", False, tmp_path / "apart")[1]
+    relayout(out, tmp_path / "kept", "ici_fsdp_parallelism=4", "ici_tensor_parallelism=2")
+    assert_same(restored(tmp_path / "kept"), restored(out))
+    for checkpoint in (out, tmp_path / "kept"):
+        given = [f"--hf_model_path={model}", "scan_layers=false"]
+        relayout(checkpoint, tmp_path / "known", *given, "--overwrite")
+        (checkpoint / "maxconv.json").unlink()
+        relayout(checkpoint, tmp_path / "found", *given, "--overwrite")
+        for made in ("known", "found"):
+            assert_same(restored(tmp_path / made), restored(apart))
+
+
+FORMS = [
+    ["checkpoint_storage_use_ocdbt=false"],
+    ["checkpoint_storage_use_zarr3=false", "--use_compression"],
+    ["checkpoint_storage_use_ocdbt=false", "checkpoint_storage_use_zarr3=false"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_storage_formats(form: list[str], tmp_path: Path) -> None:
+    """Of what is read, and of what is written."""
+    model, out = converted("llama3.1-8b", True, tmp_path / "out", *form)
+    apart = converted("llama3.1-8b", False, tmp_path / "apart")[1]
+    job = relayout(out, tmp_path / "there", "scan_layers=false", *MESHES["fsdp4_tp2"])
+    assert job.source.stats.bytes_read == stored_nbytes(out)
+    assert_same(restored(tmp_path / "there"), restored(apart))
+    relayout(tmp_path / "there", tmp_path / "back", "scan_layers=true", *form, *MESHES["fsdp4_tp2"])
+    assert_same(restored(tmp_path / "back"), restored(out))
+    metadata = [json.loads((d / "0/items/_METADATA").read_text()) for d in (out, tmp_path / "back")]
+    assert metadata[0] == metadata[1]
+    assert cli.main(["verify", str(tmp_path / "back")]) == 0
+
+
+@pytest.mark.parametrize(
+    "case", ["llama3.1-8b", pytest.param("deepseek3-671b", marks=pytest.mark.slow)]
+)
+def test_other_dtypes_and_fewer_layers(case: str, tmp_path: Path) -> None:
+    """What a family keeps in float32 stays so, as in a conversion; each weight is rounded once."""
+    model = tiny.write(case, tmp_path / "hf", dtype="float32")
+    words = [w for w in tiny.maxtext_words(case, True) if "scan_layers" not in w]
+    count = tiny.CASES[case].config["num_hidden_layers"]
+    first = [w for w in words if "num_decoder_layers" not in w]
+    first += [f"base_num_decoder_layers={count - 1}", "override_model_config=True"]
+
+    def made(name: str, *more: str) -> Path:
+        to = tmp_path / name
+        given = [*CPU, *MESHES["fsdp4_tp2"], f"--hf_model_path={model}", "--verify=none", *more]
+        convert.run(parse([*given, f"base_output_directory={to}"]))
+        return to
+
+    wide = made("wide", *words, "--save_dtype=float32", "scan_layers=true")
+    apart = restored(made("apart", *first, "--save_dtype=float32", "scan_layers=false"))
+    narrow = restored(made("narrow", *first, "--save_dtype=bfloat16", "scan_layers=false"))
+    rounded = {name: leaf.astype(narrow[name].dtype) for name, leaf in apart.items()}
+    relayout(wide, tmp_path / "rounded", *first, "--save_dtype=bfloat16", "scan_layers=false")
+    assert_same(restored(tmp_path / "rounded"), rounded)
+    relayout(tmp_path / "rounded", tmp_path / "widened", *first, "--save_dtype=float32")
+    assert_same(
+        restored(tmp_path / "widened"),
+        {n: x if n == "step" else x.astype(np.float32) for n, x in rounded.items()},
+    )

@@ -1,6 +1,5 @@
 """Plans a new layout of a MaxText checkpoint: the same parameters, as other leaves."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -90,10 +89,13 @@ def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
 
 
 def _check_place(config: Config, tree: TreeSource) -> None:
-    """Raises UserError if the new layout would replace the checkpoint."""
-    theirs, ours = tree.root.rstrip("/"), place.items(config.base_output_directory)
-    if theirs == ours or ("://" not in ours and os.path.realpath(theirs) == os.path.realpath(ours)):
-        raise UserError(f"{theirs} is the checkpoint itself; name another base_output_directory.")
+    """Raises UserError if the new checkpoint would replace the old one, or lie in it."""
+    base = config.base_output_directory
+    if place.overlaps(base, tree.root):
+        raise UserError(
+            f"base_output_directory={base} would replace {tree.root}, which is read, or lie in it; "
+            "name another directory."
+        )
 
 
 @dataclass(frozen=True)
