@@ -111,8 +111,11 @@ def agreed(
     window: int,
     train: Training | None,
     writes: bool,
+    empty: Mapping[str, Any] | None = None,
 ) -> Job:
     """The job, once all processes have the same plan, and its target is checked if it `writes`.
+
+    `empty`: see `Format`.
 
     Raises:
         UserError: the plans differ, or the target cannot be written to.
@@ -121,7 +124,7 @@ def agreed(
     if jax.process_count() > 1:
         agree({"the plan": plan.digest}, "start them in the same environment")
     same = gathered(mine)[0]  # local copies differ in their modification times
-    form = _format(config, model, window)
+    form = replace(_format(config, model, window), empty=empty)
     target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
     job = Job(config, source, model, plan, notices, window, same, target, train, name=name)
     with same_error_everywhere():
@@ -181,7 +184,6 @@ def _format(config: Config, model: Model, window: int) -> Format:
         config.use_compression,
         orbax.FILE_BYTES if to_hub else window // 32,
         model.metadata,
-        config.train_state,
     )
 
 
