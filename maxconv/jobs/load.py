@@ -21,12 +21,8 @@ from maxconv.execution.engine import Engine
 from maxconv.execution.memory import machine_memory
 from maxconv.jobs.kept_chunks import keep_shared
 from maxconv.jobs.loadable import Layout, Maker, Path, Wanted, maker, model_of, open_at
-from maxconv.jobs.prepare import (
-    STEP_MOST,
-    check_same_everywhere,
-    opened_by_all,
-    usual_window,
-)
+from maxconv.jobs.memory import STEP_MOST, usual_window
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.models.canonical_names import misfit
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.remembered import forgetting

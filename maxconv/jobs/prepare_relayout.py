@@ -14,21 +14,20 @@ from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.errors import UserError
 from maxconv.execution.memory import machine_memory
 from maxconv.jobs.kept_chunks import keep_shared
+from maxconv.jobs.memory import STEP_MOST, window_of
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.jobs.prepare import (
-    STEP_MOST,
     Job,
     agreed,
     check_outputs,
     check_planning,
-    check_same_everywhere,
     devices_of,
     opened,
-    opened_by_all,
     training_of,
-    window_of,
 )
-from maxconv.jobs.recorded_model import recorded_axes, with_model
+from maxconv.jobs.recorded import recorded_axes, with_model
 from maxconv.models import relayout
+from maxconv.models.described import DescribedModel, is_description
 from maxconv.models.parameters import check_scans
 from maxconv.models.resolve import Model
 from maxconv.models.tree_model import TreeModel
@@ -59,7 +58,7 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
         tree = TreeSource(checkpoint, config.step, whole=config.train_state)
         _check_place(config, tree)
         config, found = with_model(config, tree, "its sizes are compared with those")
-    with tree, opened_by_all(partial(opened, config)) as published:
+    with tree, opened_by_all(partial(_published, config)) as published:
         for source in (tree, published):
             check_same_everywhere(source)
         window = min(gathered(window_of(config)))
@@ -85,6 +84,14 @@ def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
     said = dict(word.split("=", 1) for word in config.words)
     said |= {key: str(value) for key, value in found.items() if value is not None}
     return tuple(f"{key}={value}" for key, value in said.items())
+
+
+def _published(config: Config, commit: str | None) -> Source:
+    """Opens the model at Hugging Face, or what a config.json says of it."""
+    path = config.hf_model_path
+    if path is not None and is_description(path):
+        return DescribedModel(path)
+    return opened(config, commit)
 
 
 def _check_place(config: Config, tree: TreeSource) -> None:
