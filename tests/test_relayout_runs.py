@@ -83,6 +83,7 @@ def test_it_is_planned(
     assert not seen and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_relayout_goes_on(
     made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -14,6 +13,7 @@ from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.errors import UserError
 from maxconv.execution.memory import machine_memory
+from maxconv.jobs.kept_chunks import keep_shared
 from maxconv.jobs.memory import STEP_MOST, window_of
 from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.jobs.prepare import (
@@ -32,7 +32,6 @@ from maxconv.models.parameters import check_scans
 from maxconv.models.resolve import Model
 from maxconv.models.tree_model import TreeModel
 from maxconv.models.tree_sizes import ROOT
-from maxconv.planning.overread import calls
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.tpus import slice_of
 from maxconv.processes.agreement import gathered, same_error_everywhere
@@ -156,27 +155,11 @@ def _planned(
     made.sort(key=lambda leaf: orbax.order(leaf.name))
     budget = min(window // 8, STEP_MOST)
     plan = make_plan(made, tree.tensors, mesh, budget, window // 4)
-    again = _kept(config, tree, plan, window // 2)
+    on = slice_of(config.tpu_type).machine.ram if config.tpu_type else machine_memory()
+    again = keep_shared(tree, [plan], window // 2, on)
     metadata = {key: value for key, value in tree.custom.items() if key != "scan_layers"}
     notices = (*_notices(tree, was, becomes, lost), *again, *dict.fromkeys(replicated))
     return config, replace(becomes, metadata=metadata), plan, notices
-
-
-def _kept(config: Config, tree: TreeSource, plan: Plan, ahead: int) -> Sequence[str]:
-    """Has the tree keep chunks that several steps read parts of; or says why it does not.
-
-    `ahead`: bytes that are read ahead, and may take the place of what is still wanted.
-    """
-    wanted = tree.shared(calls(plan, jax.process_index()))
-    wanted += min(wanted, ahead)
-    most = (slice_of(config.tpu_type).machine.ram if config.tpu_type else machine_memory()) // 2
-    if wanted <= most:
-        tree.keep(wanted)
-        return ()
-    return (
-        f"the chunks of {tree.root} are so large that {size(wanted)} of them would have to be kept "
-        "until all steps have read their parts, so they are read several times; use more processes",
-    )
 
 
 def _checked_dtype(config: Config, tree: TreeSource) -> np.dtype:
