@@ -20,6 +20,7 @@ MODEL_KEYS = (
     "vocab_size",
     "logits_via_embedding",
     "attention_bias",
+    "rope_type",
     "use_qk_norm",
     "num_experts",
     "base_moe_mlp_dim",
@@ -71,7 +72,7 @@ MODEL_KEYS = (
     "downsample_hidden_size_for_audio",
     "output_dim_for_audio",
 )
-"""The keys that decide the shapes of a model's weights."""
+"""The keys that decide the shapes of a model's weights, and their order."""
 
 
 def config_path(name: str) -> Path:
@@ -84,7 +85,8 @@ def config_path(name: str) -> Path:
 def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
     """Facts of a model: `hf_id`, `architecture`, and a value for each of `MODEL_KEYS`.
 
-    `train_as`: MaxText's name, if this one is only its converter's.
+    `train_as`: MaxText's name, if this one is only its converter's. `logical_axis_rules`: those
+    that are the model's own.
     """
     if model_name is None:
         return None

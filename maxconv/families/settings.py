@@ -145,6 +145,7 @@ class Computation:
         bases: RoPE's default theta by kind of attention.
         rope: MaxText's arguments for the RoPE of full and of sliding attention and the number of
             dimensions; None if it is not compared.
+        in_halves: whether the table is made for RoPE that turns halves instead, for given sizes.
         default_rope: `rope_parameters` if config.json has none.
         default_part: how much of a head is turned, if config.json does not say.
         split: RoPE's scaling is for full attention alone.
@@ -158,6 +159,7 @@ class Computation:
     fixed: tuple[Fixed, ...] = ()
     bases: Mapping[str, float] | None = None
     rope: Callable[[Rope, Rope, int], Mapping[str, Any]] | None = halves
+    in_halves: Callable[[Any], bool] = lambda d: False
     default_rope: Mapping[str, Any] | None = None
     default_part: float = 1.0
     split: bool = False

@@ -27,7 +27,7 @@ from maxconv.jobs.prepare import (
     opened_by_all,
     window_of,
 )
-from maxconv.jobs.recorded_model import with_model
+from maxconv.jobs.recorded_model import recorded_order, with_model
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back
@@ -141,7 +141,8 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
-    name, sizes, names = config.model_name, config.overrides, config.names
+    name, names = config.model_name, config.names
+    sizes = {**recorded_order(tree), **config.overrides}
     lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
     if all(map(is_factor, tree.tensors)):
         return _adapter(config, tree, published, window, lora)
@@ -217,7 +218,8 @@ def _adapter(
     """The export of a LoRA adapter alone, for PEFT."""
     facts = model_facts(config.model_name)
     base = config.hf_model_path or (facts or {}).get("hf_id") or published.root
-    name, sizes, axis = config.model_name, config.overrides, config.param_scan_axis
+    name, axis = config.model_name, config.param_scan_axis
+    sizes = {**recorded_order(tree), **config.overrides}
     made = peft_adapter(tree, published, base, lora, name, facts, sizes, axis)
     of_all, by_dtype = tuple(stacked(made.rules, made.dtypes)), made.dtypes
     back = WayBack(
