@@ -30,6 +30,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 # Tensors whose bits a conversion to bfloat16 does not keep: a scale that is no power of two, and
 # those that are published in float32.
 SCALED = {
+    "kimi-k2-1t": ".e_score_correction_bias",
     "deepseek3-671b": ".e_score_correction_bias",
     "deepseek3.2-671b": ".e_score_correction_bias",
     "gemma2-2b": ("q_proj.weight", "embed_tokens.weight"),

@@ -28,6 +28,7 @@ from maxconv.jobs.prepare import (
     window_of,
 )
 from maxconv.jobs.recorded_model import recorded_order, with_model
+from maxconv.models.codecs import unquantised
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back
@@ -296,7 +297,8 @@ def _others(
     config, changes = copy.deepcopy(published.config), list[str]()
     if config.pop(STATED, None):
         changes.append(f"config.json: {STATED} is taken out, as the files have the usual names")
-    if config.pop("quantization_config", None) and not back.keeps_fp8:
+    if not back.keeps_fp8 and (plain := unquantised(config)) != config:
+        config = plain
         changes.append("config.json: quantization_config is taken out")
     levels = [config, *(part for part in config.values() if isinstance(part, dict))]
     for level, entry in itertools.product(levels if to else (), _DTYPE_ENTRIES):
