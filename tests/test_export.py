@@ -33,6 +33,7 @@ SCALED = {
     "kimi-k2-1t": ".e_score_correction_bias",
     "deepseek3-671b": ".e_score_correction_bias",
     "deepseek3.2-671b": ".e_score_correction_bias",
+    "gemma-2b": ("q_proj.weight", "embed_tokens.weight"),
     "gemma2-2b": ("q_proj.weight", "embed_tokens.weight"),
     "gemma3-4b": "embed_tokens.weight",
     "gemma3-4b+vision": "embed_tokens.weight",

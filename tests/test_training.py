@@ -91,6 +91,14 @@ def test_what_a_name_computes_with_is_compared(
     assert any("override_model_config=True rope_max_timescale=10000" in note for note in notes)
 
 
+def test_what_gemma_calls_gelu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first config.json says hidden_act=gelu, which transformers takes for the approximation."""
+    acts = {"hidden_act": "gelu", "hidden_activation": None}
+    told, notes = planned("gemma-2b", tmp_path, capsys, **acts)
+    assert "model_name=gemma-2b" in told
+    assert not [note for note in notes if "MaxText" in note and "vocabulary" not in note]
+
+
 def test_gemma3_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told, _ = planned("gemma3-4b+64", tmp_path, capsys, rope_scaling=None)
     assert {"rope_linear_scaling_factor=1.0", "sliding_window_size=8", "base_emb_dim=64"} <= told

@@ -3,7 +3,7 @@
 from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from maxconv.families.deepseek4 import DEEPSEEK_V4
 from maxconv.families.dims import Dims, number_after, stated, stated_sizes, text_entries
-from maxconv.families.gemma import GEMMA2, GEMMA3
+from maxconv.families.gemma import GEMMA, GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.gpt_oss import GPT_OSS
 from maxconv.families.llama import LLAMA
@@ -35,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     DEEPSEEK_V32,
     DEEPSEEK_V4,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     GEMMA4_SMALL,

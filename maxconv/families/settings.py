@@ -85,9 +85,14 @@ def epsilon(default: float = 1e-6) -> Setting:
     return Setting("normalization_layer_epsilon", ("rms_norm_eps",), default)
 
 
-def activation(default: str = "silu") -> Setting:
-    entries = ("hidden_activation", "hidden_act")
-    return Setting("mlp_activations", entries, default, lambda v: [_ACTIVATIONS[v], "linear"])
+def activation(default: str = "silu", meant: Mapping[str | None, str] | None = None) -> Setting:
+    """`meant`: what transformers takes some values for, in the models of a family."""
+    entries, means = ("hidden_activation", "hidden_act"), dict(meant or {})
+
+    def convert(value: Any) -> Any:
+        return [_ACTIVATIONS[means.get(value, value)], "linear"]
+
+    return Setting("mlp_activations", entries, default, convert)
 
 
 def window(default: int | None) -> Setting:

@@ -54,6 +54,7 @@ CASES: dict[str, Case] = {
     "llama3.1-8b": Case(),
     "llama2-7b": Case(named=True),
     "llama2-7b,linear": Case(),
+    "gemma-2b": Case(table=2e-3),
     "gemma2-2b": Case(table=2e-3),
     "gemma3-4b+64": Case((), table=2e-3, unscanned=True),
     "qwen3-30b-a3b": Case((*HALVES, *DENSE_EXPERTS)),
