@@ -92,7 +92,7 @@ def test_what_a_name_computes_with_is_compared(
 
 
 def test_what_gemma_calls_gelu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its first config.json says hidden_act=gelu, which transformers takes for the approximation."""
+    """Its config.json says hidden_act=gelu, which transformers takes for the approximation."""
     acts = {"hidden_act": "gelu", "hidden_activation": None}
     told, notes = planned("gemma-2b", tmp_path, capsys, **acts)
     assert "model_name=gemma-2b" in told

@@ -62,7 +62,7 @@ def stated(text: Text, entries: Sequence[str], default: Any) -> tuple[str, Any]:
     return next(((key, text[key]) for key in entries if key in text), (entries[0], default))
 
 
-_ACTIVATIONS = {  # to those of jax.nn, whose gelu is the approximate one
+_ACTIVATIONS: dict[str | None, str] = {  # to those of jax.nn, whose gelu is the approximate one
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",

@@ -8,7 +8,7 @@ from typing import Any
 
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
-from maxconv.families import Dims, Family, Row, number_after, stated_sizes
+from maxconv.families import Dims, Family, Row, matters, number_after, stated_sizes
 from maxconv.families.dims import DECODER_LAYERS, PER_LAYER
 from maxconv.models import schema
 from maxconv.models.architecture import (
@@ -156,6 +156,8 @@ def _chosen(
         typed = key in words
         said = words[key] if typed else facts.get(key)
         if said is None or not wanted.get(f"use_{encoder_of(f)}", True):
+            continue
+        if not matters(f, published):
             continue
         ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):

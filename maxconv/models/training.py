@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from maxconv.families import Family, text_entries
+from maxconv.families import Family, matters, text_entries
 from maxconv.families.rope import FULL, SLIDING, Rope, difference, halves, latent, maxtext_rope
 from maxconv.models.codecs import SCALE
 from maxconv.models.resolve import Model, encoder_of, unit
@@ -103,6 +103,8 @@ def _sizes(model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {"decoder_block": model.family.decoder_block}
     for f in fields(dims):
         part = encoder_of(f)
+        if not matters(f, dims):
+            continue
         if (key := f.metadata["maxtext"]) and (not part or getattr(dims, part)):
             value, n = getattr(dims, f.name), unit(f.name, model.family)
             found[key] = value // n if n > 1 else value

@@ -35,12 +35,14 @@ def load(case: str, dtype: str) -> Any:
     (architecture,) = tiny.CASES[case.partition(",")[0]].config["architectures"]
     with tempfile.TemporaryDirectory() as directory:
         told.write(case, directory, dtype)
-        return getattr(transformers, architecture).from_pretrained(
+        model = getattr(transformers, architecture).from_pretrained(
             directory,
             dtype=torch.float32,
             attn_implementation="eager",
             experts_implementation="eager",
         )
+    # The whole of Llama 4 fails in transformers 5.24 where there is no image.
+    return model.language_model if architecture.startswith("Llama4ForCond") else model
 
 
 def round_head(model: Any) -> None:

@@ -54,6 +54,8 @@ CASES: dict[str, Case] = {
     "llama3.1-8b": Case(),
     "llama2-7b": Case(named=True),
     "llama2-7b,linear": Case(),
+    "llama4-17b-16e": Case((*HALVES, *DENSE_EXPERTS)),
+    "llama4-17b-128e+vision": Case((*HALVES, *DENSE_EXPERTS)),
     "gemma-2b": Case(table=2e-3),
     "gemma2-2b": Case(table=2e-3),
     "gemma3-4b+64": Case((), table=2e-3, unscanned=True),
