@@ -49,9 +49,18 @@ def load_safetensors_dynamic_state(
         path or (facts or {})["hf_id"],
         jax.tree.map(_shape, tree),
         param_scan_axis=maxtext_config.param_scan_axis,
+        rope_type=_rope_type(maxtext_config),
         token=maxtext_config.hf_access_token or None,
     )
     return None, loaded if "params" in loaded else {"params": loaded}
+
+
+def _rope_type(config: Any) -> str:
+    """A rope_type that turns the same parts of a head as that of MaxText's configuration."""
+    if config.model_name.startswith("llama3.1"):  # whatever it says
+        return "llama3.1"
+    in_halves = config.rope_type == "yarn" and not config.rope_interleave
+    return "default" if in_halves else config.rope_type
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

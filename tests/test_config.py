@@ -232,7 +232,8 @@ def test_model_facts() -> None:
     for name in known_models():
         facts = model_facts(name)
         assert facts
-        assert facts.keys() - {"scan_layers", "train_as"} == {"hf_id", "architecture", *MODEL_KEYS}
+        others = {"scan_layers", "train_as", "logical_axis_rules"}
+        assert facts.keys() - others == {"hf_id", "architecture", *MODEL_KEYS}
         assert facts["base_num_query_heads"] % facts["base_num_kv_heads"] == 0
     mistral = model_facts("mistral-7b")
     assert mistral and (mistral["decoder_block"], mistral["vocab_size"]) == ("mistral", 32000)

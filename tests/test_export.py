@@ -30,8 +30,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 # Tensors whose bits a conversion to bfloat16 does not keep: a scale that is no power of two, and
 # those that are published in float32.
 SCALED = {
+    "kimi-k2-1t": ".e_score_correction_bias",
     "deepseek3-671b": ".e_score_correction_bias",
     "deepseek3.2-671b": ".e_score_correction_bias",
+    "gemma-2b": ("q_proj.weight", "embed_tokens.weight"),
     "gemma2-2b": ("q_proj.weight", "embed_tokens.weight"),
     "gemma3-4b": "embed_tokens.weight",
     "gemma3-4b+vision": "embed_tokens.weight",
@@ -39,6 +41,7 @@ SCALED = {
     "gemma4-31b": "embed_tokens.weight",
     "gemma4-e2b": "embed_tokens.weight",
     "gemma4-e4b": "embed_tokens.weight",
+    "llama2-7b": "q_proj.weight",
     "llama3.1-8b": "q_proj.weight",
     "mistral-7b": "q_proj.weight",
     "mixtral-8x7b": "q_proj.weight",
@@ -113,6 +116,19 @@ def test_the_way_back_gives_the_tensors_that_were_published(
             assert got == want, tensor
     for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "back" / file).read_bytes() == (model / file).read_bytes()
+
+
+def test_the_order_of_a_named_llama_is_remembered(tmp_path: Path) -> None:
+    """Its queries and keys are in another order than those of a llama without a name."""
+    model, out = converted("llama2-7b", True, tmp_path)
+    assert export(out, model, tmp_path / "back") == 0
+    before, after = read(model), read(tmp_path / "back")
+    for name, want in before.items():
+        if name.endswith("q_proj.weight"):  # scaled, in bfloat16
+            step = float(ml_dtypes.finfo(BF16).eps)
+            np.testing.assert_allclose(numbers(after[name]), numbers(want), rtol=2 * step)
+        else:
+            assert after[name] == want, name
 
 
 def test_float32_comes_back_as_numpy_divides(tmp_path: Path) -> None:

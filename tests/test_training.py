@@ -61,6 +61,26 @@ def test_the_same_rope_in_both_dialects(tmp_path: Path, capsys: pytest.CaptureFi
     assert {"decoder_block=llama2", "rope_type=yarn", "rope_factor=32"} <= old[0]
 
 
+def test_a_llama_is_in_the_order_of_its_rope(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MaxText's own RoPE of Llama has no linear scaling, its default one no scaling by parts."""
+    linear = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    told, _ = planned("llama3.1-8b", tmp_path, capsys, **linear)
+    assert {"decoder_block=llama2", "rope_linear_scaling_factor=2.0"} <= told
+    assert not any(word.startswith("rope_type=") for word in told)  # MaxText's default
+    words = [*tiny.maxtext_words("llama3.1-8b", True)]
+    _, notes = planned("llama3.1-8b", tmp_path, capsys, *words, **linear)
+    assert any("no RoPE like that" in note for note in notes)
+    words[0] = "model_name=llama3.3-70b"
+    told, notes = planned("llama3.1-8b", tmp_path, capsys, *words)
+    assert {"model_name=llama3.3-70b", "rope_type=llama3.1"} <= told
+    assert any("override_model_config=True rope_type=llama3.1" in note for note in notes)
+    told, notes = planned("llama2-7b", tmp_path, capsys, *tiny.maxtext_words("llama2-7b", True))
+    assert not any(word.startswith("rope_type=") for word in told)
+    assert not [note for note in notes if "MaxText" in note]
+
+
 def test_what_a_name_computes_with_is_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +89,14 @@ def test_what_a_name_computes_with_is_compared(
     assert {"model_name=qwen2.5-7b", "override_model_config=True"} <= told
     assert "rope_max_timescale=10000" in told
     assert any("override_model_config=True rope_max_timescale=10000" in note for note in notes)
+
+
+def test_what_gemma_calls_gelu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.json says hidden_act=gelu, which transformers takes for the approximation."""
+    acts = {"hidden_act": "gelu", "hidden_activation": None}
+    told, notes = planned("gemma-2b", tmp_path, capsys, **acts)
+    assert "model_name=gemma-2b" in told
+    assert not [note for note in notes if "MaxText" in note and "vocabulary" not in note]
 
 
 def test_gemma3_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +117,8 @@ def test_experts_that_a_token_is_sent_to(
     [
         ("mistral-7b", {"sliding_window": 64}, "has no sliding window, config.json has"),
         ("llama3.1-8b", {"hidden_act": "xielu"}, "hidden_act='xielu' of config.json is not"),
-        ("llama3.1-8b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "no RoPE like that"),
         ("llama3.1-8b", {"rope_scaling": {"type": "longrope"}}, "no RoPE like that"),
-        ("llama3.1-8b", {"rope_scaling": ["a"]}, "RoPE of config.json is not understood"),
+        ("mistral-7b", {"rope_scaling": ["a"]}, "RoPE of config.json is not understood"),
         ("qwen2.5-7b", {"rope_theta": "10000"}, "RoPE of config.json is not understood"),
         ("qwen3-30b-a3b", {"norm_topk_prob": False}, "computes with norm_topk_prob=True"),
         ("gemma2-2b", {"query_pre_attn_scalar": 144}, "computes with query_pre_attn_scalar=10"),
@@ -140,7 +167,5 @@ def test_a_yarn_is_as_near_as_it_can_be() -> None:
 def test_every_model_has_what_it_computes_with() -> None:
     models = trained_models()
     assert models.keys() == {"default", *known_models()}
-    assert (
-        len({frozenset(f.keys() - {"hf_id", "architecture", "train_as"}) for f in models.values()})
-        == 1
-    )
+    others = {"hf_id", "architecture", "train_as", "logical_axis_rules"}
+    assert len({frozenset(f.keys() - others) for f in models.values()}) == 1

@@ -49,7 +49,7 @@ OURS += [(name, ALSO[of]) for name, of in OURS if of in ALSO]
 # Leaves that are not in the dtype of --save_dtype. MaxText's converter adds 1 to Gemma's norms in
 # float32; it rounds numbers of experts, which are integers here, to bfloat16.
 DTYPES = (
-    (r"gemma[23]-", r"^decoder/.*norm(_local|_global)?/scale$", "float32"),
+    (r"gemma[23]?-", r"^decoder/.*norm(_local|_global)?/scale$", "float32"),
     (r"gemma3-", r"/mm_soft_embedding_norm/scale$", "float32"),
     (r"deepseek4-", r"/mhc_norm/scale$", "float32"),
     (r"deepseek4-", r"/tid2eid$", "int32"),

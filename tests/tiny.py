@@ -41,6 +41,7 @@ class Case:
             a tensor has in any case.
         scans: MaxText can stack the layers of such a model.
         save_dtypes: in which MaxText's conversion is right.
+        converts: MaxText's converter knows such a model at all.
     """
 
     model_name: str
@@ -49,6 +50,7 @@ class Case:
     tensors: Mapping[str, list[Any]]
     scans: bool = True
     save_dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    converts: bool = True
 
     @property
     def is_packed(self) -> bool:

@@ -59,6 +59,7 @@ _CHOSEN = ("use_multimodal", "use_audio", "mtp_num_layers")
 # -1: what is left, or none.
 _POSITIVE_OR_MINUS_ONE = ("num_slices", "base_moe_mlp_dim")
 _SIZES = ("head_dim", "vocab_size", "num_experts", "inhomogeneous_layer_cycle_interval")
+_SIZES += ("interleave_moe_layer_step",)
 _MINIMUM |= {
     key: 1
     for key in MODEL_KEYS

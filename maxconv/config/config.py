@@ -181,6 +181,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Confi
     if words.yml:
         from_yml = _typed(_read_yml(words.yml, problems, notices), problems, words.yml)
         values |= from_yml
+    values["logical_axis_rules"] = _merged(
+        values["logical_axis_rules"], named.get("logical_axis_rules", [])
+    )
     rules = _merge_rules(values, typed)
     values |= typed | {"logical_axis_rules": rules}
     named_paths = {key: values[key] for key in paths.KEYS if values[key]}
@@ -310,10 +313,15 @@ def _read_yml(
 
 
 def _merge_rules(values: Mapping[str, Any], typed: Mapping[str, Any]) -> list[Any]:
-    """Typed rules replace those of the same names and come last, or replace all if asked to."""
+    """Typed rules are merged with the others, or replace all if asked to."""
     base, new = values["logical_axis_rules"], typed.get("logical_axis_rules", [])
     if typed.get("override_logical_axis_rules", values["override_logical_axis_rules"]):
         return new or base
+    return _merged(base, new)
+
+
+def _merged(base: list[Any], new: list[Any]) -> list[Any]:
+    """Rules, of which new ones replace those of the same names and come last."""
     renewed = {rule[0] for rule in new if is_rule(rule)}
     return [rule for rule in base if not (is_rule(rule) and rule[0] in renewed)] + new
 

@@ -20,10 +20,13 @@ MODEL_KEYS = (
     "vocab_size",
     "logits_via_embedding",
     "attention_bias",
+    "rope_type",
     "use_qk_norm",
     "num_experts",
     "base_moe_mlp_dim",
     "inhomogeneous_layer_cycle_interval",
+    "interleave_moe_layer_step",
+    "nope_layer_interval",
     "first_num_dense_layers",
     "shared_experts",
     "q_lora_rank",
@@ -57,6 +60,10 @@ MODEL_KEYS = (
     "num_channels_for_vit",
     "patch_size_for_vit",
     "image_size_for_vit",
+    "tile_size_for_vit",
+    "projector_input_dim_for_vit",
+    "projector_output_dim_for_vit",
+    "vision_output_dim_for_vit",
     "temporal_patch_size_for_vit",
     "spatial_merge_size_for_vit",
     "out_hidden_size_for_vit",
@@ -71,7 +78,7 @@ MODEL_KEYS = (
     "downsample_hidden_size_for_audio",
     "output_dim_for_audio",
 )
-"""The keys that decide the shapes of a model's weights."""
+"""The keys that decide the shapes of a model's weights, and their order."""
 
 
 def config_path(name: str) -> Path:
@@ -84,7 +91,8 @@ def config_path(name: str) -> Path:
 def model_facts(model_name: str | None) -> Mapping[str, Any] | None:
     """Facts of a model: `hf_id`, `architecture`, and a value for each of `MODEL_KEYS`.
 
-    `train_as`: MaxText's name, if this one is only its converter's.
+    `train_as`: MaxText's name, if this one is only its converter's. `logical_axis_rules`: those
+    that are the model's own.
     """
     if model_name is None:
         return None

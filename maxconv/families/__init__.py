@@ -2,11 +2,12 @@
 
 from maxconv.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from maxconv.families.deepseek4 import DEEPSEEK_V4
-from maxconv.families.dims import Dims, number_after, stated, stated_sizes, text_entries
-from maxconv.families.gemma import GEMMA2, GEMMA3
+from maxconv.families.dims import Dims, matters, number_after, stated, stated_sizes, text_entries
+from maxconv.families.gemma import GEMMA, GEMMA2, GEMMA3
 from maxconv.families.gemma4 import GEMMA4, GEMMA4_SMALL
 from maxconv.families.gpt_oss import GPT_OSS
 from maxconv.families.llama import LLAMA
+from maxconv.families.llama4 import LLAMA4
 from maxconv.families.mistral import MISTRAL
 from maxconv.families.mixtral import MIXTRAL
 from maxconv.families.olmo3 import OLMO3
@@ -28,6 +29,7 @@ from maxconv.families.table import (
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
+    LLAMA4,
     MISTRAL,
     MIXTRAL,
     GPT_OSS,
@@ -35,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V3,
     DEEPSEEK_V32,
     DEEPSEEK_V4,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     GEMMA4_SMALL,
@@ -66,6 +69,7 @@ __all__ = [
     "Row",
     "bind_rows",
     "flat",
+    "matters",
     "number_after",
     "paths",
     "row",

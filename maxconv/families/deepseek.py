@@ -200,6 +200,10 @@ V3 = Computation(
     turned=lambda d, attention: d.rope,
 )
 
+# Kimi K2.5: DeepSeek V3 in other sizes, as Kimi K2 is, and a vision encoder, which MaxText does not
+# have. The second name is that of transformers.
+KIMI_K25 = ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration")
+
 DEEPSEEK_V2 = Family(
     architectures=("DeepseekV2ForCausalLM",),
     model_types=("deepseek_v2",),
@@ -212,13 +216,18 @@ DEEPSEEK_V2 = Family(
     split_experts=FUSED,
 )
 DEEPSEEK_V3 = Family(
-    architectures=("DeepseekV3ForCausalLM",),
-    model_types=("deepseek_v3", "kimi_k2"),
+    architectures=("DeepseekV3ForCausalLM", *KIMI_K25),
+    model_types=("deepseek_v3", "kimi_k2", "kimi_k25"),
     decoder_block="deepseek",
     rows=v3_rows,
     sizes=DeepSeekDims,
     computes=V3,
-    ignored=IGNORED,
+    names=(("language_model.", ""), ("model.language_model.", "model.")),  # of Kimi K2.5
+    in_memory=(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+    ),
+    ignored=(*IGNORED, "vision_tower.*", "mm_projector.*", "model.vision_*", "model.mm_*"),
     predicts=".eh_proj.weight",
     split_experts=FUSED,
 )

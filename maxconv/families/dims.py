@@ -22,6 +22,7 @@ def size(
     numbered: str = "",
     each: str = "",
     below: str = "",
+    only_if: str = "",
 ) -> Any:
     """Declares a field of `Dims`, and where its value comes from.
 
@@ -38,6 +39,7 @@ def size(
             prefix add up to.
         each: the field that is the required length of a list.
         below: a field that must be larger than this one.
+        only_if: a property without which the value does not matter.
     """
     metadata = {
         "hf": hf,
@@ -48,8 +50,14 @@ def size(
         "numbered": numbered,
         "each": each,
         "below": below,
+        "only_if": only_if,
     }
     return field(metadata=metadata)
+
+
+def matters(f: Field, dims: "Dims") -> bool:
+    """Whether the value of a field makes a difference in a model of these sizes."""
+    return not f.metadata["only_if"] or getattr(dims, f.metadata["only_if"])
 
 
 def layer_count(*hf: str, numbered: str, least: int = 1, **others: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Gemma 2 and 3. transformers modeling_gemma2.py, modeling_gemma3.py; MaxText models/gemma2.py,
-models/gemma3.py.
+"""Gemma 1, 2 and 3. transformers modeling_gemma.py, modeling_gemma2.py, modeling_gemma3.py; MaxText
+models/gemma.py, models/gemma2.py, models/gemma3.py.
 
 MaxText's norms multiply by their scale, transformers' by 1 + scale; so 1 is added to these scales,
 in float32. MaxText does not scale embeddings when they are looked up, so the table is scaled.
@@ -34,16 +34,30 @@ from maxconv.families.settings import (
     layer_kinds,
     window,
 )
-from maxconv.families.table import Family, cycle, each, pairs
+from maxconv.families.table import Family, cycle, each, pairs, uniform
 from maxconv.families.vision import VisionDims, siglip
 
 PLUS_ONE = (shift(1),)
 CYCLE = 6  # of Gemma 3: five layers of sliding attention, then one of full attention
 
 
-def gemma2_rows(d: Dims):
+def gemma_rows(d: Dims):
+    yield from gemma_ends(d)
+    before = (
+        norm("pre_self_attention_norm", "input_layernorm", d.emb, PLUS_ONE, "float32"),
+        norm("pre_ffw_norm", "post_attention_layernorm", d.emb, PLUS_ONE, "float32"),
+    )
+    attn = attention(d, query=(query_scale(d.head_dim),))
+    yield from each(uniform(d.layers), before, attn, gated_mlp(d))
+
+
+def gemma_ends(d: Dims):
     table = scale(float(np.float32(math.sqrt(d.emb))))
-    yield from ends(d, embedding=(table,), norm=PLUS_ONE, norm_dtype="float32")
+    return ends(d, embedding=(table,), norm=PLUS_ONE, norm_dtype="float32")
+
+
+def gemma2_rows(d: Dims):
+    yield from gemma_ends(d)
     for kind, layers in zip(("local", "global"), pairs(d.layers), strict=True):
         attn = attention(d, query=(query_scale(d.head_dim),), at=f"self_attention_{kind}")
         four = norms(d, f"_{kind}", PLUS_ONE, "float32")
@@ -90,6 +104,21 @@ def gemma3_query(d: Gemma3Dims, name: str) -> int:
 
 TANH = "gelu_pytorch_tanh"
 
+EPSILON = Fixed(("rms_norm_eps",), 1e-6, lambda d, name: 1e-6)  # of the norms in layers
+
+GEMMA = Family(
+    architectures=("GemmaForCausalLM",),
+    model_types=("gemma",),
+    ties=True,
+    decoder_block="gemma",
+    rows=gemma_rows,
+    computes=Computation(
+        settings=(epsilon(), activation(TANH, {"gelu": TANH, None: TANH})),  # it was published so
+        fixed=(EPSILON, NOT_BIDIRECTIONAL),
+        scaled_table=True,
+    ),
+    pads_vocab=True,
+)
 GEMMA2 = Family(
     architectures=("Gemma2ForCausalLM",),
     model_types=("gemma2",),
@@ -100,7 +129,7 @@ GEMMA2 = Family(
         settings=(epsilon(), activation(TANH), window(4096), *SOFT_CAPS),
         fixed=(
             Fixed(("query_pre_attn_scalar",), 256, lambda d, name: d.head_dim),
-            Fixed(("rms_norm_eps",), 1e-6, lambda d, name: 1e-6),  # of the norms in layers
+            EPSILON,
             layer_kinds(lambda d, name: 2),
             NOT_BIDIRECTIONAL,
         ),
@@ -122,7 +151,7 @@ GEMMA3 = Family(
         settings=(epsilon(), activation(TANH), window(4096), *SOFT_CAPS),
         fixed=(
             Fixed(("query_pre_attn_scalar",), 256, gemma3_query),
-            Fixed(("rms_norm_eps",), 1e-6, lambda d, name: 1e-6),  # of the norms in layers
+            EPSILON,
             Fixed(("sliding_window_pattern", "_sliding_window_pattern"), 6, lambda d, name: CYCLE),
             layer_kinds(lambda d, name: CYCLE),
             NOT_BIDIRECTIONAL,

@@ -90,7 +90,7 @@ class Rope:
         """How much of each frequency is not divided by the factor."""
         low, high = self.number("low_freq_factor"), self.number("high_freq_factor")
         turns = self.original * plain / (2 * math.pi)
-        return np.clip((turns - low) / (high - low), 0, 1)
+        return np.clip((turns - low) / ((high - low) or 1e-9), 0, 1)
 
     def _kept_yarn(self, dims: int) -> np.ndarray:
         """The same, for YaRN."""

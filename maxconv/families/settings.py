@@ -62,7 +62,7 @@ def stated(text: Text, entries: Sequence[str], default: Any) -> tuple[str, Any]:
     return next(((key, text[key]) for key in entries if key in text), (entries[0], default))
 
 
-_ACTIVATIONS = {  # to those of jax.nn, whose gelu is the approximate one
+_ACTIVATIONS: dict[str | None, str] = {  # to those of jax.nn, whose gelu is the approximate one
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -85,9 +85,14 @@ def epsilon(default: float = 1e-6) -> Setting:
     return Setting("normalization_layer_epsilon", ("rms_norm_eps",), default)
 
 
-def activation(default: str = "silu") -> Setting:
-    entries = ("hidden_activation", "hidden_act")
-    return Setting("mlp_activations", entries, default, lambda v: [_ACTIVATIONS[v], "linear"])
+def activation(default: str = "silu", meant: Mapping[str | None, str] | None = None) -> Setting:
+    """`meant`: what transformers takes some values for, in the models of a family."""
+    entries, means = ("hidden_activation", "hidden_act"), dict(meant or {})
+
+    def convert(value: Any) -> Any:
+        return [_ACTIVATIONS[means.get(value, value)], "linear"]
+
+    return Setting("mlp_activations", entries, default, convert)
 
 
 def window(default: int | None) -> Setting:
@@ -145,6 +150,7 @@ class Computation:
         bases: RoPE's default theta by kind of attention.
         rope: MaxText's arguments for the RoPE of full and of sliding attention and the number of
             dimensions; None if it is not compared.
+        in_halves: whether the table is made for RoPE that turns halves instead, for given sizes.
         default_rope: `rope_parameters` if config.json has none.
         default_part: how much of a head is turned, if config.json does not say.
         split: RoPE's scaling is for full attention alone.
@@ -158,6 +164,7 @@ class Computation:
     fixed: tuple[Fixed, ...] = ()
     bases: Mapping[str, float] | None = None
     rope: Callable[[Rope, Rope, int], Mapping[str, Any]] | None = halves
+    in_halves: Callable[[Any], bool] = lambda d: False
     default_rope: Mapping[str, Any] | None = None
     default_part: float = 1.0
     split: bool = False

@@ -101,7 +101,7 @@ def cycle(count: int, n: int, name: str = "layers") -> list[Layers]:
     """
     whole = count - count % n
     kinds = []
-    for k in range(n):
+    for k in range(min(n, count)):
         stacks: list[tuple[str, Numbers]] = []
         if whole:
             stacks.append((f"layers/{name}_{k}", tuple(range(k, whole, n))))

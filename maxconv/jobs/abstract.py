@@ -49,7 +49,8 @@ def abstract(
             Default: as in a checkpoint of MaxText, else True and 1.
         dtype: of weights; some parameters have one of their own. Default: as in a checkpoint of
             MaxText, else bfloat16.
-        rules: MaxText's logical_axis_rules; default: those of its base.yml. Mesh axes that the
+        rules: MaxText's logical_axis_rules; default: those of its base.yml, and of the
+            model of that name. Mesh axes that the
             mesh does not have are left out.
         hf_model_path: see `stream`.
         token, revision: for the Hub.
@@ -64,7 +65,8 @@ def abstract(
     name = model if model in known_models() else None
     facts = model_facts(name)
     path = facts["hf_id"] if facts else read_path(model)
-    rules = parse(()).logical_axis_rules if rules is None else rules
+    if rules is None:
+        rules = parse([f"model_name={name}"] if name else ()).logical_axis_rules
     with opened_by_all(partial(open_at, path, token, revision)) as source:
         if isinstance(source, TreeSource):
             of = partial(model_of, path=hf_model_path, token=token, revision=revision)

@@ -66,6 +66,7 @@ def stream(
     layout: Layout = "maxtext",
     hf_model_path: str | None = None,
     param_scan_axis: int = 1,
+    rope_type: str | None = None,
     donate: bool = False,
     progress: Callable[[int, int], None] | None = None,
     window: int | None = None,
@@ -84,6 +85,8 @@ def stream(
         hf_model_path: for a checkpoint of MaxText in another layout than `abstract`, the same model
             at Hugging Face, of which headers are read. Default: what it was converted from.
         param_scan_axis: as in MaxText: where layers are stacked in `abstract`, if they are.
+        rope_type: as in MaxText; "default" has another order of a llama's queries and keys than
+            "llama3.1", which is what is loaded by default.
         donate: `abstract` holds arrays to be replaced; each is deleted before its successor is
             made.
         progress: is called with the bytes that were made so far and those of all.
@@ -101,7 +104,7 @@ def stream(
         with same_error_everywhere():
             wanted = _wanted(leaves, layout)
         at = partial(model_of, path=hf_model_path, token=token, revision=revision)
-        made = maker(opened, wanted, layout, param_scan_axis, at)
+        made = maker(opened, wanted, layout, param_scan_axis, at, rope_type)
         with same_error_everywhere():
             plans = [*_plans(opened, wanted, made, most)]
             if isinstance(opened, TreeSource):

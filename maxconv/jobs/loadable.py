@@ -63,6 +63,7 @@ def maker(
     layout: Layout,
     scan_axis: int,
     at: "ModelOf",
+    rope_type: str | None = None,
 ) -> Maker:
     """What each array is over the tensors of a checkpoint.
 
@@ -72,6 +73,7 @@ def maker(
         layout: see `maxconv.stream`.
         scan_axis: MaxText's param_scan_axis, if layers are stacked.
         at: opens the model at Hugging Face that a checkpoint of MaxText is of.
+        rope_type: MaxText's, if it is not what the checkpoint of Hugging Face has by default.
 
     Raises:
         UserError: the checkpoint has not what is wanted.
@@ -80,11 +82,15 @@ def maker(
         raise UserError(f"{source.root} has no weights; give the checkpoint that it belongs to.")
     if isinstance(source, TreeSource):
         return _of_tree(source, wanted, layout, scan_axis, at)
-    return _of_hugging_face(source, wanted, layout, scan_axis)
+    return _of_hugging_face(source, wanted, layout, scan_axis, rope_type)
 
 
 def _of_hugging_face(
-    source: Source, wanted: Mapping[str, Wanted], layout: Layout, scan_axis: int
+    source: Source,
+    wanted: Mapping[str, Wanted],
+    layout: Layout,
+    scan_axis: int,
+    rope_type: str | None,
 ) -> Maker:
     differs = head_differs(source, None) if layout == "maxtext" else False
     with same_error_everywhere():
@@ -92,7 +98,7 @@ def _of_hugging_face(
             return _as_stored(source, wanted)
         leaves = {name: one.leaf for name, one in wanted.items()}
         keeps_fp8 = any(one.dtype == FP8 for one in wanted.values())
-        sizes = tree_sizes.parts(leaves)
+        sizes = {**tree_sizes.parts(leaves), "rope_type": rope_type}
         model = resolve(source, None, None, sizes, keeps_fp8, head_differs=differs)
         _, axis = tree_sizes.layout(leaves, model, scan_axis)
         bound = {p.name.removeprefix(ROOT): p for p in parameters(model, source.root, axis)}

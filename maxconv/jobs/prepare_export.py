@@ -20,7 +20,8 @@ from maxconv.jobs.export_shares import Shares, planned, shares
 from maxconv.jobs.memory import STEP_MOST, window_of
 from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.jobs.prepare import check_outputs, check_planning, devices_of, opened
-from maxconv.jobs.recorded import with_model
+from maxconv.jobs.recorded import recorded_order, with_model
+from maxconv.models.codecs import unquantised
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter
 from maxconv.models.way_back import WayBack, stacked, way_back
@@ -134,7 +135,8 @@ def _planned(config: Config, tree: Tree, published: Source, window: int) -> Expo
         raise UserError("An export takes --hf_model_path from a directory, a bucket or the Hub.")
     facts = model_facts(config.model_name)
     axis = config.param_scan_axis
-    name, sizes, names = config.model_name, config.overrides, config.names
+    name, names = config.model_name, config.names
+    sizes = {**recorded_order(tree), **config.overrides}
     lora = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
     if all(map(is_factor, tree.tensors)):
         return _adapter(config, tree, published, window, lora)
@@ -210,7 +212,8 @@ def _adapter(
     """The export of a LoRA adapter alone, for PEFT."""
     facts = model_facts(config.model_name)
     base = config.hf_model_path or (facts or {}).get("hf_id") or published.root
-    name, sizes, axis = config.model_name, config.overrides, config.param_scan_axis
+    name, axis = config.model_name, config.param_scan_axis
+    sizes = {**recorded_order(tree), **config.overrides}
     made = peft_adapter(tree, published, base, lora, name, facts, sizes, axis)
     of_all, by_dtype = tuple(stacked(made.rules, made.dtypes)), made.dtypes
     back = WayBack(
@@ -287,7 +290,8 @@ def _others(
     config, changes = copy.deepcopy(published.config), list[str]()
     if config.pop(STATED, None):
         changes.append(f"config.json: {STATED} is taken out, as the files have the usual names")
-    if config.pop("quantization_config", None) and not back.keeps_fp8:
+    if not back.keeps_fp8 and (plain := unquantised(config)) != config:
+        config = plain
         changes.append("config.json: quantization_config is taken out")
     levels = [config, *(part for part in config.values() if isinstance(part, dict))]
     for level, entry in itertools.product(levels if to else (), _DTYPE_ENTRIES):

@@ -58,6 +58,13 @@ def recorded_axes(tree: Tree) -> list[int]:
     return [int(said["param_scan_axis"])] if "param_scan_axis" in said else []
 
 
+def recorded_order(tree: Tree) -> dict[str, str | None]:
+    """The rope_type that a tree was converted with, as an argument; empty if that is not known."""
+    said = _said(tree)
+    named = model_facts(said.get("model_name")) or {}
+    return {"rope_type": said.get("rope_type", named.get("rope_type"))} if said else {}
+
+
 def _said(tree: Tree) -> dict[str, str]:
     return dict(word.split("=", 1) for word in recorded_arguments(tree.item.directory))
 

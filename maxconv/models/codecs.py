@@ -25,7 +25,7 @@ from maxconv.algebra import (
     renamed,
 )
 from maxconv.errors import UserError
-from maxconv.families import Dims, Family, Row
+from maxconv.families import Dims, Family, Row, text_entries
 from maxconv.models.schema import entry, is_block
 
 QUANTIZATION = "quantization_config"  # the entry of config.json
@@ -81,7 +81,7 @@ def decoded(
         UserError: with each packed tensor whose parts do not match.
     """
     weights: dict[str, Expr] = dict(tensors)
-    quantization = entry(config, QUANTIZATION, {})
+    quantization = _quantization(config)
     counts: dict[str, int] = {}
     problems: list[str] = []
     misfits: dict[str, str] = {}  # by the name of the part that tells
@@ -133,7 +133,7 @@ def scale_rows(
             f"MaxText has no fp8 weights for {family.architectures[0]}; add --save_dtype=bfloat16 "
             "to dequantise them."
         )
-    block, columns = _block_size(entry(config, QUANTIZATION, {}))
+    block, columns = _block_size(_quantization(config))
     if block != columns:
         raise UserError(
             f"MaxText keeps fp8 weights of square blocks only, but weight_block_size is "
@@ -175,6 +175,20 @@ def _spread(scale: Expr, shape: tuple[int, ...], quantization: Mapping[str, Any]
             each = n if scale.shape[axis] == 1 else k
             scale = apply(Repeat(axis, max(each, 1), n), scale)
     return scale
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of it, which may be nested with what it says of the decoder."""
+    return entry(text_entries(config), QUANTIZATION, {})
+
+
+def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without that, of any part of the model."""
+    return {
+        key: unquantised(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != QUANTIZATION
+    }
 
 
 def _block_size(quantization: Mapping[str, Any]) -> tuple[int, int]:

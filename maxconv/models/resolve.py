@@ -1,12 +1,14 @@
 """Identifies the model of a checkpoint from config.json, MaxText's configuration and arguments."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from maxconv.algebra import Expr
 from maxconv.errors import UserError
-from maxconv.families import Dims, Family, Row, number_after, stated_sizes
+from maxconv.families import Dims, Family, Row, matters, number_after, stated_sizes
 from maxconv.families.dims import DECODER_LAYERS, PER_LAYER
 from maxconv.models import schema
 from maxconv.models.architecture import (
@@ -109,6 +111,7 @@ def resolve(
         *logical.notices,
         *ends.notices,
         *left_out(source, family, dims, ends.tensors),
+        *_beside(family, ends.tensors),
         *_notices(dims, published),
     ]
     architecture = stated_architecture(source.config, family)
@@ -153,6 +156,8 @@ def _chosen(
         typed = key in words
         said = words[key] if typed else facts.get(key)
         if said is None or not wanted.get(f"use_{encoder_of(f)}", True):
+            continue
+        if not matters(f, published):
             continue
         ours = chosen[f.name] = said * n if n > 1 else said
         if ours != theirs and not _may_differ(f, ours, theirs, family, typed):
@@ -299,6 +304,19 @@ def _may_differ(f: Field, ours: Any, theirs: Any, family: Family, typed: bool) -
             return ours < theirs
         case _:
             return False
+
+
+def _beside(family: Family, names: Iterable[str]) -> Iterator[str]:
+    """A sentence about parts of the model that MaxText does not have, beside its layers."""
+    parts = Counter(
+        name.removeprefix("model.").partition(".")[0]
+        for name in names
+        if number_after(name, DECODER_LAYERS) is None
+        and any(fnmatchcase(name, pattern) for pattern in family.ignored)
+    )
+    if parts:
+        found = ", ".join(f"{count} tensors of {part}" for part, count in parts.items())
+        yield f"left out, as MaxText's {family.architectures[0]} has no such part: {found}"
 
 
 def _notices(dims: Dims, published: Dims):

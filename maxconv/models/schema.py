@@ -94,6 +94,8 @@ def size_rule(f: Field) -> Rule:
     """The rule for a field of Dims."""
     if f.type is bool:
         return TRUTH
+    if f.type is str:
+        return TEXT
     if f.type is list:
         return Rule("a list", _list_of(lambda one: type(one) in (str, int)))
     least, most = f.metadata["least"], f.metadata["most"]

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from maxconv.families import Family, text_entries
-from maxconv.families.rope import FULL, SLIDING, Rope, difference, latent, maxtext_rope
+from maxconv.families import Family, matters, text_entries
+from maxconv.families.rope import FULL, SLIDING, Rope, difference, halves, latent, maxtext_rope
 from maxconv.models.codecs import SCALE
 from maxconv.models.resolve import Model, encoder_of, unit
 
@@ -59,9 +59,7 @@ def training(
     bases = [
         _base(model, text, name, known[name], wanted) for name in _candidates(family, known, given)
     ]
-    best = min(
-        bases, key=lambda b: (len(b.problems), b.rope_off, b.name != given, len(b.told), b.name)
-    )
+    best = min(bases, key=lambda b: (*_badness(b, family, given), len(b.told), b.name))
     named = {} if best.name == NAMELESS else {"model_name": best.name}
     override = {"override_model_config": True} if named and best.told else {}
     notices = [*problems, *best.problems]
@@ -74,6 +72,12 @@ def training(
     block = {} if named else {"decoder_block": family.decoder_block}
     arguments = {**named, **override, **block, **best.told, "scan_layers": layout["scan_layers"]}
     return Training(arguments, tuple(notices))
+
+
+def _badness(base: _Base, family: Family, given: str | None) -> tuple[Any, ...]:
+    """How far a base is from what is wanted. Where no name is needed, none that does not fit."""
+    misnamed = base.name not in (given, NAMELESS) and not family.computes.names and base.told
+    return len(base.problems), base.rope_off, base.name != given, bool(misnamed)
 
 
 def _candidates(
@@ -99,6 +103,8 @@ def _sizes(model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {"decoder_block": model.family.decoder_block}
     for f in fields(dims):
         part = encoder_of(f)
+        if not matters(f, dims):
+            continue
         if (key := f.metadata["maxtext"]) and (not part or getattr(dims, part)):
             value, n = getattr(dims, f.name), unit(f.name, model.family)
             found[key] = value // n if n > 1 else value
@@ -125,8 +131,8 @@ def _computed(model: Model, text: Mapping[str, Any]) -> tuple[dict[str, Any], li
             found[setting.argument] = said
     if computes.rope is not None:
         try:
-            dims = computes.turned(model.dims, FULL)
-            found |= computes.rope(*computes.ropes(text), dims)
+            arguments = halves if computes.in_halves(model.dims) else computes.rope
+            found |= arguments(*computes.ropes(text), computes.turned(model.dims, FULL))
         except (ValueError, ArithmeticError, TypeError) as error:
             problems.append(f"the RoPE of config.json is not understood: {error}")
     return found, problems

@@ -10,7 +10,7 @@ from maxconv.algebra.expr import Apply
 from maxconv.errors import UserError
 from maxconv.families import Family
 from maxconv.models.canonical_names import fused_experts
-from maxconv.models.codecs import QUANTIZATION, decoded
+from maxconv.models.codecs import decoded, unquantised
 from maxconv.models.stored_names import renamer
 from maxconv.sources import Source, TensorInfo
 
@@ -49,7 +49,7 @@ def unpacked(source: Source) -> View:
     dtypes = {name: info.dtype for name, info in source.tensors.items()}
     weights, codecs = decoded(stored, source.config, False, dtypes)
     view = View(source, weights)
-    view.config = {key: value for key, value in source.config.items() if key != QUANTIZATION}
+    view.config = unquantised(source.config)
     view.codecs = codecs
     return view
 

@@ -90,6 +90,7 @@ def runs() -> dict[str, Run]:
     every = [
         Run(case, scan, save_dtype=save_dtype)
         for case, scan in tiny.LAYERS
+        if tiny.CASES[case].converts
         for save_dtype in tiny.CASES[case].save_dtypes
     ]
     every += [

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import load_logits  # noqa: E402
+import tiny  # noqa: E402
 import told  # noqa: E402
 from test_smollm2 import run  # noqa: E402
 
@@ -39,16 +40,23 @@ class Case:
         table: the same, of a model whose head is the embedding table. MaxText rounds that to
             bfloat16 for the head; `tolerance` holds where the reference does so, too.
         unscanned: is run without being asked for, as well.
+        named: is converted as the model of that name, which has an order of its own.
     """
 
     words: Sequence[str] = HALVES
     tolerance: float = 1e-5
     table: float | None = None
     unscanned: bool = False
+    named: bool = False
 
 
 CASES: dict[str, Case] = {
     "llama3.1-8b": Case(),
+    "llama2-7b": Case(named=True),
+    "llama2-7b,linear": Case(),
+    "llama4-17b-16e": Case((*HALVES, *DENSE_EXPERTS)),
+    "llama4-17b-128e+vision": Case((*HALVES, *DENSE_EXPERTS)),
+    "gemma-2b": Case(table=2e-3),
     "gemma2-2b": Case(table=2e-3),
     "gemma3-4b+64": Case((), table=2e-3, unscanned=True),
     "qwen3-30b-a3b": Case((*HALVES, *DENSE_EXPERTS)),
@@ -57,7 +65,9 @@ CASES: dict[str, Case] = {
     "gpt-oss-20b": Case((*HALVES, *DENSE_EXPERTS)),
     "gpt-oss-20b+mxfp4": Case((*HALVES, *DENSE_EXPERTS)),
     "mixtral-8x7b": Case((*HALVES, *DENSE_EXPERTS)),
+    "deepseek2-236b": Case((*HALVES, *DENSE_EXPERTS)),
     "deepseek3-671b": Case((*HALVES, *DENSE_EXPERTS)),
+    "kimi-k2-1t": Case((*HALVES, *DENSE_EXPERTS)),
     "olmo3-7b": Case(),
     "llama3.1-8b,plain": Case(),
     "llama3.1-8b,factor": Case(),
@@ -71,12 +81,13 @@ RUNS = [
 ]
 
 
-def converted(checkpoint: Path, out: Path, scan: bool) -> list[str]:
-    """Converts a checkpoint, without telling its model; returns the training command's words."""
+def converted(checkpoint: Path, out: Path, scan: bool, *words: str) -> list[str]:
+    """Converts a checkpoint, `words` may tell its model; returns the training command's words."""
     printed = run(
         *("-m", "maxconv.to_maxtext", f"scan_layers={scan}", f"base_output_directory={out}"),
         *("hardware=cpu", "skip_jax_distributed_system=True", "--save_dtype=float32"),
         *(f"--hf_model_path={checkpoint}", f"--simulated_cpu_devices_count={load_logits.DEVICES}"),
+        *words,
     )
     (line,) = (line for line in printed.splitlines() if line.startswith("to train"))
     return shlex.split(line.partition("maxtext.trainers.pre_train.train ")[2])
@@ -88,7 +99,8 @@ def test_maxtext_says_what_transformers_says(name: str, scan: bool, tmp_path: Pa
     stored = HERE.parent / "data" / "logits" / f"{name}.npz"
     reference = np.load(stored)
     checkpoint = told.write(name, tmp_path / "hf", str(reference["dtype"]))
-    command = converted(checkpoint, tmp_path / "out", scan)
+    words = tiny.maxtext_words(name.partition(",")[0], scan)[:-1] if case.named else ()
+    command = converted(checkpoint, tmp_path / "out", scan, *words)
     out = tmp_path / "logits.npy"
     words = [word for word in command if not word.startswith("load_parameters_path=")]
     run(

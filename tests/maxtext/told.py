@@ -54,6 +54,7 @@ SAID: dict[str, dict[str, Any]] = {
     },
     "llama3.1-8b,plain": {"rope_scaling": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-2},
     "llama3.1-8b,factor": {"rope_scaling": LLAMA3, "rope_theta": 10000.0},
+    "llama2-7b,linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "mistral-7b,theta": {"rope_theta": 1e6, "sliding_window": None},
 }
 
