@@ -16,7 +16,8 @@ from maxconv.config import Config
 from maxconv.config.paths import checked_path
 from maxconv.errors import UserError
 from maxconv.families import bind_rows
-from maxconv.jobs.prepare import head_differs, opened, resolved
+from maxconv.jobs.opening import head_differs
+from maxconv.jobs.prepare import opened, resolved
 from maxconv.sources import open_source
 from maxconv.targets.lazy import LazyTensor
 from maxconv.targets.orbax import train_state

@@ -299,7 +299,7 @@ def test_all_wrong_words_at_once(place: Place) -> None:
 
 def test_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, expected in {
-        ("bogus",): "no command 'bogus'; commands are convert, export, plan, verify, ",
+        ("bogus",): "no command 'bogus'; commands are convert, export, relayout, plan, verify, ",
         ("verify",): "Give the checkpoint first: maxconv verify CHECKPOINT.",
         ("verify", f"{tmp_path}"): "is not a MaxText checkpoint: it has no 0/items/_METADATA.",
         ("inspect",): "Give one checkpoint: maxconv inspect PATH",

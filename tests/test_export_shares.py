@@ -36,7 +36,7 @@ from maxconv.execution.program import compile_cell
 from maxconv.jobs import convert
 from maxconv.jobs.export_shares import planned, shares
 from maxconv.jobs.leaves import conversion_leaves
-from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST
+from maxconv.jobs.memory import STEP_MOST, WINDOW_MOST
 from maxconv.models.resolve import resolve
 from maxconv.models.way_back import ROOT, way_back
 from maxconv.planning.owners import Unit, divided

@@ -11,7 +11,7 @@ from test_export import converted, export, numbers, read
 
 from maxconv import cli
 from maxconv.config import parse
-from maxconv.jobs.recorded_model import with_model
+from maxconv.jobs.recorded import with_model
 from maxconv.sources.trees import TreeSource
 
 

@@ -25,7 +25,7 @@ from maxconv.config import parse
 from maxconv.config.mesh import make_mesh
 from maxconv.config.tables import model_facts
 from maxconv.execution.program import bits, cell_function, compile_blank, compile_cell
-from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST
+from maxconv.jobs.memory import STEP_MOST, WINDOW_MOST
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import Recipe, nbytes_read
 from maxconv.planning.plan import LeafPlan, Plan

@@ -20,7 +20,8 @@ from maxconv.config.mesh import device_array, make_mesh
 from maxconv.config.tables import model_facts
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
-from maxconv.jobs.prepare import STEP_MOST, prepared
+from maxconv.jobs.memory import STEP_MOST
+from maxconv.jobs.prepare import prepared
 from maxconv.models.resolve import resolve
 from maxconv.planning.cells import nbytes_read
 from maxconv.planning.tpus import slice_of

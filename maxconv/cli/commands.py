@@ -201,7 +201,8 @@ def verify(arguments: Sequence[str]) -> None:
     from maxconv.config.paths import checked_path
     from maxconv.jobs import convert
     from maxconv.jobs.export_record import recorded_export
-    from maxconv.jobs.verify import recorded_arguments, recorded_job, saved_items
+    from maxconv.jobs.recorded import recorded_arguments, recorded_job
+    from maxconv.jobs.verify import saved_items
 
     if not arguments or "=" in arguments[0]:
         raise UserError("Give the checkpoint first: maxconv verify CHECKPOINT.")

@@ -46,7 +46,7 @@ def export_plan(job: Export, on: Slice | None = None) -> str:
         f"window is {size(window)}",
         f"device   at most {size(device)} of memory per device",
         *(on_slice(on, host, device, most, written) if on else ()),
-        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, which run in "
+        f"compile  {plan.programs} programs, which run in "
         f"{len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
     ]  # fmt: skip

@@ -47,8 +47,7 @@ def plan_text(job: Job, on: Slice | None = None) -> str:
         f"host     at most {size(host)} of memory per process, in addition to Python and JAX",
         f"device   at most {size(device)} of memory per device",
         *(on_slice(on, host, device, max(reads.values()), written) if on else ()),
-        f"compile  {len(plan.recipes) + len(plan.blanks)} programs, which run in "
-        f"{len(plan.steps)} steps",
+        f"compile  {plan.programs} programs, which run in {len(plan.steps)} steps",
         *(f"note     {notice}" for notice in job.notices),
         *(f"train    {command}" for command in [training_command(job)] if command),
     ]

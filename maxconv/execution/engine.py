@@ -17,7 +17,7 @@ import numpy as np
 from maxconv.algebra import Box, clip, dims, slices, volume
 from maxconv.execution import malloc
 from maxconv.execution.memory import host_memory
-from maxconv.execution.program import Programs, bits
+from maxconv.execution.program import Programs, bits, typed
 from maxconv.execution.timeline import span
 from maxconv.planning.cells import Step
 from maxconv.planning.placement import local_boxes
@@ -83,7 +83,7 @@ class Engine:
         for whole in wholes:
             places = [i for i, slab in enumerate(slabs) if slab.made is whole]
             made |= zip(places, self._taken([slabs[i] for i in places], arrays.pop(0)), strict=True)
-        return [made[i] for i in range(len(slabs))]
+        return [typed(made.pop(i), slab.dtype) for i, slab in enumerate(slabs)]
 
     def _taken(self, slabs: Sequence[Slab], whole: jax.Array) -> Sequence[jax.Array]:
         """The places of a stack that slabs are."""
@@ -94,7 +94,11 @@ class Engine:
 
     def _run(self, step: Step, into: jax.Array | None, reads: Sequence[jax.Array]) -> jax.Array:
         """Runs a step; returns the slab with its output written into it."""
-        recipe, run = step.recipe, self.programs.cell(step.recipe)
+        self.stats.steps += 1
+        recipe = step.recipe
+        if recipe.is_read:
+            return reads[0]
+        run = self.programs.cell(recipe)
         with span("compute", _name(step), recipe.made_nbytes):
             if recipe.is_whole:
                 array = run(*reads)
@@ -103,7 +107,6 @@ class Engine:
                     into = self.programs.blank(recipe)()
                 array = run(into, np.array(step.offset, np.int32), *reads)
             array.block_until_ready()  # then its inputs can be freed
-        self.stats.steps += 1
         return array
 
     def close(self) -> None:
@@ -173,13 +176,16 @@ class _ReadAhead:
 
 
 def _fetch(source: Source, step: Step) -> list[jax.Array]:
-    """Reads the inputs of a step, as global arrays of unsigned bits."""
+    """Reads the inputs of a step, as global arrays of unsigned bits; or what it makes."""
     return [_fetch_one(source, step, i) for i in range(len(step.recipe.reads))]
 
 
 def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
     read = step.recipe.reads[i]
     shape, sharding = read.as_read
+    dtype = bits(read.dtype)
+    if step.recipe.is_read:
+        dtype, sharding = step.recipe.dtype, step.recipe.sharding
     boxes = local_boxes(sharding, shape)
     host: dict[Box, np.ndarray] = {}
     parts: dict[str, list[Part]] = {}
@@ -198,7 +204,7 @@ def _fetch_one(source: Source, step: Step, i: int) -> jax.Array:
         with span("read", name, sum(part.nbytes for _, part in boxes_of)):
             source.read(source.tensors[name], boxes_of)
     with span("to device", _name(step), nbytes):
-        shards = [jax.device_put(host[box], device) for device, box in boxes.items()]
+        shards = [jax.device_put(host[box].view(dtype), device) for device, box in boxes.items()]
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 

@@ -32,11 +32,33 @@ def bits(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}")
 
 
+def buffer_dtype(dtype: np.dtype, sharding: NamedSharding) -> np.dtype:
+    """The dtype of a buffer that the cells of a leaf are written into.
+
+    On CPUs it holds bits: XLA widens small floats there, which quiets NaNs, and for a bitcast of
+    the buffer copies all of it. `typed` gives it the leaf's dtype in the end.
+    """
+    on_cpu = all(device.platform == "cpu" for device in sharding.device_set)
+    return bits(dtype) if on_cpu else dtype
+
+
+def typed(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A buffer with the dtype of its leaf; on CPUs its bits are looked at, not copied."""
+    if array.dtype == dtype:
+        return array
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(dtype), shard.device)
+        for shard in array.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+
+
 def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
     """The pure function of a recipe, over its reads as unsigned bits.
 
     `f(*reads)` if a step makes the whole leaf; else `f(leaf, offset, *reads)`, which writes the
-    cell into `leaf` at `offset` (int32, one per axis; on the axis of lanes, within each shard).
+    cell into `leaf`, a buffer of `buffer_dtype`, at `offset` (int32, one per axis; on the axis of
+    lanes, within each shard).
     """
     run = trace(recipe.cell, recipe.box).run
     moves = _only_moves(recipe.cell) and all(r.dtype == recipe.dtype for r in recipe.reads)
@@ -56,13 +78,15 @@ def cell_function(recipe: Recipe) -> Callable[..., jax.Array]:
     def write(leaf: jax.Array, offset: jax.Array, *reads: jax.Array) -> jax.Array:
         at = [offset[axis] for axis in range(leaf.ndim)]
         if recipe.lanes is None:
-            return _update(leaf, made(*reads), at)
+            return lax.dynamic_update_slice(leaf, _retype(made(*reads), leaf.dtype), at)
         axis, pieces = recipe.lanes, shards(recipe.sharding, recipe.lanes)
         cells = made(*reads)  # (..., lanes, rows, ...)
         cells = cells.reshape(*cells.shape[:axis], pieces, -1, *cells.shape[axis + 2 :])
         by_shard = leaf.reshape(*leaf.shape[:axis], pieces, -1, *leaf.shape[axis + 1 :])
         zero = jnp.zeros((), offset.dtype)
-        return _update(by_shard, cells, [*at[:axis], zero, *at[axis:]]).reshape(leaf.shape)
+        at = [*at[:axis], zero, *at[axis:]]
+        cells = _retype(cells, leaf.dtype)
+        return lax.dynamic_update_slice(by_shard, cells, at).reshape(leaf.shape)
 
     def whole(*reads: jax.Array) -> jax.Array:
         return made(*reads).reshape(recipe.shape)
@@ -80,11 +104,17 @@ def compile_cell(recipe: Recipe) -> Any:
     function = cell_function(recipe)
     if recipe.is_whole:
         return jax.jit(function, out_shardings=recipe.sharding).lower(*reads).compile()
-    leaf = jax.ShapeDtypeStruct(recipe.shape, recipe.dtype, sharding=recipe.sharding)
+    shape, dtype, sharding = _buffer(recipe)
+    leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     everywhere = NamedSharding(recipe.sharding.mesh, PartitionSpec())
     offset = jax.ShapeDtypeStruct((len(recipe.shape),), np.int32, sharding=everywhere)
     jitted = jax.jit(function, donate_argnums=0, out_shardings=recipe.sharding)
     return jitted.lower(leaf, offset, *reads).compile()
+
+
+def _buffer(recipe: Recipe) -> tuple[Shape, np.dtype, NamedSharding]:
+    dtype = buffer_dtype(recipe.dtype, recipe.sharding)
+    return recipe.shape, dtype, recipe.sharding
 
 
 def compile_blank(shape: Shape, dtype: np.dtype, sharding: NamedSharding) -> Any:
@@ -106,7 +136,7 @@ def compile_places(
     """Compiles a function of a stack that returns some of its places, each in the sharding `to`."""
 
     def taken(stack: jax.Array) -> list[jax.Array]:
-        raw = _retype(stack, bits(dtype))
+        raw = _retype(stack, bits(dtype))  # else small floats would be widened
         return [_retype(raw[place], dtype) for place in places]
 
     stack = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -122,8 +152,10 @@ class Programs:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
         self._made: dict[Any, Future[Any]] = {}
         for recipe in recipes:
+            if recipe.is_read:
+                continue
             if not recipe.is_whole:
-                self._submit(compile_blank, recipe.shape, recipe.dtype, recipe.sharding)
+                self._submit(compile_blank, *_buffer(recipe))
             self._submit(compile_cell, recipe)
 
     @property
@@ -147,8 +179,7 @@ class Programs:
 
     def blank(self, recipe: Recipe) -> Any:
         """The compiled function that makes zeros for the cells of a recipe to be written into."""
-        key = recipe.shape, recipe.dtype, recipe.sharding
-        return self._submit(compile_blank, *key).result()
+        return self._submit(compile_blank, *_buffer(recipe)).result()
 
     def _submit(self, compile: Callable[..., Any], *key: Any) -> Future[Any]:
         if (compile, key) not in self._made:
@@ -174,21 +205,6 @@ class Programs:
 
 def _retype(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
-
-
-def _update(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
-    """Writes a cell into its leaf, in place.
-
-    XLA:CPU widens small floats here, which is slow and quiets NaNs, so on CPUs the update is done
-    on bits. On a TPU nothing is widened, and a bitcast of the leaf would copy it.
-    """
-
-    def in_bits(leaf: jax.Array, cell: jax.Array, at: Sequence[jax.Array]) -> jax.Array:
-        unsigned = bits(leaf.dtype)
-        written = lax.dynamic_update_slice(_retype(leaf, unsigned), _retype(cell, unsigned), at)
-        return _retype(written, leaf.dtype)
-
-    return lax.platform_dependent(leaf, cell, at, cpu=in_bits, default=lax.dynamic_update_slice)
 
 
 def _only_moves(expr: Expr) -> bool:

@@ -62,7 +62,8 @@ def chips(on: Slice, num_slices: int) -> Sequence[Any]:
 def compile_all(plan: Plan) -> dict[Recipe, Compiled]:
     """Compiles every distinct recipe of a plan over `chips`."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(plan.recipes, pool.map(_compiled, plan.recipes), strict=True))
+        recipes = [recipe for recipe in plan.recipes if not recipe.is_read]
+        return dict(zip(recipes, pool.map(_compiled, recipes), strict=True))
 
 
 def _compiled(recipe: Recipe) -> Compiled:

@@ -47,7 +47,8 @@ def ends(
     d: Dims, embedding: Ops = (), norm: Ops = (), norm_dtype: str | None = None
 ) -> Iterator[Row]:
     """Embedding table, final norm, and output head unless tied; with ops for the first two."""
-    table = hf("model.embed_tokens.weight") >> fit(0, d.vocab) >> embedding
+    table = hf("model.embed_tokens.weight") >> fit(0, d.vocab) >> rearrange("v e -> v e", e=d.emb)
+    table = table >> embedding
     yield row("token_embedder/embedding", "vocab embed_vocab", table)
     final = hf("model.norm.weight") >> rearrange("e -> e", e=d.emb) >> norm
     yield row("decoder/decoder_norm/scale", "norm", final, dtype=norm_dtype)

@@ -103,17 +103,19 @@ def hyper_connection(d: DeepSeek4Dims, name: str, at: str) -> Iterator[Row]:
     MaxText's norm has a scale, the checkpoint none.
     """
     k, at, name = d.streams, f"{AT}/{at}", f"{NAME}.hc_{name}"
+    mixed = k + k + k * k  # what the three parts have together
     yield row(f"{at}/mhc_norm/scale", "norm", Fill((k * d.emb,), 1.0), dtype="float32")
     for i, (part, n) in enumerate((("pre", k), ("post", k), ("res", k * k))):
         cut = Slice(0, i * k, n)
-        alpha = hf(f"{name}_fn") >> rearrange("o i -> o i", i=k * d.emb) >> cut
+        alpha = hf(f"{name}_fn") >> rearrange("o i -> o i", o=mixed, i=k * d.emb) >> cut
         yield row(f"{at}/{part}_alpha", "activation_embed -", alpha >> rearrange("o i -> i o"))
-        beta = hf(f"{name}_base") >> cut
+        beta = hf(f"{name}_base") >> rearrange("o -> o", o=mixed) >> cut
         square = "-"
         if n == k * k:
             beta, square = beta >> rearrange("(a b) -> a b", a=k, b=k), "- -"
         yield row(f"{at}/{part}_beta", square, beta)
-        yield row(f"{at}/{part}_alpha_scale", "-", hf(f"{name}_scale") >> Slice(0, i, 1))
+        factor = hf(f"{name}_scale") >> rearrange("n -> n", n=3) >> Slice(0, i, 1)
+        yield row(f"{at}/{part}_alpha_scale", "-", factor)
 
 
 def attention(d: DeepSeek4Dims) -> Iterator[Row]:

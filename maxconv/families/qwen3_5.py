@@ -42,19 +42,26 @@ def qkvz(d: Dims) -> Expr:
     name = f"{LAYER}.linear_attn"
     keys, values = d.delta_keys * d.key_dim, d.delta_values * d.value_dim
     qkv = hf(f"{name}.in_proj_qkv.weight")
-    query, key = (qkv >> Slice(0, start, keys) for start in (0, keys))
-    return woven(d, query, key, qkv >> Slice(0, 2 * keys, values), hf(f"{name}.in_proj_z.weight"))
+    query, key = ((qkv >> Slice(0, start, keys), d.key_dim) for start in (0, keys))
+    of_group = values // d.delta_keys
+    value, gate = qkv >> Slice(0, 2 * keys, values), hf(f"{name}.in_proj_z.weight")
+    return woven(d, query, key, (value, of_group), (gate, of_group))
 
 
 def ba(d: Dims) -> Expr:
     """The kernel of beta and alpha, grouped by key head."""
-    return woven(d, *(hf(f"{LAYER}.linear_attn.in_proj_{part}.weight") for part in "ba"))
+    parts = (hf(f"{LAYER}.linear_attn.in_proj_{part}.weight") for part in "ba")
+    return woven(d, *((part, d.delta_values // d.delta_keys) for part in parts))
 
 
-def woven(d: Dims, *parts: Expr) -> Expr:
-    """Parts, (heads x width, emb) each, side by side within each key head: (emb, ...)."""
-    of_heads = rearrange("(h j) e -> h j e", h=d.delta_keys, e=d.emb)
-    return Concat(1, tuple(part >> of_heads for part in parts)) >> rearrange("h j e -> e (h j)")
+def woven(d: Dims, *parts: tuple[Expr, int]) -> Expr:
+    """Parts with their widths, (heads x width, emb) each, side by side within each key head:
+    (emb, ...)."""
+    of_heads = (
+        part >> rearrange("(h j) e -> h j e", h=d.delta_keys, j=width, e=d.emb)
+        for part, width in parts
+    )
+    return Concat(1, tuple(of_heads)) >> rearrange("h j e -> e (h j)")
 
 
 def in_blocks(d: Dims, n: int) -> Dims:

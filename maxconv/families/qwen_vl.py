@@ -99,7 +99,8 @@ def audio_encoder(d: OmniDims) -> Iterator[Row]:
     at, name, a = "audio_encoder/Qwen3OmniAudioEncoder_0", "audio_tower", d.audio_dims
     mels = d.audio_mels
     for i in (1, 2, 3):
-        square = rearrange("o i y x -> y x i o", o=d.audio_conv, i=d.audio_conv if i > 1 else 1)
+        sizes = {"o": d.audio_conv, "i": d.audio_conv if i > 1 else 1, "y": 3, "x": 3}
+        square = rearrange("o i y x -> y x i o", **sizes)
         kernel = hf(f"{name}.conv2d{i}.weight") >> square
         yield row(f"{at}/conv2d{i}/kernel", "- - - -", kernel)
         yield vector(f"{at}/conv2d{i}/bias", f"{name}.conv2d{i}.bias", d.audio_conv)

@@ -174,7 +174,8 @@ def _qwen_block(v: Dims, root: Root) -> Iterator[Row]:
         )
     ):
         third = Slice(0, i * v.emb, v.emb)
-        kernel = hf(f"{of}.qkv.weight") >> third >> rearrange("(h d) e -> e h d", **sizes)
+        split = rearrange("(h d) e -> e h d", e=v.emb, **sizes)
+        kernel = hf(f"{of}.qkv.weight") >> third >> split
         yield row(f"{attn}/{part}/kernel", f"embed_attn {axes}", kernel)
         bias = hf(f"{of}.qkv.bias") >> third >> rearrange("(h d) -> h d", **sizes)
         yield row(f"{attn}/{part}/bias", axes, bias)

@@ -15,7 +15,7 @@ from maxconv.config.paths import read_path
 from maxconv.config.tables import known_models
 from maxconv.jobs.leaves import conversion_leaves
 from maxconv.jobs.loadable import identified, model_of, open_at
-from maxconv.jobs.prepare import head_differs, opened_by_all
+from maxconv.jobs.opening import head_differs, opened_by_all
 from maxconv.models import relayout
 from maxconv.models.canonical_names import FP8
 from maxconv.models.resolve import resolve
@@ -42,7 +42,8 @@ def abstract(
 
     Args:
         model: MaxText's model_name, such as "qwen3-4b", or a checkpoint of Hugging Face or of
-            MaxText: a directory, gs://bucket/path, or org/name on the Hub. Only headers are read.
+            MaxText: a directory, gs://bucket/path, or org/name on the Hub, of which only headers
+            are read; or the path of a config.json.
         mesh: over which the parameters are sharded.
         scan_layers, param_scan_axis: as in MaxText: whether layers are stacked, and where.
             Default: as in a checkpoint of MaxText, else True and 1.

@@ -18,13 +18,11 @@ from maxconv.algebra import Shape
 from maxconv.config.paths import read_path
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
+from maxconv.execution.memory import machine_memory
+from maxconv.jobs.kept_chunks import keep_shared
 from maxconv.jobs.loadable import Layout, Maker, Path, Wanted, maker, model_of, open_at
-from maxconv.jobs.prepare import (
-    STEP_MOST,
-    check_same_everywhere,
-    opened_by_all,
-    usual_window,
-)
+from maxconv.jobs.memory import STEP_MOST, usual_window
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.models.canonical_names import misfit
 from maxconv.planning.plan import Leaf, Plan, make_plan
 from maxconv.planning.remembered import forgetting
@@ -32,6 +30,7 @@ from maxconv.processes.agreement import agree, gathered, same_error_everywhere
 from maxconv.sources import Source
 from maxconv.sources.runs import parameters as parameters_among
 from maxconv.sources.safetensors import some
+from maxconv.sources.trees import TreeSource
 
 
 def load(source: str, abstract: Any, **options: Any) -> Any:
@@ -108,6 +107,8 @@ def stream(
         made = maker(opened, wanted, layout, param_scan_axis, at, rope_type)
         with same_error_everywhere():
             plans = [*_plans(opened, wanted, made, most)]
+            if isinstance(opened, TreeSource):
+                keep_shared(opened, plans, most // 2, machine_memory())
         agree({"the plan": [plan.digest for plan in plans]}, "load the same on all of them")
         total, done = sum(plan.output_nbytes for plan in plans), 0
         for name, array in _made(plans, opened, most, wanted if donate else {}):

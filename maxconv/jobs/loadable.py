@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from maxconv.algebra import Expr, Tensor
 from maxconv.config.paths import read_path
 from maxconv.errors import UserError
-from maxconv.jobs.prepare import head_differs, opened_by_all
-from maxconv.jobs.recorded_model import recorded_axes, recorded_model
+from maxconv.jobs.opening import head_differs, opened_by_all
+from maxconv.jobs.recorded import recorded_axes, recorded_model
 from maxconv.models import relayout, tree_sizes
 from maxconv.models.canonical_names import FP8
+from maxconv.models.described import DescribedModel, is_description
 from maxconv.models.parameters import Expressions, parameters
 from maxconv.models.resolve import Model, resolve
 from maxconv.models.tree_model import TreeModel
@@ -47,7 +48,10 @@ class Wanted:
 def open_at(
     path: str, token: str | None, revision: str | None, commit: str | None = None
 ) -> Source:
-    """Opens a checkpoint of MaxText or of Hugging Face; on the Hub, at `commit` if given."""
+    """Opens a checkpoint of MaxText or of Hugging Face, on the Hub at `commit` if given; or what a
+    config.json describes."""
+    if is_description(path):
+        return DescribedModel(path)
     if has_tree(path):
         return TreeSource(path)
     return open_source(path, revision, token, commit=commit)
@@ -74,6 +78,8 @@ def maker(
     Raises:
         UserError: the checkpoint has not what is wanted.
     """
+    if isinstance(source, DescribedModel):
+        raise UserError(f"{source.root} has no weights; give the checkpoint that it belongs to.")
     if isinstance(source, TreeSource):
         return _of_tree(source, wanted, layout, scan_axis, at)
     return _of_hugging_face(source, wanted, layout, scan_axis, rope_type)
@@ -168,7 +174,7 @@ def model_of(
             f"{tree.root} has another layout than abstract, or is of another model; say which "
             "model at Hugging Face it is of, with hf_model_path=."
         )
-    return open_source(read_path(recorded), revision or its_revision, token, commit=commit)
+    return open_at(read_path(recorded), token, revision or its_revision, commit)
 
 
 def _check_names(root: str, wanted: Iterable[str], there: Iterable[str]) -> None:

@@ -112,7 +112,7 @@ def _tree(item: Item, leaves: list[LeafPlan], is_numpy: bool) -> Iterator[str]:
             said = entries.get(key, {}).get("value_metadata", {}).get("write_shape")
             value["write_shape"] = _write_shape(item.arrays[leaf.name], said)
         tree |= [_entry(leaf.name, value)]
-    if not any(name.startswith("opt_state.") for name in other):
+    if not any(name.startswith("opt_state.") for name in item.types):
         nothing = {"value_type": "Dict", "skip_deserialize": True}
         key, empty = _entry("opt_state", nothing)
         tree[key] = empty

@@ -1,7 +1,7 @@
 """Prepares a conversion: opens the source, plans, and checks the target."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +14,13 @@ from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh
 from maxconv.config.outputs import of_process, output_problem
 from maxconv.config.tables import trained_models
-from maxconv.errors import RetryableError, UserError
-from maxconv.execution.memory import machine_memory
+from maxconv.errors import UserError
 from maxconv.execution.tpu_compiler import chips
 from maxconv.jobs import resume
 from maxconv.jobs.leaves import conversion_leaves
+from maxconv.jobs.memory import STEP_MOST, window_of
+from maxconv.jobs.opening import check_same_everywhere, head_differs, opened_by_all
 from maxconv.models.adapters import adapter_model
-from maxconv.models.head import differs_in_share
 from maxconv.models.resolve import Model, resolve
 from maxconv.models.training import Training, training
 from maxconv.planning.plan import Plan, make_plan
@@ -34,13 +34,6 @@ from maxconv.targets.hub import HubTarget
 from maxconv.targets.maxtext import Format, MaxTextTarget
 from maxconv.targets.publication import Publication
 from maxconv.targets.repository import is_repository
-
-# Default window of a process in bytes: 1/WINDOW_PART of the machine's memory, up to a size beyond
-# which more does not help. Simulated CPU devices use host memory as well.
-WINDOW_PART = 48
-WINDOW_MOST = {"tpu": 4 << 30, "cpu": 512 << 20}
-STEP_MOST = 128 << 20  # bytes per step: the TPU compiler takes minutes for much larger cells
-BASE = 768 << 20  # memory of Python, JAX and Orbax themselves, as measured
 
 
 @dataclass(frozen=True)
@@ -118,8 +111,11 @@ def agreed(
     window: int,
     train: Training | None,
     writes: bool,
+    empty: Mapping[str, Any] | None = None,
 ) -> Job:
     """The job, once all processes have the same plan, and its target is checked if it `writes`.
+
+    `empty`: see `Format`.
 
     Raises:
         UserError: the plans differ, or the target cannot be written to.
@@ -128,7 +124,7 @@ def agreed(
     if jax.process_count() > 1:
         agree({"the plan": plan.digest}, "start them in the same environment")
     same = gathered(mine)[0]  # local copies differ in their modification times
-    form = _format(config, model, window)
+    form = replace(_format(config, model, window), empty=empty)
     target = MaxTextTarget(config.base_output_directory, form, config.overwrite)
     job = Job(config, source, model, plan, notices, window, same, target, train, name=name)
     with same_error_everywhere():
@@ -154,16 +150,6 @@ def check_outputs(config: Config) -> None:
     found = (output_problem(option, path) for option, path in outputs.items() if path)
     if problems := [problem for problem in found if problem]:
         raise UserError(problems)
-
-
-def head_differs(source: Source, model_name: str | None) -> bool:
-    """Whether a stored head differs from the table it is tied to; each process reads a share."""
-    mine = False
-    with same_error_everywhere():
-        index, count = jax.process_index(), jax.process_count()
-        share = slice(index / count, (index + 1) / count)
-        mine = differs_in_share(source, model_facts(model_name), share)
-    return any(gathered(mine))
 
 
 def _planned(
@@ -198,42 +184,7 @@ def _format(config: Config, model: Model, window: int) -> Format:
         config.use_compression,
         orbax.FILE_BYTES if to_hub else window // 32,
         model.metadata,
-        config.train_state,
     )
-
-
-def opened_by_all(open_at: Callable[[str | None], Source]) -> Source:
-    """Opens a checkpoint; on the Hub, all processes at the commit that process 0 finds.
-
-    `open_at`: opens it at a commit, or at the one that it finds.
-    """
-    source = None
-    with same_error_everywhere():
-        if jax.process_index() == 0:
-            source = open_at(None)
-    commit = gathered(source.revision if source else None)[0]
-    with same_error_everywhere():
-        return source or open_at(commit)
-
-
-def check_same_everywhere(source: Source) -> None:
-    """Checks that all processes have opened the same checkpoint.
-
-    Local copies on several hosts are compared by content, as their modification times differ.
-
-    Raises:
-        RetryableError: a source in a bucket or on the Hub changed in between.
-        UserError: local copies differ.
-    """
-    seen = gathered(source.versions() if source.is_shared else {})
-    if seen.count(seen[0]) < len(seen):
-        raise RetryableError(
-            f"{source.root} changed while it was being opened; try again once it does not change."
-        )
-    with same_error_everywhere():
-        found = source.fingerprints()
-    content = {f"the content of {file}": digest for file, digest in found.items()}
-    agree(content, f"copy {source.root} to all hosts again")
 
 
 def devices_of(config: Config) -> Sequence[Any] | None:
@@ -334,20 +285,3 @@ def _scratch_nbytes(job: Job) -> int:
     largest = max(sum(slab.local_nbytes for _, slab in group) for group in job.plan.groups)
     bound = (2 * job.window + 2 * largest) * len(job.plan.processes)
     return min(bound, job.plan.output_nbytes)
-
-
-def window_of(config: Config) -> int:
-    """Maximum bytes that a process may hold for reading, computing and writing."""
-    if config.max_host_memory_gb is not None:
-        window = int(config.max_host_memory_gb * 2**30) - BASE
-    elif config.tpu_type is not None:
-        window = min(slice_of(config.tpu_type).machine.ram // WINDOW_PART, WINDOW_MOST["tpu"])
-    else:
-        return usual_window()
-    return max(window, 64 << 20)
-
-
-def usual_window() -> int:
-    """`window_of` this machine, if nothing is said about its memory."""
-    most = WINDOW_MOST.get(jax.default_backend(), WINDOW_MOST["cpu"])
-    return max(min(machine_memory() // WINDOW_PART, most), 64 << 20)

@@ -17,17 +17,10 @@ from maxconv.errors import UserError
 from maxconv.jobs.export_arrays import Made
 from maxconv.jobs.export_place import check_place, target_of
 from maxconv.jobs.export_shares import Shares, planned, shares
-from maxconv.jobs.prepare import (
-    STEP_MOST,
-    check_outputs,
-    check_planning,
-    check_same_everywhere,
-    devices_of,
-    opened,
-    opened_by_all,
-    window_of,
-)
-from maxconv.jobs.recorded_model import recorded_order, with_model
+from maxconv.jobs.memory import STEP_MOST, window_of
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
+from maxconv.jobs.prepare import check_outputs, check_planning, devices_of, opened
+from maxconv.jobs.recorded import recorded_order, with_model
 from maxconv.models.codecs import unquantised
 from maxconv.models.fewer_layers import shorten
 from maxconv.models.peft import peft_adapter

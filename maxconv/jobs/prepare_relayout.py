@@ -1,6 +1,5 @@
 """Plans a new layout of a MaxText checkpoint: the same parameters, as other leaves."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,31 +12,33 @@ from maxconv.algebra import Tensor, map_tensors, tensors
 from maxconv.config import Config, model_facts
 from maxconv.config.mesh import make_mesh, partition_spec
 from maxconv.errors import UserError
+from maxconv.execution.memory import machine_memory
+from maxconv.jobs.kept_chunks import keep_shared
+from maxconv.jobs.memory import STEP_MOST, window_of
+from maxconv.jobs.opening import check_same_everywhere, opened_by_all
 from maxconv.jobs.prepare import (
-    STEP_MOST,
     Job,
     agreed,
     check_outputs,
     check_planning,
-    check_same_everywhere,
     devices_of,
     opened,
-    opened_by_all,
     training_of,
-    window_of,
 )
-from maxconv.jobs.recorded_model import recorded_axes, with_model
+from maxconv.jobs.recorded import recorded_axes, with_model
 from maxconv.models import relayout
+from maxconv.models.described import DescribedModel, is_description
 from maxconv.models.parameters import check_scans
 from maxconv.models.resolve import Model
 from maxconv.models.tree_model import TreeModel
 from maxconv.models.tree_sizes import ROOT
 from maxconv.planning.plan import Leaf, Plan, make_plan
+from maxconv.planning.tpus import slice_of
 from maxconv.processes.agreement import gathered, same_error_everywhere
 from maxconv.sources import Source
 from maxconv.sources.runs import located
 from maxconv.sources.safetensors import some
-from maxconv.sources.trees import TreeSource, is_fp8
+from maxconv.sources.trees import OPTIMIZER, TreeSource, is_fp8
 from maxconv.targets import orbax, place
 from maxconv.text import size
 
@@ -57,7 +58,7 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
         tree = TreeSource(checkpoint, config.step, whole=config.train_state)
         _check_place(config, tree)
         config, found = with_model(config, tree, "its sizes are compared with those")
-    with tree, opened_by_all(partial(opened, config)) as published:
+    with tree, opened_by_all(partial(_published, config)) as published:
         for source in (tree, published):
             check_same_everywhere(source)
         window = min(gathered(window_of(config)))
@@ -65,16 +66,42 @@ def prepared(config: Config, checkpoint: str, writes: bool = True) -> Iterator[J
             config, model, plan, notices = _planned(config, tree, published, window)
             train = training_of(config, published, model)
         notices = (*found, *tree.notices, *notices, *train.notices)
-        words = (*config.words, f"load_parameters_path={tree.root}")
-        config = replace(config, words=words)
-        yield agreed("relayout", config, tree, model, plan, notices, window, train, writes)
+        config = replace(config, words=_settled(config, tree))
+        empty = tree.empty if config.train_state else None
+        yield agreed("relayout", config, tree, model, plan, notices, window, train, writes, empty)
+
+
+def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
+    """The arguments, with what was found out instead of given: they say how to make the checkpoint
+    again, and to a job that reads it which model it is of."""
+    found = {
+        "hf_model_path": config.hf_model_path,
+        "revision": config.revision,
+        "scan_layers": config.scan_layers,
+        "param_scan_axis": config.scan_axis,
+        "load_parameters_path": tree.root,
+    }
+    said = dict(word.split("=", 1) for word in config.words)
+    said |= {key: str(value) for key, value in found.items() if value is not None}
+    return tuple(f"{key}={value}" for key, value in said.items())
+
+
+def _published(config: Config, commit: str | None) -> Source:
+    """Opens the model at Hugging Face, or what a config.json says of it."""
+    path = config.hf_model_path
+    if path is not None and is_description(path):
+        return DescribedModel(path)
+    return opened(config, commit)
 
 
 def _check_place(config: Config, tree: TreeSource) -> None:
-    """Raises UserError if the new layout would replace the checkpoint."""
-    theirs, ours = tree.root.rstrip("/"), place.items(config.base_output_directory)
-    if theirs == ours or ("://" not in ours and os.path.realpath(theirs) == os.path.realpath(ours)):
-        raise UserError(f"{theirs} is the checkpoint itself; name another base_output_directory.")
+    """Raises UserError if the new checkpoint would replace the old one, or lie in it."""
+    base = config.base_output_directory
+    if place.overlaps(base, tree.root):
+        raise UserError(
+            f"base_output_directory={base} would replace {tree.root}, which is read, or lie in it; "
+            "name another directory."
+        )
 
 
 @dataclass(frozen=True)
@@ -127,10 +154,11 @@ def _planned(
             replicated += (f"{why}, so this axis is replicated there" for why in whys)
     made.sort(key=lambda leaf: orbax.order(leaf.name))
     budget = min(window // 8, STEP_MOST)
-    tree.keep_chunks(budget)
     plan = make_plan(made, tree.tensors, mesh, budget, window // 4)
+    on = slice_of(config.tpu_type).machine.ram if config.tpu_type else machine_memory()
+    again = keep_shared(tree, [plan], window // 2, on)
     metadata = {key: value for key, value in tree.custom.items() if key != "scan_layers"}
-    notices = (*_notices(tree, was, becomes, lost), *dict.fromkeys(replicated))
+    notices = (*_notices(tree, was, becomes, lost), *again, *dict.fromkeys(replicated))
     return config, replace(becomes, metadata=metadata), plan, notices
 
 
@@ -156,7 +184,7 @@ def _groups(config: Config, tree: TreeSource) -> Iterable[_Group]:
     weights = {name: name for name in tree.tensors if name not in tree.beside}
     if not config.train_state:
         return [_Group(ROOT.rstrip("."), "", weights, True)]
-    if not any(name.startswith("opt_state.") for name in tree.beside):
+    if not any(name.startswith(OPTIMIZER) for name in tree.beside):
         raise UserError(f"{tree.root} has no state of an optimizer; remove --train_state.")
     if not orbax.streams():
         raise UserError(f"--train_state is not supported here; {orbax.notices()[0]}")
@@ -190,9 +218,16 @@ def _leaf(
 ) -> tuple[Leaf, Sequence[str]]:
     """A leaf of the new checkpoint, and why axes of it are not sharded."""
     expr = map_tensors(new.expr, lambda of: Tensor(group.names[of.name], of.dims))
-    (dtype,) = {tree.tensors[of.name].dtype for of in tensors(expr)}
+    (dtype, name), *others = {tree.tensors[of.name].dtype: of.name for of in tensors(expr)}.items()
     if wanted is not None and group.is_weights and dtype.kind not in "iub":
         dtype = np.dtype(new.dtype or wanted)
+    elif others:
+        other, of = others[0]
+        mend = "give all a --save_dtype=" if group.is_weights else "remove --train_state"
+        raise UserError(
+            f"{name} in {tree.root} is {dtype}, but {of} is {other}, so they cannot be stacked; "
+            f"{mend}."
+        )
     spec, whys = partition_spec(
         new.logical, expr.shape, dict(mesh.shape), config.logical_axis_rules
     )
@@ -205,7 +240,7 @@ def _notices(tree: TreeSource, was: Model, becomes: Model, lost: Sequence[str]) 
     if lost:
         yield f"left out, as not every layer has it: {some(sorted(lost))}"
     left = [array for array in tree.unread if array.name != "step"]
-    if left:
+    if any(array.name.startswith(OPTIMIZER) for array in left):
         roots = sorted({array.name.partition(".")[0] for array in left})
         yield (
             f"{', '.join(roots)} ({size(sum(array.nbytes for array in left))}) are left out; to "

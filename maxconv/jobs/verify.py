@@ -5,7 +5,6 @@ that leaves the other processes waiting if a shard cannot be read. A stored leaf
 the engine makes again are compared on the mesh.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxconv.algebra import Box, slices
-from maxconv.config import recorded
 from maxconv.errors import UserError
 from maxconv.execution.engine import Engine
 from maxconv.execution.program import bits
@@ -305,21 +303,3 @@ def saved_items(path: str) -> epath.Path:
     if len(items) != 1:
         raise UserError(f"{path} is not a MaxText checkpoint: it has no 0/items/_METADATA.")
     return items[0]
-
-
-def recorded_arguments(items: epath.Path) -> list[str]:
-    """The arguments of the job, from the maxconv.json next to a checkpoint, if any."""
-    return recorded(_record(items).get("words", []))
-
-
-def recorded_job(items: epath.Path) -> str:
-    """The job that wrote a checkpoint, "convert" or "relayout"."""
-    return str(_record(items).get("job", "convert"))
-
-
-def _record(items: epath.Path) -> dict[str, Any]:
-    try:
-        found = json.loads((items.parent.parent / place.WORDS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -54,8 +54,10 @@ class TreeModel:
         Raises:
             UserError: with everything in which the tree differs from the model.
         """
-        sizes = {key: value for key, value in self._sizes.items() if key != _LAYERS}
-        arguments, problems = (self._name, self._facts, sizes), list[str]()
+        facts, sizes = dict(self._facts), dict(self._sizes)
+        if sizes.pop(_LAYERS, None) is not None:
+            facts.pop(_LAYERS, None)  # the tree itself says how many it has
+        arguments, problems = (self._name, facts, sizes), list[str]()
         for axis in dict.fromkeys((*axes, *_AXES)):
             try:
                 model, found = tree_model(

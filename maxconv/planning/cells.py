@@ -22,10 +22,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxconv.algebra import (
+    Apply,
     Box,
     Expr,
+    Fit,
     Read,
     Shape,
+    Tensor,
     clip,
     dims,
     full,
@@ -77,6 +80,18 @@ class Recipe:
     def is_whole(self) -> bool:
         """Whether one step makes the whole leaf, so that it is not written into a buffer."""
         return self.size == math.prod(self.shape)
+
+    @cached_property
+    def is_read(self) -> bool:
+        """Whether what a step reads is already what it makes, so that there is no program."""
+        cell = self.cell
+        if isinstance(cell, Apply) and isinstance(cell.op, Fit):
+            cell = cell.x  # what is past its end is read as zeros
+        if not (isinstance(cell, Tensor) and self.is_whole):
+            return False
+        (read,) = self.reads
+        is_alike = (read.shape, read.dtype) == (self.shape, self.dtype) and read.share is None
+        return is_alike and read.sharding.is_equivalent_to(self.sharding, len(self.shape))
 
     @cached_property
     def buffer_nbytes(self) -> int:

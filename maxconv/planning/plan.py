@@ -133,6 +133,11 @@ class Plan:
         return counts
 
     @property
+    def programs(self) -> int:
+        """Number of programs to compile."""
+        return sum(not recipe.is_read for recipe in self.recipes) + len(self.blanks)
+
+    @property
     def blanks(self) -> set[tuple[Shape, np.dtype, NamedSharding]]:
         """Shape, dtype and sharding of slabs that are written cell by cell; each is a program."""
         return {(r.shape, r.dtype, r.sharding) for r in self.recipes if not r.is_whole}

@@ -24,6 +24,8 @@ from maxconv.sources.orbax import CHECKPOINT_METADATA, METADATA, Item, Stored, o
 from maxconv.sources.runs import parameters, tree_at
 
 _FACTOR = re.compile(r"(.+?)(?:\.kernel)?_lora_([ab])")  # utils/lora_utils.py
+OPTIMIZER = "opt_state."  # before the names of the state of MaxText's optimizer
+_METADATA_BYTES = 1 << 20  # that TensorStore keeps beside chunks
 _MANIFEST = "manifest.ocdbt"  # of a database; changes with whatever is written into it
 
 
@@ -83,14 +85,25 @@ class TreeSource(Source):
 
     def keep(self, nbytes: int) -> None:
         """Keeps up to so many bytes of decoded chunks, for steps that read parts of them."""
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": nbytes}})
+        limit = nbytes + _METADATA_BYTES if nbytes else 0
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
         self._arrays.clear()
         self._keeps = nbytes
 
-    def keep_chunks(self, budget: int) -> None:
-        """Keeps decoded chunks that are too large to be read in one step of `budget` bytes."""
-        largest = max((info.chunk_nbytes for info in self.tensors.values()), default=0)
-        self.keep(2 * largest if largest > budget else 0)
+    def shared(self, calls: Iterable[tuple[str, Iterable[Box]]]) -> int:
+        """The bytes to `keep` so that some calls of `read` decode each chunk once: the most that
+        calls have between them which read parts of the same chunks."""
+        touched = [_chunks(self.tensors[name], boxes) for name, boxes in calls]
+        last = {chunk: i for i, chunks in enumerate(touched) for chunk in chunks}
+        most, start, end, run = 0, 0, 0, set[tuple[Any, ...]]()
+        for i, chunks in enumerate(touched):
+            run |= chunks
+            end = max([end, *(last[chunk] for chunk in chunks)])
+            if i == end:
+                if start < end:
+                    most = max(most, sum(_nbytes(self.tensors[c[0]], [c]) for c in run))
+                start, end, run = i + 1, i + 1, set()
+        return most
 
     def put_beside(self, other: Source, names: Iterable[str]) -> None:
         """Adds tensors of another source, which are read from it."""
@@ -149,6 +162,17 @@ class TreeSource(Source):
             total += _nbytes(self.tensors[name], found)
             kept |= found if self._keeps else set()
         return total
+
+    @property
+    def empty(self) -> dict[str, Any]:
+        """What the state of the optimizer has where there are no arrays, by name."""
+        kinds: dict[str, Any] = {"None": None, "NamedTuple": None}  # as Orbax restores them
+        kinds |= {"Dict": {}, "List": [], "Tuple": ()}
+        return {
+            name: kinds[kind]
+            for name, kind in self.item.others.items()
+            if name.startswith(OPTIMIZER) and kind in kinds
+        }
 
     @property
     def unread(self) -> list[Stored]:

@@ -28,7 +28,8 @@ class Format:
         use_ocdbt, use_zarr3, compression: the storage format.
         window: maximum bytes per process that wait to be written.
         file_bytes: target size of an OCDBT data file.
-        whole: whether the arrays are a training state, not its parameters alone.
+        empty: what a training state has where there are no arrays, by name; None if the arrays are
+            parameters alone.
     """
 
     scan_layers: bool
@@ -38,7 +39,7 @@ class Format:
     compression: bool = False
     file_bytes: int = orbax.FILE_BYTES
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    empty: Mapping[str, Any] | None = None
 
 
 class MaxTextTarget(Target):
@@ -98,9 +99,13 @@ class MaxTextTarget(Target):
 
     def write(self, arrays: Mapping[str, LazyTensor | jax.Array], progress: Progress) -> None:
         form = self._form
+        if form.empty is None:
+            state = orbax.train_state(arrays)
+        else:
+            state = orbax.whole_state({**arrays, **form.empty})
         orbax.save(
             self.directory,
-            orbax.whole_state(arrays) if form.whole else orbax.train_state(arrays),
+            state,
             form.scan_layers,
             form.window,
             progress,

@@ -69,6 +69,7 @@ def whole_state(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """A training state as MaxText's trainer saves it (common/train_state_nnx.py).
 
     `leaves`: by name, such as `opt_state.0.mu.params.decoder...`; a number is a place in a list.
+    Where the state has no array, they are None or an empty container.
     """
     state: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -85,7 +86,7 @@ def _with_lists(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     found = {key: _with_lists(inner) for key, inner in node.items()}
-    if not all(map(is_place, found)):
+    if not found or not all(map(is_place, found)):
         return found
     return [found.get(str(i)) for i in range(max(map(int, found)) + 1)]
 

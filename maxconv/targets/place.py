@@ -27,7 +27,8 @@ WORDS = "maxconv.json"  # next to the step: how it was made
 UNFINISHED_WORDS = "maxconv.unfinished.json"  # the same for a checkpoint that is not finished
 UNFINISHED = f"{STEP}.orbax-checkpoint-tmp"  # prefix of Orbax' names of an unfinished step 0
 _COMMITTED = "commit_success.txt"  # marks a complete directory in a bucket, which has no renames
-_MARKS = {"_CHECKPOINT_METADATA", "items/_METADATA"}  # files of every MaxText checkpoint
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_MARKS = {_STEP_METADATA, "items/_METADATA"}  # files of every MaxText checkpoint
 _LARGEST_RECORD = 16 << 20  # bytes
 # Names that a save creates in a step, and in its items; anything else there is not ours.
 _IN_STEP = re.compile(
@@ -42,6 +43,22 @@ _IN_ITEMS = re.compile(
 def items(directory: str) -> str:
     """Where MaxText finds the weights: its load_parameters_path."""
     return f"{directory.rstrip('/')}/{STEP}/items"
+
+
+def overlaps(directory: str, tree: str) -> bool:
+    """Whether a checkpoint in a directory would replace a tree, or lie in the step of it."""
+    base, ours, theirs = map(_real, (directory, f"{directory.rstrip('/')}/{STEP}", tree))
+    step = theirs.rpartition("/")[0]
+    is_in_step = (epath.Path(step) / _STEP_METADATA).exists()
+    return _is_within(theirs, ours) or _is_within(base, step if is_in_step else theirs)
+
+
+def _real(path: str) -> str:
+    return path.rstrip("/") if "://" in path else os.path.realpath(path)
+
+
+def _is_within(path: str, other: str) -> bool:
+    return f"{path}/".startswith(f"{other}/")
 
 
 def is_there(directory: str) -> bool:

@@ -20,7 +20,7 @@ from runs import measured, settled
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from headers import HeaderSource, published, write_headers  # noqa: E402
 
-from maxconv.jobs.prepare import BASE  # noqa: E402
+from maxconv.jobs.memory import BASE  # noqa: E402
 
 
 def main() -> None:

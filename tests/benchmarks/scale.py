@@ -20,7 +20,7 @@ from plans import make_plan  # noqa: E402
 from maxconv.config import parse  # noqa: E402
 from maxconv.config.mesh import make_mesh  # noqa: E402
 from maxconv.config.tables import model_facts  # noqa: E402
-from maxconv.jobs.prepare import STEP_MOST, WINDOW_MOST, WINDOW_PART  # noqa: E402
+from maxconv.jobs.memory import STEP_MOST, WINDOW_MOST, WINDOW_PART  # noqa: E402
 from maxconv.models.resolve import resolve  # noqa: E402
 from maxconv.planning.estimates import device_estimate, host_estimate  # noqa: E402
 from maxconv.planning.plan import Plan  # noqa: E402

@@ -5,7 +5,9 @@ Runs in the environment that `environment.sh` makes, with maxconv installed in i
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +112,36 @@ def test_a_run_of_maxtext(scan: bool, tmp_path: Path) -> None:
     assert not scan or not np.array_equal(*seen)  # it has trained in between
 
 
+def test_training_goes_on_in_another_layout(tmp_path: Path) -> None:
+    """Two steps with Adam, layers one by one; then two more, also with the layers stacked."""
+    model = told.write(NAME, tmp_path / "hf", "float32")
+    command = converted(model, tmp_path / "out", scan=False)
+    trained, words = "maxtext.trainers.pre_train.train", [*command, *TRAIN]
+    run("-m", trained, *words, f"base_output_directory={tmp_path / 'run'}", env=ENV)
+    steps = tmp_path / "run/tiny/checkpoints"
+    printed = run(
+        *("-m", "maxconv.cli", "relayout", steps, "scan_layers=true", "--train_state"),
+        *(f"--hf_model_path={model}", f"base_output_directory={tmp_path / 'stacked'}"),
+        *("hardware=cpu", "--verify=full", *MESH),
+    )
+    (line,) = (line for line in printed.splitlines() if line.startswith("to train"))
+    stacked = shlex.split(line.partition(f"{trained} ")[2])
+    plain = [word for word in words if not word.startswith("load_parameters_path=")]
+    losses = {}
+    for kind, more in {
+        "as it was": [*plain, f"load_full_state_path={steps / '2/items'}"],
+        "stacked": [*stacked, *(word for word in TRAIN if word not in stacked)],
+    }.items():
+        metrics, here = tmp_path / f"{kind}.jsonl", tmp_path / kind
+        more = [word for word in more if not word.startswith("steps=")]
+        own = ["steps=5", f"base_output_directory={here}", f"metrics_file={metrics}"]
+        run("-m", trained, *more, *own, env=ENV)
+        found = [json.loads(text) for text in metrics.read_text().splitlines()]
+        losses[kind] = [(step["step"], step["learning/loss"]) for step in found]
+    assert [step for step, _ in losses["as it was"]] == [3, 4]
+    assert losses["stacked"] == losses["as it was"]
+
+
 @pytest.mark.parametrize("scan", [True, False] if MANY else [True])
 def test_states_of_nnx(scan: bool, tmp_path: Path) -> None:
     """What MaxText's model is in SFT and in RL: the same tensors as of the plain checkpoint."""
@@ -118,7 +150,8 @@ def test_states_of_nnx(scan: bool, tmp_path: Path) -> None:
     words = [word for word in command if not word.startswith("load_parameters_path=")]
     layers = "--scan" if scan else "--no-scan"
     items = tmp_path / "out/0/items"
-    run(HERE / "save_states.py", items, tmp_path / "states", *words, *MESH, layers)
+    into = tmp_path / "states"
+    run(HERE / "save_states.py", items, into, "--hf", model, *words, *MESH, layers)
     with TreeSource(str(items)) as plain:
         for kind in ("sft", "rl"):
             with TreeSource(str(tmp_path / "states" / kind)) as tree:

@@ -1,13 +1,17 @@
-"""What is recorded beside a MaxText checkpoint of the model at Hugging Face that it is of."""
+"""What is recorded beside a MaxText checkpoint: the job that made it, and the model it is of."""
 
+import json
 import os
 from dataclasses import replace
+from typing import Any
 
-from maxconv.config import Config, model_facts
+from etils import epath
+
+from maxconv.config import Config, model_facts, recorded
 from maxconv.config.tables import known_models
 from maxconv.errors import UserError
-from maxconv.jobs.verify import recorded_arguments
 from maxconv.sources.trees import Tree
+from maxconv.targets import place
 
 
 def with_model(
@@ -63,3 +67,21 @@ def recorded_order(tree: Tree) -> dict[str, str | None]:
 
 def _said(tree: Tree) -> dict[str, str]:
     return dict(word.split("=", 1) for word in recorded_arguments(tree.item.directory))
+
+
+def recorded_arguments(items: epath.Path) -> list[str]:
+    """The arguments of the job, from the maxconv.json next to a checkpoint, if any."""
+    return recorded(_record(items).get("words", []))
+
+
+def recorded_job(items: epath.Path) -> str:
+    """The job that wrote a checkpoint, "convert" or "relayout"."""
+    return str(_record(items).get("job", "convert"))
+
+
+def _record(items: epath.Path) -> dict[str, Any]:
+    try:
+        found = json.loads((items.parent.parent / place.WORDS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
