@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ def test_specs_equal_maxtexts(path: Path) -> None:
     """`path` holds the PartitionSpec that MaxText's training gives to each weight."""
     tree = json.loads(gzip.decompress(path.read_bytes()))
     assert tree["leaves"] and tree["meshes"]
+    name = re.split(r"\.(?:un)?scan", path.name)[0]
+    rules = parse([f"model_name={name}"], {}).logical_axis_rules  # a model may have its own
     for leaf in tree["leaves"]:
         for mesh, axes in tree["meshes"].items():
             if len(leaf["logical"] or ()) < len(leaf["shape"]) or mesh in leaf.get(
@@ -46,7 +49,7 @@ def test_specs_equal_maxtexts(path: Path) -> None:
                 continue
             axes = axes.get("axes", axes)  # some files say how the tree was made, too
             want = P(*(tuple(e) if isinstance(e, list) else e for e in leaf["spec"][mesh]))
-            got = partition_spec(leaf["logical"], leaf["shape"], axes, RULES)
+            got = partition_spec(leaf["logical"], leaf["shape"], axes, rules)
             assert got == (want, ()), (leaf["path"], mesh)
 
 
