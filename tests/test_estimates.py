@@ -69,6 +69,7 @@ def live_nbytes() -> Counter[int]:
 def run(plan: Plan, source: Source) -> tuple[int, int]:
     """Bytes at most that a device held, and that numpy and Python held."""
     most = 0
+    gc.collect()
     gc.freeze()  # what was there before: else it would be searched each time
     tracemalloc.start()
     try:
