@@ -46,9 +46,10 @@ def typed(array: jax.Array, dtype: np.dtype) -> jax.Array:
     """A buffer with the dtype of its leaf; on CPUs its bits are looked at, not copied."""
     if array.dtype == dtype:
         return array
-    # Not addressable_shards: in JAX 0.10 an array of which these were looked at lives on for long.
-    each = map(array.addressable_data, range(len(array.sharding.addressable_devices)))
-    shards = [jax.device_put(np.asarray(data).view(dtype), *data.devices()) for data in each]
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(dtype), shard.device)
+        for shard in array.addressable_shards
+    ]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
