@@ -49,9 +49,8 @@ def abstract(
             Default: as in a checkpoint of MaxText, else True and 1.
         dtype: of weights; some parameters have one of their own. Default: as in a checkpoint of
             MaxText, else bfloat16.
-        rules: MaxText's logical_axis_rules; default: those of its base.yml, and of the
-            model of that name. Mesh axes that the
-            mesh does not have are left out.
+        rules: MaxText's logical_axis_rules; default: those of its base.yml, and of the model of
+            that name. Mesh axes that the mesh does not have are left out.
         hf_model_path: see `stream`.
         token, revision: for the Hub.
         sizes: MaxText's arguments that change the model, such as use_multimodal=True.

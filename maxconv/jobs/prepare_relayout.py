@@ -25,7 +25,7 @@ from maxconv.jobs.prepare import (
     opened,
     training_of,
 )
-from maxconv.jobs.recorded import recorded_axes, with_model
+from maxconv.jobs.recorded import recorded_axes, recorded_order, with_model
 from maxconv.models import relayout
 from maxconv.models.described import DescribedModel, is_description
 from maxconv.models.parameters import check_scans
@@ -82,6 +82,9 @@ def _settled(config: Config, tree: TreeSource) -> tuple[str, ...]:
         "load_parameters_path": tree.root,
     }
     said = dict(word.split("=", 1) for word in config.words)
+    if config.model_name is None:  # else the name says it
+        found = {**recorded_order(tree), **found}
+        found |= {"rope_type": said["rope_type"]} if "rope_type" in said else {}
     said |= {key: str(value) for key, value in found.items() if value is not None}
     return tuple(f"{key}={value}" for key, value in said.items())
 
@@ -130,7 +133,8 @@ def _planned(
     """The config with what no argument names as the tree has it, the model, the plan, and notices
     for the user."""
     said = dict(word.split("=", 1) for word in config.words)
-    name, facts, sizes = config.model_name, model_facts(config.model_name), config.overrides
+    name, facts = config.model_name, model_facts(config.model_name)
+    sizes = {**recorded_order(tree), **config.overrides}
     known = TreeModel(tree, published, name, facts, sizes)
     was, old_axis = known.model(recorded_axes(tree))
     becomes = known.shorter(was)

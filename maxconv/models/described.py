@@ -10,8 +10,9 @@ from maxconv.algebra import Shape, Tensor
 from maxconv.algebra.stated import stated_shapes
 from maxconv.errors import UserError
 from maxconv.families import Row, stated
-from maxconv.models.architecture import family_of
-from maxconv.models.codecs import QUANTIZATION
+from maxconv.models import schema
+from maxconv.models.architecture import check_entries, family_of
+from maxconv.models.codecs import unquantised
 from maxconv.sources import Part, Source, TensorInfo
 from maxconv.sources.safetensors import load_object, some
 
@@ -42,8 +43,9 @@ class DescribedModel(Source):
         found = load_object(raw, path, problems)
         if problems:
             raise UserError(problems)
-        self.config = {key: value for key, value in found.items() if key != QUANTIZATION}
+        self.config = unquantised(found)
         family = family_of(self, None)
+        check_entries(self, schema.sizes(family.sizes))
         parts = stated(self.config, ("vision_config", "audio_config"))
         try:
             dims = replace(
